@@ -1,0 +1,19 @@
+# assets/tiny: a GPT-2 of 1.9 M parameters on bytes of Python's standard library, from random weights. About an hour on two cores.
+out_dir = "out/pretrain_tiny"
+init_from = "scratch"
+dataset = "stdlib"
+n_layer = 4
+n_head = 6
+n_embd = 192
+block_size = 256
+batch_size = 32
+max_iters = 5000
+learning_rate = 2e-3
+min_lr = 2e-5
+warmup_iters = 200
+lr_decay_iters = 5000
+weight_decay = 0.1
+beta2 = 0.99
+eval_interval = 500
+eval_iters = 30
+log_interval = 50

@@ -1,0 +1,400 @@
+"""
+GPT-2 with LayerNorms (LN) that can be switched off one at a time, folded into the next weights, and so removed.
+
+How an LN is removed, in reading order:
+  LayerNorm.forward  divides by the token's own std (mode `real`) or by a measured constant (mode `fake`)
+  GPT.measure_std    measures the constants on a batch;  GPT.set_ln_mode  switches one site
+  GPT.fold           multiplies what is left, an affine map, into the next matrix: a GPT without LN
+
+A site is one LN on one path: `ln_1qk` and `ln_1v` (attention's query-and-key input and its value input: one weight and bias,
+two modes), `ln_2` (the MLP's input), one of each per block, and `ln_f` once.
+
+Sources: GPT-2 (Radford et al. 2019) in the shape of transformers' GPT2LMHeadModel; removal: Heimersheim, arXiv 2409.13710.
+"""
+import json
+import math
+import os
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+KINDS = ("ln_1qk", "ln_1v", "ln_2")  # the sites of a block
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # most positions the model can see
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in LayerNorms and linear maps, as GPT-2 has
+    eot: int = 50256  # id of the end-of-text token
+    ln_eps: float = 1e-5
+    folded: bool = False  # no LN at all: made by GPT.fold
+
+
+class LayerNorm(nn.Module):
+    """One site. x (B, T, C) -> (B, T, C).
+
+    real: (x - mean) / sqrt(var + eps) * weight + bias
+    fake: (x - mean) / constant        * weight + bias, which is affine in x
+
+    The constant is bos_std where use_bos (broadcast to (B, T, 1)) is true and avg_std elsewhere; both are 1 until measured.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.eps = config.ln_eps
+        self.ln_mode = "real"
+        # Tensors, so that a compiled graph reads them and no event recompiles it. Saved by GPT.ln_state, not in the state dict.
+        self.register_buffer("is_fake", torch.tensor(False), persistent=False)
+        self.register_buffer("avg_std", torch.tensor(1.0), persistent=False)
+        self.register_buffer("bos_std", torch.tensor(1.0), persistent=False)
+
+    def std(self, x):
+        return torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + self.eps)  # (B, T, 1)
+
+    def forward(self, x, use_bos):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.ln_mode == "real":
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # eager: the fused kernel
+        if x.dtype in (torch.bfloat16, torch.float16):
+            x = x.float()  # as F.layer_norm does
+        constant = torch.where(use_bos, self.bos_std, self.avg_std)
+        std = torch.where(self.is_fake, constant, self.std(x)) if compiling else constant
+        x = (x - x.mean(-1, keepdim=True)) / std * self.weight
+        return x if self.bias is None else x + self.bias
+
+    def set_mode(self, mode):
+        if mode not in ("real", "fake"):
+            raise ValueError(f"unknown ln_mode {mode!r}: it is 'real' or 'fake'")
+        self.ln_mode = mode
+        self.is_fake.fill_(mode == "fake")
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias or config.folded)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x_qk, x_v):
+        B, T, C = x_qk.shape
+        if x_qk is x_v:
+            q, k, v = self.c_attn(x_qk).split(C, dim=2)
+        else:
+            w_qk, w_v = self.c_attn.weight.split([2 * C, C])
+            b_qk, b_v = self.c_attn.bias.split([2 * C, C]) if self.c_attn.bias is not None else (None, None)
+            q, k = F.linear(x_qk, w_qk, b_qk).split(C, dim=2)
+            v = F.linear(x_v, w_v, b_v)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, C / heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias or config.folded)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))  # gelu_new: GPT-2's own
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.folded = config.folded
+        if not config.folded:
+            self.ln_1qk, self.ln_1v, self.ln_2 = (LayerNorm(config) for _ in KINDS)
+            self.ln_1v.weight, self.ln_1v.bias = self.ln_1qk.weight, self.ln_1qk.bias  # one LN, two paths
+        self.attn = CausalSelfAttention(config)
+        self.mlp = MLP(config)
+
+    @property
+    def ln_mode(self):
+        """{"ln_1qk": "real" or "fake", "ln_1v": ..., "ln_2": ...}, to read; GPT.set_ln_mode sets it. Empty when folded."""
+        return MappingProxyType({} if self.folded else {kind: getattr(self, kind).ln_mode for kind in KINDS})
+
+    def forward(self, x, use_bos, use_bos_v):
+        if self.folded:
+            x = x + self.attn(x, x)
+            return x + self.mlp(x)
+        x = x + self.attn(self.ln_1qk(x, use_bos), self.ln_1v(x, use_bos_v))
+        return x + self.mlp(self.ln_2(x, use_bos))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+        ))
+        if not config.folded:
+            self.transformer.ln_f = LayerNorm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.folded)
+        # Treatments: while on, position 0 (bos; every site) and end-of-text tokens (eot; value path only) are divided by bos_std.
+        self.register_buffer("bos_on", torch.tensor(False), persistent=False)
+        self.register_buffer("eot_on", torch.tensor(False), persistent=False)
+
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # GPT-2 paper, section 2.3: residual projections scaled by depth
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+        if not config.folded:
+            self.lm_head.weight = self.transformer.wte.weight  # tied
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx, targets=None):
+        """idx, targets (B, T) -> logits (B, T, vocab), loss: mean nats per token, or None. Targets of -1 don't count."""
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def hidden(self, idx):
+        """idx (B, T) -> what lm_head reads, (B, T, C)."""
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than the model's {self.config.block_size} positions")
+        pos = torch.arange(T, device=idx.device)
+        use_bos = (pos == 0).view(1, T, 1) & self.bos_on
+        use_bos_v = use_bos | ((idx == self.config.eot).unsqueeze(-1) & self.eot_on)  # (B, T, 1)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, use_bos, use_bos_v)
+        return x if self.config.folded else self.transformer.ln_f(x, use_bos)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # removing LayerNorm
+
+    def sites(self):
+        """{"h.0.ln_1qk": LayerNorm, ..., "ln_f": LayerNorm}; empty when folded."""
+        if self.config.folded:
+            return {}
+        sites = {f"h.{i}.{kind}": getattr(block, kind) for i, block in enumerate(self.transformer.h) for kind in KINDS}
+        return sites | {"ln_f": self.transformer.ln_f}
+
+    def ln_modes(self):
+        """{"h.0.ln_1qk": "real" or "fake", ..., "ln_f": ...}; empty when folded."""
+        return {name: site.ln_mode for name, site in self.sites().items()}
+
+    def set_ln_mode(self, kind, layer, mode):
+        """Switch the site (kind, layer) to mode "real" or "fake"; layer is None for ln_f. ValueError: no such site or mode."""
+        name = kind if layer is None else f"h.{layer}.{kind}"
+        if name not in self.sites():
+            raise ValueError(f"no LayerNorm site {name!r} in this model of {self.config.n_layer} layers")
+        self.sites()[name].set_mode(mode)
+
+    def set_treatment(self, kind, on):
+        """Switch the "bos" or the "eot" treatment on or off."""
+        if kind not in ("bos", "eot"):
+            raise ValueError(f"unknown treatment {kind!r}: it is 'bos' or 'eot'")
+        (self.bos_on if kind == "bos" else self.eot_on).fill_(on)
+
+    @torch.no_grad()
+    def measure_std(self, idx):
+        """Set the constants of all sites that are still real from the batch idx (B, T): bos_std is the mean std at position 0,
+        avg_std the mean over ordinary tokens (neither position 0 nor end-of-text)."""
+        ordinary = idx != self.config.eot
+        ordinary[:, 0] = False
+        if not ordinary.any():
+            raise ValueError("measure_std needs an ordinary token: one behind position 0 that is not end-of-text")
+
+        def measure(site, args):
+            std = site.std(args[0]).squeeze(-1)  # (B, T)
+            site.avg_std.copy_(std[ordinary].mean())
+            site.bos_std.copy_(std[:, 0].mean())
+
+        hooks = [site.register_forward_pre_hook(measure) for site in self.sites().values() if site.ln_mode == "real"]
+        try:
+            self.hidden(idx)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def ln_state(self):
+        """Modes, constants and treatments as plain data, for a checkpoint or a config.json."""
+        sites = {name: {"mode": s.ln_mode, "avg_std": s.avg_std.item(), "bos_std": s.bos_std.item()} for name, s in self.sites().items()}
+        return {"sites": sites, "bos": self.bos_on.item(), "eot": self.eot_on.item()}
+
+    def load_ln_state(self, state):
+        for name, site in self.sites().items():
+            site.set_mode(state["sites"][name]["mode"])
+            site.avg_std.fill_(state["sites"][name]["avg_std"])
+            site.bos_std.fill_(state["sites"][name]["bos_std"])
+        self.set_treatment("bos", state["bos"])
+        self.set_treatment("eot", state["eot"])
+
+    def ln_free(self):
+        """True if all sites are fake and both treatments off, or the model is folded."""
+        return all(mode == "fake" for mode in self.ln_modes().values()) and not self.bos_on and not self.eot_on
+
+    @torch.no_grad()
+    def fold(self):
+        """A new GPT, without any LN, that computes the same function. ValueError while a site is real or a treatment is on.
+
+        With P = I - 11'/C for the centring, a fake site and the linear map W, b behind it are one affine map:
+        W (P x / std * weight + bias) + b  =  (W diag(weight / std) P) x  +  (W bias + b)
+        """
+        for name, mode in self.ln_modes().items():
+            if mode == "real":
+                raise ValueError(f"can't fold: {name} is still real")
+        for kind, on in (("bos", self.bos_on), ("eot", self.eot_on)):
+            if on:
+                raise ValueError(f"can't fold: the {kind} treatment is still on")
+        if self.config.folded:
+            raise ValueError("can't fold: the model is folded already")
+
+        def folded(site, W, b):
+            W, b = W.double(), 0.0 if b is None else b.double()
+            A = W * (site.weight.double() / site.avg_std.double())
+            A = A - A.mean(1, keepdim=True)  # times P
+            return A, (W @ site.bias.double() + b if site.bias is not None else b + W.new_zeros(len(W)))
+
+        new = GPT(GPTConfig(**{**vars(self.config), "folded": True})).to(self.lm_head.weight)
+        new.train(self.training)
+        state = {name: p for name, p in self.state_dict().items() if ".ln_" not in name}
+        C, f = self.config.n_embd, self.transformer
+        for i, block in enumerate(f.h):
+            attn, fc, prefix = block.attn.c_attn, block.mlp.c_fc, f"transformer.h.{i}."
+            b_qk, b_v = (None, None) if attn.bias is None else (attn.bias[: 2 * C], attn.bias[2 * C :])
+            qk = folded(block.ln_1qk, attn.weight[: 2 * C], b_qk)
+            v = folded(block.ln_1v, attn.weight[2 * C :], b_v)
+            for name, W, b in (("attn.c_attn", *map(torch.cat, zip(qk, v))), ("mlp.c_fc", *folded(block.ln_2, fc.weight, fc.bias))):
+                state[prefix + name + ".weight"], state[prefix + name + ".bias"] = W, b
+        state["lm_head.weight"], state["lm_head.bias"] = folded(f.ln_f, self.lm_head.weight, None)
+        new.load_state_dict(state)
+        return new
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # the Hugging Face format: config.json and model.safetensors
+
+    def save_pretrained(self, directory):
+        """Write config.json and model.safetensors. With all sites real this is a plain `gpt2` directory; otherwise config.json
+        has a model_type of our own, and an activation_function that makes even GPT2LMHeadModel.from_pretrained refuse it."""
+        c = self.config
+        config = dict(
+            model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.block_size, n_ctx=c.block_size,
+            n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, activation_function="gelu_new", layer_norm_epsilon=c.ln_eps,
+            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=True,
+            bos_token_id=c.eot, eos_token_id=c.eot,
+        )
+        if c.folded:
+            config |= dict(model_type="gpt2_folded", tie_word_embeddings=False)
+        elif any(mode == "fake" for mode in self.ln_modes().values()):
+            config |= dict(model_type="gpt2_ln_mode", ln_state=self.ln_state())
+        if config["model_type"] != "gpt2":
+            config |= dict(architectures=["GPT"], activation_function="gelu_new, but not a plain GPT-2: read it with model.py")
+
+        tensors = {}
+        for name, module in self.hf_modules().items():
+            transpose = isinstance(module, nn.Linear) and name != "lm_head"  # transformers' Conv1D is (in, out)
+            tensors[name + ".weight"] = (module.weight.T if transpose else module.weight).detach().cpu().contiguous()
+            if not isinstance(module, nn.Embedding) and (name != "lm_head" or c.folded):
+                bias = module.bias if module.bias is not None else module.weight.new_zeros(len(module.weight))
+                tensors[name + ".bias"] = bias.detach().cpu().contiguous()
+        os.makedirs(directory, exist_ok=True)
+        weights, text = os.path.join(directory, "model.safetensors"), os.path.join(directory, "config.json")
+        try:
+            for path, content in ((weights, save(tensors, {"format": "pt"})), (text, json.dumps(config, indent=2).encode())):
+                with open(path + ".tmp", "wb") as f:
+                    f.write(content)
+                    f.flush()
+                    os.fsync(f.fileno())
+            os.replace(weights + ".tmp", weights)
+            os.replace(text + ".tmp", text)
+        finally:
+            for path in (weights + ".tmp", text + ".tmp"):
+                if os.path.exists(path):
+                    os.remove(path)
+
+    def hf_modules(self):
+        """{name in transformers' GPT2LMHeadModel: module with a weight}."""
+        modules = {name: m for name, m in self.named_modules() if isinstance(m, (nn.Linear, nn.Embedding, LayerNorm))}
+        modules = {name.replace("ln_1qk", "ln_1"): m for name, m in modules.items() if not name.endswith("ln_1v")}
+        if not self.config.folded:
+            del modules["lm_head"]  # tied to wte
+        return modules
+
+    @classmethod
+    def from_pretrained(cls, source, dropout=0.0):
+        """The GPT in the Hugging Face directory `source`: a plain GPT-2, or what save_pretrained wrote.
+        Raises ValueError or FileNotFoundError with one line that names the file."""
+        path = os.path.join(source, "config.json")
+        try:
+            with open(path) as f:
+                hf = json.load(f)
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise ValueError(f"{path} is not JSON: {e}") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(f"{source} is not a model directory: it has no config.json") from None
+        kind = hf.get("model_type")
+        if kind not in ("gpt2", "gpt2_ln_mode", "gpt2_folded"):
+            raise ValueError(f"{path}: model_type is {kind!r}, but only GPT-2 models can be read")
+        gelu = "gelu_new" if kind == "gpt2" else hf.get("activation_function")
+        for key, ours in dict(activation_function=gelu, n_inner=None, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                              tie_word_embeddings=kind != "gpt2_folded", add_cross_attention=False).items():
+            if hf.get(key, ours) != ours and not (key == "n_inner" and hf[key] == 4 * hf["n_embd"]):
+                raise ValueError(f"{path}: {key} is {hf[key]!r}, but model.py has {ours!r}")
+        keys = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+        missing = [key for key in keys.values() if not isinstance(hf.get(key), int) or hf[key] < 1]
+        if missing:
+            raise ValueError(f"{path}: {missing[0]} is missing or not a positive integer")
+        eot = hf.get("eos_token_id")
+        model = cls(GPTConfig(**{ours: hf[theirs] for ours, theirs in keys.items()}, dropout=dropout, folded=kind == "gpt2_folded",
+                              eot=eot if isinstance(eot, int) else hf["vocab_size"] - 1, ln_eps=hf.get("layer_norm_epsilon", 1e-5)))
+
+        path = os.path.join(source, "model.safetensors")
+        try:
+            tensors = load_file(path)
+        except SafetensorError as e:
+            raise ValueError(f"{path} can't be read, cut short or not safetensors: {e}") from None
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{source} is not a model directory: it has no model.safetensors") from None
+        tensors = {"transformer." + name if name.startswith(("h.", "wte.", "wpe.", "ln_f.")) else name: t for name, t in tensors.items()}
+        for name, module in model.hf_modules().items():
+            for part, p in module.named_parameters(recurse=False):
+                t = tensors.pop(f"{name}.{part}", None)
+                if t is None:
+                    raise ValueError(f"{path}: the tensor {name}.{part} is missing")
+                if isinstance(module, nn.Linear) and part == "weight" and name != "lm_head":
+                    t = t.T
+                if t.shape != p.shape:
+                    raise ValueError(f"{path}: {name}.{part} has shape {tuple(t.shape)}, but config.json makes it {tuple(p.shape)}")
+                with torch.no_grad():
+                    p.copy_(t)
+        rest = [n for n in tensors if not n.endswith((".attn.bias", ".attn.masked_bias")) and n != "lm_head.weight"]
+        if rest:
+            raise ValueError(f"{path}: the tensor {rest[0]} is not one of GPT-2's")
+        if kind == "gpt2_ln_mode":
+            try:
+                model.load_ln_state(hf["ln_state"])
+            except (KeyError, TypeError, ValueError) as e:
+                raise ValueError(f"{os.path.join(source, 'config.json')}: ln_state is not whole: {e!r}") from None
+        return model

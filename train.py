@@ -1,0 +1,401 @@
+"""
+Train GPT-2, and remove its LayerNorms on a schedule.
+
+    python train.py config/remove_ln_tiny.py                        # the LN-free model, on the bundled data and weights
+    python train.py config/remove_ln_tiny.py config/control.py      # the same run with its LNs kept: the control
+    torchrun --nproc_per_node=8 train.py config/remove_ln_tiny.py   # data parallel
+    python train.py config/remove_ln_tiny.py --init_from=resume     # go on after an interruption
+
+How a LayerNorm is removed: `timeline` turns ln_schedule into events, `remove` carries one step's events out on the model, and
+the loop at the end of the file calls it before that step's forward pass.
+"""
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from configurator import configure, one_line_errors
+from data import open_tokens, read_meta, read_windows, train_starts, val_starts
+from model import GPT, KINDS, GPTConfig
+
+# -----------------------------------------------------------------------------
+# files
+out_dir = "out/run"  # gets ckpt.pt, model/, log.jsonl and settings.json
+init_from = "assets/tiny"  # a Hugging Face directory; `scratch`: random weights; `resume`: out_dir/ckpt.pt
+dataset = "stdlib"  # a folder under data/, made by prepare_owt.py
+seed = 1337  # of the data order, of random weights and of dropout
+# removal: rows (kind, first step, steps between layers); kinds ln_2, ln_1qk, ln_1v (a layer at a time, 0: all at once), ln_f, eot, bos (None)
+ln_schedule = []
+# steps
+max_iters = 300
+batch_size = 16  # sequences in a micro-batch
+gradient_accumulation_steps = 1  # micro-batches in a step, over all processes
+block_size = 256  # tokens in a sequence
+# the model, for init_from=scratch
+n_layer = 12
+n_head = 12
+n_embd = 768
+bias = True  # in LayerNorms and linear maps, as GPT-2 has
+dropout = 0.0
+# AdamW
+learning_rate = 6e-4  # after warmup_iters, then a cosine to min_lr at lr_decay_iters
+min_lr = 6e-5
+warmup_iters = 100
+lr_decay_iters = 2000
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
+# evaluation and log
+eval_interval = 100  # steps between evaluations, each of which also saves a checkpoint
+eval_iters = 20  # micro-batches of val windows, spread evenly over the val file
+log_interval = 10  # steps between printed lines; log.jsonl has every step
+wandb_log = False  # not there yet
+# machine
+device = "auto"  # cuda, mps or cpu, the first that is there; or one by name
+dtype = "auto"  # of autocast: bfloat16 where the machine has it, else float32
+compile = False  # torch.compile
+# -----------------------------------------------------------------------------
+
+
+def timeline(ln_schedule, n_layer, max_iters):
+    """The removal events [(step, kind, layer or None), ...] in the order they happen. ValueError on a schedule that can't run."""
+    events, seen = [], set()
+    for row in ln_schedule:
+        if not isinstance(row, (list, tuple)) or len(row) != 3:
+            raise ValueError(f"ln_schedule: {row!r} is not a row (kind, first step, steps between layers)")
+        kind, first, gap = row
+        if kind not in (*KINDS, "ln_f", "eot", "bos"):
+            raise ValueError(f"ln_schedule: unknown kind {kind!r}: it is one of {', '.join(KINDS)}, ln_f, eot, bos")
+        if kind in seen:
+            raise ValueError(f"ln_schedule: {kind} has two rows")
+        seen.add(kind)
+        whole = [n for n in (first, gap) if type(n) is int and n >= 0]
+        if len(whole) + (gap is None) < 2 or (gap is None) != (kind not in KINDS):
+            raise ValueError(f"ln_schedule: in {tuple(row)!r} the first step must be 0 or more, and the steps between layers "
+                             + ("0 or more" if kind in KINDS else "None"))
+        events += [(first + gap * layer, kind, layer) for layer in range(n_layer)] if kind in KINDS else [(first, kind, None)]
+    events.sort(key=lambda event: event[0])  # stable: events of one step keep the schedule's order
+    if events and events[-1][0] >= max_iters:
+        step, kind, layer = events[-1]
+        raise ValueError(f"ln_schedule: {site_name(kind, layer)} at step {step} never happens: max_iters is {max_iters}")
+    return events
+
+
+def site_name(kind, layer):
+    return kind if layer is None else f"h.{layer}.{kind}"
+
+
+def state_at(events, step, names):
+    """({site: mode}, {treatment: on}) after the events of all steps before `step`: a pure function of the schedule."""
+    past = {site_name(kind, layer) for k, kind, layer in events if k < step}
+    scheduled = {kind for _, kind, _ in events}
+    modes = {name: "fake" if name in past else "real" for name in names}
+    return modes, {t: t in scheduled and t not in past for t in ("bos", "eot")}
+
+
+@torch.no_grad()
+def remove(model, events, batches, context):
+    """Carry out one step's events: measure the constants of the sites that are still real on the step's own batches, averaged
+    over processes, then switch. Returns a log entry for each event."""
+    real = {name: site for name, site in model.sites().items() if site.ln_mode == "real"}
+    if any(site_name(kind, layer) in real for _, kind, layer in events):
+        stds = []
+        model.eval()
+        for x, _ in batches:
+            with context:
+                model.measure_std(x)
+            stds.append(torch.stack([torch.stack([site.avg_std, site.bos_std]) for site in real.values()]))
+        model.train()
+        for site, (avg_std, bos_std) in zip(real.values(), mean_over_processes(torch.stack(stds).mean(0))):
+            site.avg_std.copy_(avg_std)
+            site.bos_std.copy_(bos_std)
+    entries = []
+    for step, kind, layer in events:
+        name = site_name(kind, layer)
+        if kind in ("bos", "eot"):
+            model.set_treatment(kind, False)
+            entries.append(dict(step=step, event=name, treatment="off"))
+        else:
+            model.set_ln_mode(kind, layer, "fake")
+            entries.append(dict(step=step, event=name, mode="fake", avg_std=real[name].avg_std.item(), bos_std=real[name].bos_std.item()))
+    return entries
+
+
+def mean_over_processes(t):
+    if dist.is_initialized():
+        dist.all_reduce(t)
+        t /= dist.get_world_size()
+    return t
+
+
+def learning_rate_at(step):
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    done = min(1.0, (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
+    return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
+
+
+def make_optimizer(model):
+    params = list(model.parameters())
+    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),  # matrices and embeddings
+              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]  # biases and LNs
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+
+
+def save_checkpoint(path, checkpoint):
+    """Write under a temporary name, flush, rename: the old checkpoint stays until the new one is whole."""
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise OSError(f"can't save {path}: {str(e).splitlines()[0]}; an older checkpoint there is untouched") from None
+
+
+def load_checkpoint(path):
+    """The dict that save_checkpoint wrote, on the CPU. FileNotFoundError or ValueError, one line, if it is not one."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"nothing to resume: {path} is not there") from None
+    except Exception as e:  # torch.load raises many kinds
+        raise ValueError(f"{path} is not a whole checkpoint, cut short or not ours ({type(e).__name__})") from None
+    missing = {"model", "model_config", "ln_state", "optimizer", "step", "settings", "rng"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of train.py: it has no {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+def pick_device_and_dtype():
+    name = device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype is {dtype!r}, but it must be auto, float32 or bfloat16")
+    kind = name.split(":")[0]
+    if kind not in ("cuda", "mps", "cpu") or (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise ValueError(f"device {name!r} is not on this machine: try --device=cpu")
+    if dtype != "auto":
+        return name, getattr(torch, dtype)
+    has_bf16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: False,
+                "cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16", False)}
+    return name, torch.bfloat16 if has_bf16[kind]() else torch.float32
+
+
+def check_settings():
+    for name in ("batch_size", "gradient_accumulation_steps", "block_size", "eval_interval", "eval_iters", "log_interval", "max_iters"):
+        if globals()[name] < 1:
+            raise ValueError(f"{name} is {globals()[name]}, but it must be 1 or more")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, but it must be 0 or more")
+    if wandb_log:
+        raise ValueError("wandb_log is not there yet: read out_dir/log.jsonl")
+
+
+def main():
+    settings = configure(globals(), sys.argv[1:], __doc__)
+
+    # processes: one, or torchrun's. Rank 0 writes and prints.
+    rank, world, local_rank = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    master = rank == 0
+    with one_line_errors():
+        check_settings()
+        where, amp_dtype = pick_device_and_dtype()
+        if gradient_accumulation_steps % world:
+            raise ValueError(f"gradient_accumulation_steps {gradient_accumulation_steps} does not divide by {world} processes")
+    if where == "cuda":
+        where = f"cuda:{local_rank}"
+        torch.cuda.set_device(where)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.cudnn.fp32_precision = "tf32"
+    if world > 1:
+        dist.init_process_group("nccl" if where.startswith("cuda") else "gloo")
+    device_type = where.split(":")[0]
+    context = torch.autocast(device_type, amp_dtype) if amp_dtype != torch.float32 else nullcontext()
+    torch.manual_seed(seed)
+
+    # data, model, optimizer
+    with one_line_errors():
+        meta = read_meta(dataset)
+        checkpoint = load_checkpoint(os.path.join(out_dir, "ckpt.pt")) if init_from == "resume" else None
+        if checkpoint:
+            model = GPT(GPTConfig(**checkpoint["model_config"]))
+            model.load_state_dict(checkpoint["model"])
+            model.load_ln_state(checkpoint["ln_state"])
+        elif init_from == "scratch":
+            vocab_size = -(-meta["vocab_size"] // 64) * 64  # a multiple of 64 is faster, as nanoGPT's 50304
+            model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, meta["eot"]))
+        else:
+            model = GPT.from_pretrained(init_from, dropout=dropout)
+            if model.config.eot != meta["eot"] and master:
+                print(f"note: end-of-text is {meta['eot']} in data/{dataset}, but {model.config.eot} in {init_from}: was it trained on such tokens?")
+            model.config.eot = meta["eot"]
+        if block_size > model.config.block_size:
+            raise ValueError(f"block_size {block_size} is beyond the model's {model.config.block_size} positions")
+        train_tokens = open_tokens(dataset, "train", block_size, model.config.vocab_size)
+        val_tokens = open_tokens(dataset, "val", block_size, model.config.vocab_size)
+        events = timeline(ln_schedule, model.config.n_layer, max_iters)
+        start = checkpoint["step"] if checkpoint else 0
+        modes, treatments = state_at(events, start, model.sites())
+        if model.ln_modes() != modes:
+            name = next(name for name in modes if modes[name] != model.ln_modes()[name])
+            raise ValueError(f"{name} is {model.ln_modes()[name]} at step {start}, but by ln_schedule it should be {modes[name]}")
+        for kind, on in treatments.items():
+            model.set_treatment(kind, on)
+        os.makedirs(out_dir, exist_ok=True)
+        log_path, checkpoint_path = os.path.join(out_dir, "log.jsonl"), os.path.join(out_dir, "ckpt.pt")
+        lines = []
+        if checkpoint and os.path.exists(log_path):  # drop what happened after the checkpoint: it will happen again
+            with open(log_path) as f:
+                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
+        log = None
+        if master:
+            log = open(log_path, "w")
+            log.writelines(lines)
+    model.to(where)
+    optimizer = make_optimizer(model)
+    if checkpoint:
+        optimizer.load_state_dict(dict(state=checkpoint["optimizer"]["state"], param_groups=optimizer.state_dict()["param_groups"]))
+        torch.set_rng_state(checkpoint["rng"])
+        settings["init_from"] = checkpoint["settings"]["init_from"]
+        changed = [key for key, old in checkpoint["settings"].items() if key != "out_dir" and settings.get(key) != old]
+        if changed and master:
+            print("note: not as in the checkpoint: " + ", ".join(f"{key} {checkpoint['settings'][key]!r} -> {settings.get(key)!r}" for key in changed))
+    settings |= {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "bias")}
+    raw_model, forward = model, model  # events switch the raw model; the wrappers share its tensors
+    if compile:
+        forward = torch.compile(forward)
+    if world > 1:
+        forward = DDP(forward, device_ids=[local_rank] if device_type == "cuda" else None)
+
+    def batches(step):
+        """This process's micro-batches (x, y) of the step's global batch; every micro-batch is the same for any number of processes."""
+        starts = train_starts(train_tokens, seed, step, gradient_accumulation_steps * batch_size, block_size)
+        for i in range(rank, gradient_accumulation_steps, world):
+            yield read_windows(train_tokens, starts[i * batch_size : (i + 1) * batch_size], block_size, where)
+
+    @torch.no_grad()
+    def evaluate():
+        """Mean loss in nats per token over the same val windows each time."""
+        model.eval()
+        starts = val_starts(val_tokens, eval_iters * batch_size, block_size)
+        total = torch.zeros((), device=where)
+        for i in range(rank * batch_size, len(starts), world * batch_size):
+            x, y = read_windows(val_tokens, starts[i : i + batch_size], block_size, where)
+            with context:
+                total += forward(x, y)[1] * len(x)
+        model.train()
+        return (mean_over_processes(total) * world / len(starts)).item()
+
+    def save(step):
+        if master:
+            save_checkpoint(checkpoint_path, dict(model=raw_model.state_dict(), model_config=vars(raw_model.config), ln_state=raw_model.ln_state(),
+                                                  optimizer=optimizer.state_dict(), step=step, settings=settings, rng=torch.get_rng_state()))
+
+    def record(entry):
+        if master:
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+
+    stop_signal = []
+
+    def on_signal(number, frame):
+        stop_signal.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+    if master:
+        print(f"{sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f} M parameters from {init_from}, {world} x {where}, {amp_dtype}, "
+              f"{tokens_per_step:,} tokens a step, steps {start} to {max_iters}")
+        for kind, _, _ in ln_schedule:
+            print(f"  {kind:<7}{'off' if kind in ('bos', 'eot') else 'fake'} before step " + ", ".join(str(k) for k, name, _ in events if name == kind))
+        with one_line_errors(), open(os.path.join(out_dir, "settings.json"), "w") as f:
+            json.dump(settings, f, indent=2)
+
+    bar = tqdm(total=max_iters, initial=start, unit="step", disable=None if master else True)
+    say = bar.write if master else lambda line: None
+    model.train()
+    for step in range(start, max_iters + 1):
+        if stop_signal:
+            bar.close()
+            with one_line_errors():
+                save(step)
+            say(f"stopped at step {step}, saved to {checkpoint_path}; go on with: {resume_command()}")
+            sys.exit(128 + stop_signal[0])
+
+        if step % eval_interval == 0 or step == max_iters:
+            val_loss = evaluate()
+            record(dict(step=step, val_loss=val_loss))
+            say(f"step {step:>6}  val loss {val_loss:.4f}")
+            if step > start:
+                with one_line_errors():
+                    save(step)
+        if step == max_iters:
+            break
+
+        due = [event for event in events if event[0] == step]
+        if due:
+            for entry in remove(raw_model, due, batches(step), context):
+                record(entry)
+                say(f"step {step:>6}  {entry['event']} " + (f"fake, std {entry['avg_std']:.4f}, at position 0 {entry['bos_std']:.4f}" if "mode" in entry else "treatment off"))
+
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step)
+        loss_sum = torch.zeros((), device=where)
+        own_steps = gradient_accumulation_steps // world
+        for i, (x, y) in enumerate(batches(step)):
+            last = i == own_steps - 1
+            with forward.no_sync() if world > 1 and not last else nullcontext():  # gradients are averaged once a step
+                with context:
+                    _, loss = forward(x, y)
+                (loss / own_steps).backward()
+            loss_sum += loss.detach() / own_steps
+        if grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        loss = mean_over_processes(loss_sum).item()
+        if not math.isfinite(loss):
+            bar.close()
+            sys.exit(f"error: the loss is {loss} at step {step}; the last checkpoint stays as it is. Try a lower learning_rate or more steps between events")
+        speed = tokens_per_step / (time.perf_counter() - began)
+        record(dict(step=step, loss=loss, lr=learning_rate_at(step), tokens_per_s=round(speed)))
+        bar.update()
+        bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+        if bar.disable and step % log_interval == 0:
+            say(f"step {step:>6}  loss {loss:.4f}  lr {learning_rate_at(step):.2e}  {speed:,.0f} tokens/s")
+
+    bar.close()
+    if master:
+        with one_line_errors():
+            raw_model.save_pretrained(os.path.join(out_dir, "model"))
+        print(f"{out_dir}/model: " + ("LN-free" if raw_model.ln_free() else f"{sum(m == 'fake' for m in raw_model.ln_modes().values())} of {len(raw_model.sites())} sites fake"))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def resume_command():
+    args = [arg for arg in sys.argv if not arg.startswith("--init_from")]
+    return " ".join(["python", *args, "--init_from=resume"])
+
+
+if __name__ == "__main__":
+    main()
