@@ -179,6 +179,16 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def get_rng_state(device_type):
+    return dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state()) if device_type == "cuda" else {})
+
+
+def set_rng_state(state, device_type):
+    torch.set_rng_state(state["cpu"])
+    if device_type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
 def pick_device_and_dtype():
     name = device
     if name == "auto":
@@ -225,7 +235,7 @@ def main():
         dist.init_process_group("nccl" if where.startswith("cuda") else "gloo")
     device_type = where.split(":")[0]
     context = torch.autocast(device_type, amp_dtype) if amp_dtype != torch.float32 else nullcontext()
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # the same weights on every process
 
     # data, model, optimizer
     with one_line_errors():
@@ -267,19 +277,18 @@ def main():
             log.writelines(lines)
     model.to(where)
     optimizer = make_optimizer(model)
+    torch.manual_seed(seed + rank)  # another dropout on every process
     if checkpoint:
         optimizer.load_state_dict(dict(state=checkpoint["optimizer"]["state"], param_groups=optimizer.state_dict()["param_groups"]))
-        torch.set_rng_state(checkpoint["rng"])
+        set_rng_state(checkpoint["rng"], device_type)
         settings["init_from"] = checkpoint["settings"]["init_from"]
         changed = [key for key, old in checkpoint["settings"].items() if key != "out_dir" and settings.get(key) != old]
         if changed and master:
             print("note: not as in the checkpoint: " + ", ".join(f"{key} {checkpoint['settings'][key]!r} -> {settings.get(key)!r}" for key in changed))
     settings |= {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "bias")}
-    raw_model, forward = model, model  # events switch the raw model; the wrappers share its tensors
-    if compile:
-        forward = torch.compile(forward)
-    if world > 1:
-        forward = DDP(forward, device_ids=[local_rank] if device_type == "cuda" else None)
+    # events switch the raw model; the wrappers share its tensors
+    compiled = torch.compile(model) if compile else model
+    forward = DDP(compiled, device_ids=[local_rank] if device_type == "cuda" else None, broadcast_buffers=False) if world > 1 else compiled
 
     def batches(step):
         """This process's micro-batches (x, y) of the step's global batch; every micro-batch is the same for any number of processes."""
@@ -296,14 +305,14 @@ def main():
         for i in range(rank * batch_size, len(starts), world * batch_size):
             x, y = read_windows(val_tokens, starts[i : i + batch_size], block_size, where)
             with context:
-                total += forward(x, y)[1] * len(x)
+                total += compiled(x, y)[1] * len(x)
         model.train()
         return (mean_over_processes(total) * world / len(starts)).item()
 
     def save(step):
         if master:
-            save_checkpoint(checkpoint_path, dict(model=raw_model.state_dict(), model_config=vars(raw_model.config), ln_state=raw_model.ln_state(),
-                                                  optimizer=optimizer.state_dict(), step=step, settings=settings, rng=torch.get_rng_state()))
+            save_checkpoint(checkpoint_path, dict(model=model.state_dict(), model_config=vars(model.config), ln_state=model.ln_state(),
+                                                  optimizer=optimizer.state_dict(), step=step, settings=settings, rng=get_rng_state(device_type)))
 
     def record(entry):
         if master:
@@ -321,7 +330,7 @@ def main():
 
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     if master:
-        print(f"{sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f} M parameters from {init_from}, {world} x {where}, {amp_dtype}, "
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters from {init_from}, {world} x {where}, {amp_dtype}, "
               f"{tokens_per_step:,} tokens a step, steps {start} to {max_iters}")
         for kind, _, _ in ln_schedule:
             print(f"  {kind:<7}{'off' if kind in ('bos', 'eot') else 'fake'} before step " + ", ".join(str(k) for k, name, _ in events if name == kind))
@@ -332,12 +341,12 @@ def main():
     say = bar.write if master else lambda line: None
     model.train()
     for step in range(start, max_iters + 1):
-        if stop_signal:
+        if mean_over_processes(torch.tensor(float(len(stop_signal)), device=where)) > 0:  # all processes stop at one step
             bar.close()
             with one_line_errors():
                 save(step)
             say(f"stopped at step {step}, saved to {checkpoint_path}; go on with: {resume_command()}")
-            sys.exit(128 + stop_signal[0])
+            sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
 
         if step % eval_interval == 0 or step == max_iters:
             val_loss = evaluate()
@@ -351,7 +360,7 @@ def main():
 
         due = [event for event in events if event[0] == step]
         if due:
-            for entry in remove(raw_model, due, batches(step), context):
+            for entry in remove(model, due, batches(step), context):
                 record(entry)
                 say(f"step {step:>6}  {entry['event']} " + (f"fake, std {entry['avg_std']:.4f}, at position 0 {entry['bos_std']:.4f}" if "mode" in entry else "treatment off"))
 
@@ -368,7 +377,7 @@ def main():
                 (loss / own_steps).backward()
             loss_sum += loss.detach() / own_steps
         if grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -386,8 +395,8 @@ def main():
     bar.close()
     if master:
         with one_line_errors():
-            raw_model.save_pretrained(os.path.join(out_dir, "model"))
-        print(f"{out_dir}/model: " + ("LN-free" if raw_model.ln_free() else f"{sum(m == 'fake' for m in raw_model.ln_modes().values())} of {len(raw_model.sites())} sites fake"))
+            model.save_pretrained(os.path.join(out_dir, "model"))
+        print(f"{out_dir}/model: " + ("LN-free" if model.ln_free() else f"{sum(m == 'fake' for m in model.ln_modes().values())} of {len(model.sites())} sites fake"))
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,0 +1,31 @@
+# make demo: a virtual environment, then LayerNorm out of the bundled GPT-2, beside its control.   make test: the tests.
+PYTHON ?= python3
+RUN = out/remove_ln_tiny
+CODE = train.py model.py data.py configurator.py config/remove_ln_tiny.py $(wildcard assets/tiny/*)
+
+demo: $(RUN)/model/config.json $(RUN)_control/model/config.json
+	.venv/bin/python eval.py --models=assets/tiny,$(RUN)_control,$(RUN) --dataset=stdlib --tokens=500_000 --json=$(RUN)/eval.json
+	.venv/bin/python plot.py $(RUN)
+
+$(RUN)/model/config.json: $(CODE) data/stdlib/meta.json
+	.venv/bin/python train.py config/remove_ln_tiny.py
+
+$(RUN)_control/model/config.json: $(CODE) config/control.py data/stdlib/meta.json
+	.venv/bin/python train.py config/remove_ln_tiny.py config/control.py
+
+data/stdlib/meta.json: | .venv/installed
+	.venv/bin/python prepare_owt.py
+
+test: .venv/installed-dev
+	.venv/bin/python -m pytest -q tests
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test
