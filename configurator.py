@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import sys
+import time
 from contextlib import contextmanager
 
 
@@ -19,6 +20,8 @@ def one_line_errors():
     try:
         yield
     except (ValueError, OSError) as e:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # what all processes meet, rank 0 says: torchrun ends the others before they repeat it
         sys.exit(f"error: {e}")
 
 

@@ -20,10 +20,12 @@ from types import MappingProxyType
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 KINDS = ("ln_1qk", "ln_1v", "ln_2")  # the sites of a block
+LOSS_ROWS = 2048  # tokens whose logits exist at one time in training
 
 
 @dataclass
@@ -144,6 +146,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # recompute each block's activations in the backward pass
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -170,15 +173,34 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None):
-        """idx, targets (B, T) -> logits (B, T, vocab), loss: mean nats per token, or None. Targets of -1 don't count."""
-        logits = self.lm_head(self.hidden(idx))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+    def forward(self, idx, targets=None, aux_loss=False):
+        """idx, targets (B, T) -> logits (B, T, vocab), loss: mean nats per token, or None. Targets of -1 don't count.
 
-    def hidden(self, idx):
-        """idx (B, T) -> what lm_head reads, (B, T, C)."""
+        In training the logits are None: they are made, and made again for the gradient, LOSS_ROWS tokens at a time.
+        With aux_loss a third value follows, the mean squared difference between the std before ln_f at each position and its
+        mean over ordinary tokens (arXiv 2507.02559)."""
+        x, use_bos = self.residual(idx)
+        aux = self.std_spread(x, idx) if aux_loss else None
+        x = x if self.config.folded else self.transformer.ln_f(x, use_bos)
+        if targets is not None and self.training:
+            rows, wanted = x.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS)
+            loss = sum(checkpoint(self.summed_loss, r, w, use_reentrant=False) for r, w in zip(rows, wanted)) / (targets != -1).sum()
+            logits = None
+        else:
+            logits = self.lm_head(x)
+            loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return (logits, loss, aux) if aux_loss else (logits, loss)
+
+    def summed_loss(self, x, targets):
+        return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1, reduction="sum")
+
+    def std_spread(self, x, idx):
+        std = self.transformer.ln_f.std(x.float()).squeeze(-1)  # (B, T)
+        ordinary = self.ordinary(idx)
+        return (std - (std * ordinary).sum() / ordinary.sum()).square().mean()
+
+    def residual(self, idx):
+        """idx (B, T) -> the residual stream after the last block, (B, T, C), and where ln_f uses bos_std, (1, T, 1)."""
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than the model's {self.config.block_size} positions")
@@ -187,8 +209,15 @@ class GPT(nn.Module):
         use_bos_v = use_bos | ((idx == self.config.eot).unsqueeze(-1) & self.eot_on)  # (B, T, 1)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
         for block in self.transformer.h:
-            x = block(x, use_bos, use_bos_v)
-        return x if self.config.folded else self.transformer.ln_f(x, use_bos)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, use_bos, use_bos_v, use_reentrant=False)
+            else:
+                x = block(x, use_bos, use_bos_v)
+        return x, use_bos
+
+    def ordinary(self, idx):
+        """Which tokens are neither at position 0 nor end-of-text, (B, T)."""
+        return (idx != self.config.eot) & (torch.arange(idx.shape[1], device=idx.device) > 0)
 
     # ------------------------------------------------------------------------------------------------------------------
     # removing LayerNorm
@@ -221,8 +250,7 @@ class GPT(nn.Module):
     def measure_std(self, idx):
         """Set the constants of all sites that are still real from the batch idx (B, T): bos_std is the mean std at position 0,
         avg_std the mean over ordinary tokens (neither position 0 nor end-of-text)."""
-        ordinary = idx != self.config.eot
-        ordinary[:, 0] = False
+        ordinary = self.ordinary(idx)
         if not ordinary.any():
             raise ValueError("measure_std needs an ordinary token: one behind position 0 that is not end-of-text")
 
@@ -233,7 +261,7 @@ class GPT(nn.Module):
 
         hooks = [site.register_forward_pre_hook(measure) for site in self.sites().values() if site.ln_mode == "real"]
         try:
-            self.hidden(idx)
+            self.transformer.ln_f(*self.residual(idx))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -344,39 +372,36 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, dropout=0.0):
-        """The GPT in the Hugging Face directory `source`: a plain GPT-2, or what save_pretrained wrote.
-        Raises ValueError or FileNotFoundError with one line that names the file."""
-        path = os.path.join(source, "config.json")
+        """The GPT in `source`: a Hugging Face directory (a plain GPT-2, what save_pretrained wrote, or a published LN-free
+        model, which comes LN-free), or a hub repository such as `gpt2-medium` or `ORG/NAME@REVISION`.
+        Raises ValueError or OSError with one line that names the file."""
+        directory = fetch(source)
+        path = os.path.join(directory, "config.json")
         try:
             with open(path) as f:
                 hf = json.load(f)
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ValueError(f"{path} is not JSON: {e}") from None
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             raise FileNotFoundError(f"{source} is not a model directory: it has no config.json") from None
         kind = hf.get("model_type")
         if kind not in ("gpt2", "gpt2_ln_mode", "gpt2_folded"):
             raise ValueError(f"{path}: model_type is {kind!r}, but only GPT-2 models can be read")
-        gelu = "gelu_new" if kind == "gpt2" else hf.get("activation_function")
-        for key, ours in dict(activation_function=gelu, n_inner=None, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                              tie_word_embeddings=kind != "gpt2_folded", add_cross_attention=False).items():
-            if hf.get(key, ours) != ours and not (key == "n_inner" and hf[key] == 4 * hf["n_embd"]):
-                raise ValueError(f"{path}: {key} is {hf[key]!r}, but model.py has {ours!r}")
         keys = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
-        missing = [key for key in keys.values() if not isinstance(hf.get(key), int) or hf[key] < 1]
-        if missing:
-            raise ValueError(f"{path}: {missing[0]} is missing or not a positive integer")
-        eot = hf.get("eos_token_id")
+        for key in keys.values():
+            if type(hf.get(key)) is not int or hf[key] < 1:
+                raise ValueError(f"{path}: {key} is missing or not a positive integer")
+        if kind == "gpt2":  # what transformers can be told to do otherwise
+            for key, ours in dict(activation_function="gelu_new", n_inner=4 * hf["n_embd"], scale_attn_weights=True, tie_word_embeddings=True,
+                                  scale_attn_by_inverse_layer_idx=False, add_cross_attention=False).items():
+                if hf.get(key) not in (None, ours):
+                    raise ValueError(f"{path}: {key} is {hf[key]!r}, but model.py has {ours!r}")
+        eot, eps = hf.get("eos_token_id"), hf.get("layer_norm_epsilon", 1e-5)
+        published = eps > 1  # LN-free: the std is lost in sqrt(var + 1e12), and the weights make up for 1e6
         model = cls(GPTConfig(**{ours: hf[theirs] for ours, theirs in keys.items()}, dropout=dropout, folded=kind == "gpt2_folded",
-                              eot=eot if isinstance(eot, int) else hf["vocab_size"] - 1, ln_eps=hf.get("layer_norm_epsilon", 1e-5)))
+                              eot=eot if isinstance(eot, int) else hf["vocab_size"] - 1, ln_eps=1e-5 if published else eps))
 
-        path = os.path.join(source, "model.safetensors")
-        try:
-            tensors = load_file(path)
-        except SafetensorError as e:
-            raise ValueError(f"{path} can't be read, cut short or not safetensors: {e}") from None
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{source} is not a model directory: it has no model.safetensors") from None
+        path, tensors = read_tensors(directory)
         tensors = {"transformer." + name if name.startswith(("h.", "wte.", "wpe.", "ln_f.")) else name: t for name, t in tensors.items()}
         for name, module in model.hf_modules().items():
             for part, p in module.named_parameters(recurse=False):
@@ -388,13 +413,87 @@ class GPT(nn.Module):
                 if t.shape != p.shape:
                     raise ValueError(f"{path}: {name}.{part} has shape {tuple(t.shape)}, but config.json makes it {tuple(p.shape)}")
                 with torch.no_grad():
-                    p.copy_(t)
+                    p.copy_(t / math.sqrt(eps) if published and isinstance(module, LayerNorm) and part == "weight" else t)
         rest = [n for n in tensors if not n.endswith((".attn.bias", ".attn.masked_bias")) and n != "lm_head.weight"]
         if rest:
             raise ValueError(f"{path}: the tensor {rest[0]} is not one of GPT-2's")
+        if published:
+            for site in model.sites().values():
+                site.set_mode("fake")  # the constant stays 1
         if kind == "gpt2_ln_mode":
             try:
                 model.load_ln_state(hf["ln_state"])
             except (KeyError, TypeError, ValueError) as e:
-                raise ValueError(f"{os.path.join(source, 'config.json')}: ln_state is not whole: {e!r}") from None
+                raise ValueError(f"{os.path.join(directory, 'config.json')}: ln_state is not whole: {e!r}") from None
         return model
+
+
+def fetch(source):
+    """A local directory with config.json and weights: source itself, or else the hub repository NAME, ORG/NAME or either with
+    @REVISION, from huggingface_hub's cache (HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work). OSError, one line."""
+    if os.path.isdir(source):
+        return source
+    import huggingface_hub as hub  # comes with datasets; a local directory does without
+    from huggingface_hub import errors
+
+    repo, _, revision = source.partition("@")
+    try:
+        directory = os.path.dirname(hub.hf_hub_download(repo, "config.json", revision=revision or None))
+        commit = os.path.basename(directory)
+        for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
+            try:
+                path = hub.hf_hub_download(repo, name, revision=commit)
+            except errors.RemoteEntryNotFoundError:
+                continue
+            for shard in shards(path) if name.endswith(".index.json") else ():
+                hub.hf_hub_download(repo, shard, revision=commit)
+            return directory
+        problem = "has it, but without model.safetensors or pytorch_model.bin"
+    except errors.HFValidationError:
+        problem = "has no repositories of such names"
+    except errors.GatedRepoError:
+        problem = "wants you to accept its terms there and to log in (`hf auth login`)"
+    except errors.RepositoryNotFoundError:
+        problem = "has no such repository; for a private one, set HF_TOKEN or run `hf auth login`"
+    except errors.RevisionNotFoundError:
+        problem = f"has {repo}, but no revision {revision}"
+    except errors.LocalEntryNotFoundError as e:
+        problem = f"can't be asked ({str(e.__cause__ or 'offline').splitlines()[0]}), nor is it in the cache {hub.constants.HF_HUB_CACHE}: download it elsewhere and name its directory"
+    except errors.EntryNotFoundError as e:
+        problem = f"has it, but not the file {os.path.basename(str(e.response.url))}"
+    except errors.HfHubHTTPError as e:
+        problem = f"answered: {str(e).splitlines()[0]}" + (": set HF_TOKEN or run `hf auth login`" if e.response.status_code == 401 else "")
+    raise OSError(f"{source} is not a directory here, and {hub.constants.ENDPOINT} {problem}")
+
+
+def shards(index):
+    """The file names in a model.safetensors.index.json."""
+    try:
+        with open(index) as f:
+            return sorted(set(json.load(f)["weight_map"].values()))
+    except (KeyError, AttributeError, json.JSONDecodeError):
+        raise OSError(f"{index} is not an index of shards") from None
+
+
+def read_tensors(directory):
+    """(path, {name: tensor}) from model.safetensors, its shards or pytorch_model.bin, the first that is there."""
+    path = os.path.join(directory, "model.safetensors")
+    paths = [path]
+    if not os.path.exists(path) and os.path.exists(path + ".index.json"):
+        path += ".index.json"
+        paths = [os.path.join(directory, name) for name in shards(path)]
+    elif not os.path.exists(path) and os.path.exists(os.path.join(directory, "pytorch_model.bin")):
+        path = os.path.join(directory, "pytorch_model.bin")
+        try:
+            return path, torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:  # torch.load raises many kinds
+            raise ValueError(f"{path} can't be read, cut short or not plain tensors ({type(e).__name__})") from None
+    tensors = {}
+    for part in paths:
+        try:
+            tensors |= load_file(part)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{directory} is not a model directory: it has no {os.path.basename(part)}") from None
+        except SafetensorError as e:
+            raise ValueError(f"{part} can't be read, cut short or not safetensors: {e}") from None
+    return path, tensors

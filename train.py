@@ -45,6 +45,8 @@ n_head = 12
 n_embd = 768
 bias = True  # in LayerNorms and linear maps, as GPT-2 has
 dropout = 0.0
+gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
+aux_loss_weight = 0.0  # of the squared spread of the std before ln_f (arXiv 2507.02559); 0: none
 # AdamW
 learning_rate = 6e-4  # after warmup_iters, then a cosine to min_lr at lr_decay_iters
 min_lr = 6e-5
@@ -58,11 +60,12 @@ grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 eval_interval = 100  # steps between evaluations, each of which also saves a checkpoint
 eval_iters = 20  # micro-batches of val windows, spread evenly over the val file
 log_interval = 10  # steps between printed lines; log.jsonl has every step
-wandb_log = False  # not there yet
+wandb_log = False  # log to Weights & Biases too (pip install wandb)
+wandb_project = "remove-layernorm"
 # machine
 device = "auto"  # cuda, mps or cpu, the first that is there; or one by name
 dtype = "auto"  # of autocast: bfloat16 where the machine has it, else float32
-compile = False  # torch.compile
+compile = True  # torch.compile: a few minutes once, then faster steps; needs a C++ compiler on a CPU
 # -----------------------------------------------------------------------------
 
 
@@ -205,14 +208,37 @@ def pick_device_and_dtype():
     return name, torch.bfloat16 if has_bf16[kind]() else torch.float32
 
 
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "4090": 165e12}  # dense bf16, makers' data sheets
+
+
+def peak_flops(where, amp_dtype):
+    """FLOP/s of one device: the data sheet's for a known GPU in bfloat16, else a 2048 x 2048 matrix product's, timed here."""
+    if where.startswith("cuda") and amp_dtype == torch.bfloat16:
+        known = [peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(where).replace("-", " ").split()]
+        if known:
+            return known[0]
+    a, times = torch.full((2048, 2048), 0.5, device=where, dtype=amp_dtype), []  # draws nothing from the random state
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        times.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(times)
+
+
+def flops_per_token(model, T):
+    """Forward and backward (PaLM, arXiv 2204.02311, appendix B): 6 per weight that multiplies, and attention's 12 L C T."""
+    c = model.config
+    return 6 * (sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()) + 12 * c.n_layer * c.n_embd * T
+
+
 def check_settings():
     for name in ("batch_size", "gradient_accumulation_steps", "block_size", "eval_interval", "eval_iters", "log_interval", "max_iters"):
         if globals()[name] < 1:
             raise ValueError(f"{name} is {globals()[name]}, but it must be 1 or more")
     if seed < 0:
         raise ValueError(f"seed is {seed}, but it must be 0 or more")
-    if wandb_log:
-        raise ValueError("wandb_log is not there yet: read out_dir/log.jsonl")
+    if aux_loss_weight < 0:
+        raise ValueError(f"aux_loss_weight is {aux_loss_weight}, but it must be 0 or more")
 
 
 def main():
@@ -225,7 +251,8 @@ def main():
         check_settings()
         where, amp_dtype = pick_device_and_dtype()
         if gradient_accumulation_steps % world:
-            raise ValueError(f"gradient_accumulation_steps {gradient_accumulation_steps} does not divide by {world} processes")
+            divisors = ", ".join(str(n) for n in range(1, gradient_accumulation_steps + 1) if gradient_accumulation_steps % n == 0)
+            raise ValueError(f"gradient_accumulation_steps {gradient_accumulation_steps} is not a multiple of {world} processes: it can be run by {divisors}")
     if where == "cuda":
         where = f"cuda:{local_rank}"
         torch.cuda.set_device(where)
@@ -238,6 +265,8 @@ def main():
     torch.manual_seed(seed)  # the same weights on every process
 
     # data, model, optimizer
+    if world > 1 and not master:
+        dist.barrier()  # rank 0 goes first, and fetches the weights into the cache
     with one_line_errors():
         meta = read_meta(dataset)
         checkpoint = load_checkpoint(os.path.join(out_dir, "ckpt.pt")) if init_from == "resume" else None
@@ -275,7 +304,10 @@ def main():
         if master:
             log = open(log_path, "w")
             log.writelines(lines)
+    if world > 1 and master:
+        dist.barrier()
     model.to(where)
+    model.gradient_checkpointing = gradient_checkpointing
     optimizer = make_optimizer(model)
     torch.manual_seed(seed + rank)  # another dropout on every process
     if checkpoint:
@@ -318,7 +350,14 @@ def main():
         if master:
             log.write(json.dumps(entry) + "\n")
             log.flush()
+            if wandb_log:
+                wandb.log(entry, step=entry["step"])
 
+    if wandb_log and master:
+        import wandb
+
+        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=settings)
+    peak = peak_flops(where, amp_dtype)
     stop_signal = []
 
     def on_signal(number, frame):
@@ -373,8 +412,8 @@ def main():
             last = i == own_steps - 1
             with forward.no_sync() if world > 1 and not last else nullcontext():  # gradients are averaged once a step
                 with context:
-                    _, loss = forward(x, y)
-                (loss / own_steps).backward()
+                    _, loss, *aux = forward(x, y, aux_loss_weight > 0)
+                ((loss + aux_loss_weight * aux[0] if aux else loss) / own_steps).backward()
             loss_sum += loss.detach() / own_steps
         if grad_clip > 0:
             torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -386,11 +425,12 @@ def main():
             bar.close()
             sys.exit(f"error: the loss is {loss} at step {step}; the last checkpoint stays as it is. Try a lower learning_rate or more steps between events")
         speed = tokens_per_step / (time.perf_counter() - began)
-        record(dict(step=step, loss=loss, lr=learning_rate_at(step), tokens_per_s=round(speed)))
+        mfu = speed * flops_per_token(model, block_size) / (peak * world)
+        record(dict(step=step, loss=loss, lr=learning_rate_at(step), tokens_per_s=round(speed), mfu=round(mfu, 4)))
         bar.update()
-        bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+        bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}")
         if bar.disable and step % log_interval == 0:
-            say(f"step {step:>6}  loss {loss:.4f}  lr {learning_rate_at(step):.2e}  {speed:,.0f} tokens/s")
+            say(f"step {step:>6}  loss {loss:.4f}  lr {learning_rate_at(step):.2e}  {speed:,.0f} tokens/s  MFU {mfu:.0%}")
 
     bar.close()
     if master:

@@ -17,3 +17,4 @@ beta2 = 0.99
 eval_interval = 500
 eval_iters = 30
 log_interval = 50
+compile = False

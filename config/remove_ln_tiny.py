@@ -21,3 +21,4 @@ ln_schedule = [  # kind, first step, steps between layers
 eval_interval = 100
 eval_iters = 20
 log_interval = 10
+compile = False

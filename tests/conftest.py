@@ -13,6 +13,7 @@ import torch
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(REPO, "assets", "tiny")
 sys.path.insert(0, REPO)
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network; test_hub.py has a hub of its own
 
 
 class Result:

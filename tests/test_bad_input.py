@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, random_hf
 from safetensors.torch import load_file, save_file
 
-SHORT = ["--max_iters=2", "--batch_size=2", "--block_size=32", "--eval_iters=1"]
+SHORT = ["--max_iters=2", "--batch_size=2", "--block_size=32", "--eval_iters=1", "--compile=False"]
 
 
 @pytest.fixture
@@ -120,7 +120,8 @@ def break_tensors(change):
     (break_config(n_head=7), "n_embd 64 is not a multiple of n_head 7"), (break_config(tie_word_embeddings=False), "tie_word_embeddings is False"),
     (lambda folder: os.truncate(folder / "model.safetensors", 1000), "cut short or not safetensors"),
     (lambda folder: os.remove(folder / "model.safetensors"), "has no model.safetensors"),
-    (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"), (lambda folder: shutil.rmtree(folder), "has no config.json"),
+    (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"), (lambda folder: os.remove(folder / "config.json"), "has no config.json"),
+    (lambda folder: shutil.rmtree(folder), "hf is not a directory here, and https://huggingface.co can't be asked ("),
     (break_config(model_type="gpt2_ln_mode"), "ln_state is not whole"),
 ])
 def test_a_model_directory_that_is_not_one(refused, dataset, tmp_path, damage, message):

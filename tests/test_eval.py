@@ -77,7 +77,7 @@ def test_a_half_removed_model_is_not_called_ln_free(run, stdlib):
 
 
 @pytest.mark.parametrize("args, message", [
-    ([], "no finished removal under out/"), (["--models=nowhere"], "nowhere is not a model directory"),
+    ([], "no finished removal under out/"), (["--models=nowhere"], "nowhere is not a directory here"),
     ([f"--models={TINY}", "--dataset=mine"], "run `python prepare_owt.py --dataset=mine`"),
     ([f"--models={TINY}", "--block_size=1024"], "block_size 1024 is beyond the 256 positions"),
     ([f"--models={TINY}", "--tokens=100"], "less than one window of 256"), ([f"--models={TINY}", "--tokens=512", "--json=no/where.json"], "no/where.json"),

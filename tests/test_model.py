@@ -315,3 +315,62 @@ def test_the_original_hub_layout_without_prefix_and_with_mask_buffers_loads(hf_a
     again = GPT.from_pretrained(tmp_path / "hf").eval()
     idx = torch.randint(0, 300, (1, 20))
     assert torch.equal(again(idx)[0], model(idx)[0])
+
+
+# --- training: the loss in pieces, and what is added to it
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_the_loss_in_pieces_has_the_plain_losss_value_and_gradients(hf_and_ours, monkeypatch, pieces):
+    hf, model = hf_and_ours()
+    monkeypatch.setattr("model.LOSS_ROWS", 190 // pieces)  # 2 x 95 tokens, the last piece shorter
+    idx = torch.randint(0, 300, (2, 96))
+    hf.train()
+    hf.config.resid_pdrop = 0
+    for module in hf.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    theirs = hf(idx, labels=idx).loss
+    theirs.backward()
+    model.train()
+    logits, ours = model(idx[:, :-1], idx[:, 1:])
+    ours.backward()
+    assert logits is None
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.transformer.wte.weight.grad, hf.transformer.wte.weight.grad, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.transformer.h[0].mlp.c_fc.weight.grad.T, hf.transformer.h[0].mlp.c_fc.weight.grad, atol=1e-4, rtol=0)
+
+
+def test_targets_of_minus_1_do_not_count_in_training_nor_in_evaluation(tiny):
+    idx = tiny_tokens(2, 64)
+    targets = idx.roll(-1, 1)
+    targets[:, 40:] = -1
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(tiny(idx)[0][:, :40].flatten(0, 1), targets[:, :40].flatten())
+        torch.testing.assert_close(tiny(idx, targets)[1], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(tiny.train()(idx, targets)[1], expected, atol=1e-5, rtol=0)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny):
+    idx = tiny_tokens(2, 64)
+    grads = []
+    for on in (False, True):
+        tiny.zero_grad()
+        tiny.train().gradient_checkpointing = on
+        tiny(idx[:, :-1], idx[:, 1:])[1].backward()
+        grads.append(tiny.transformer.wte.weight.grad.clone())
+    assert torch.equal(*grads)
+
+
+def test_the_auxiliary_loss_is_the_spread_of_the_std_before_ln_f(hf_and_ours):
+    hf, model = hf_and_ours()
+    idx = torch.randint(0, 290, (2, 30))
+    idx[1, 9] = 299
+    before = []
+    hf.transformer.ln_f.register_forward_pre_hook(lambda module, args: before.append(args[0]))
+    with torch.no_grad():
+        hf(idx)
+        _, _, aux = model.train()(idx, idx, aux_loss=True)
+    std = (before[0].double().var(-1, unbiased=False) + 1e-5).sqrt()
+    ordinary = (idx != 299) & (torch.arange(30) > 0)
+    assert aux.item() == pytest.approx((std - std[ordinary].mean()).square().mean().item(), rel=1e-4)
