@@ -1,20 +1,28 @@
 """
 Text to tokens, once: data/NAME/{train,val}.bin (uint16) and meta.json.
 
-    python prepare_owt.py                                              # stdlib: this Python's own source, as bytes
-    python prepare_owt.py --dataset=mytext --files='a.txt,dir/*.md'    # local text files, as bytes
-    python prepare_owt.py --dataset=mytext --files='dir/**/*.txt' --tokenizer=gpt2
+    python prepare_owt.py                                                       # stdlib: this Python's own source, as bytes
+    python prepare_owt.py --dataset=mytext --files='a.txt,dir/*.md'             # local text files, as bytes
+    python prepare_owt.py --dataset=mytext --files='*.jsonl' --tokenizer=gpt2   # or rows of local .jsonl and .parquet files
+    python prepare_owt.py --dataset=owt                                         # OpenWebText, all of it, nanoGPT's val split
+    python prepare_owt.py --dataset=owt --tokens=600_000_000                    # its first 0.6 B tokens, enough for a fine-tune
+    python prepare_owt.py --dataset=ORG/NAME --column=text --split=train        # any hub dataset; a column of lists holds token ids
 
-A document is a file, and each is followed by the end-of-text id. About 5 % of the files are val, chosen by a hash of their path;
-where that leaves a side empty (few files), the last 5 % of every file is val.
+Each document is followed by the end-of-text id. val is: of whole text files about 5 %, by a hash of their path (of few, the last
+5 % of each); of rows every 200th; of all of OpenWebText nanoGPT's. Run it again after an interruption, and it goes on.
 """
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import sys
 import sysconfig
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tiktoken
@@ -23,128 +31,318 @@ from tqdm import tqdm
 from configurator import configure, one_line_errors
 
 # -----------------------------------------------------------------------------
-dataset = ""  # the folder under data/; by default stdlib, or `files` when --files is given
-files = ""  # comma-separated paths and patterns of local text files
-tokenizer = "bytes"  # bytes (ids 0-255, end-of-text 256) or gpt2 (BPE, end-of-text 50256)
+dataset = ""  # stdlib (the default), owt, pile, a hub repository (ORG/NAME or ORG/NAME@REVISION), or with --files a name of your own
+files = ""  # comma-separated paths and patterns of local files: text, .jsonl or .parquet
+tokenizer = ""  # bytes (ids 0-255, end-of-text 256) or gpt2 (BPE, end-of-text 50256); by default gpt2 for the hub, else bytes
+tokens = 0  # stop after so many; 0: take all
+column = ""  # of rows: the text, or lists of token ids; by default text, or input_ids where there is no text
+split = "train"  # of a hub dataset: which files
+folder = ""  # of a hub dataset: only files below this folder, where several hold the split
 force = False  # prepare again what is prepared already
 # -----------------------------------------------------------------------------
 
-VAL_SHARE = 0.05
+HUB = dict(owt="Skylion007/openwebtext", pile="monology/pile-uncopyrighted")
+OWT_DOCUMENTS = 8_013_769
+ROWS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".json": "json"}  # suffix: reader in `datasets`
+VAL_SHARE = 0.05  # of whole text files
+VAL_EVERY = 200  # of rows
+PIECE = 1_000_000  # characters that a worker takes at a time
+
+
+# --- sources: [(name, path or a function that fetches it, bytes)]
 
 
 def stdlib_files():
-    """[(name, path)] of the standard library's .py files, without tests, installed packages and caches, sorted by name."""
+    """The standard library's .py files, without tests, installed packages and caches, sorted by name."""
     root = sysconfig.get_path("stdlib")
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     found = []
-    for folder, folders, names in os.walk(root):
+    for below, folders, names in os.walk(root):
         folders[:] = [d for d in folders if d not in skip]
-        for path in (os.path.join(folder, n) for n in names if n.endswith(".py")):
-            found.append((os.path.relpath(path, root).replace(os.sep, "/"), path))
+        for path in (os.path.join(below, n) for n in names if n.endswith(".py")):
+            found.append((os.path.relpath(path, root).replace(os.sep, "/"), path, os.path.getsize(path)))
     return sorted(found)
 
 
 def local_files(patterns):
-    """[(name, path)] of the files that the comma-separated patterns match, sorted; ValueError if one matches none."""
+    """The files that the comma-separated patterns match, sorted; ValueError if one matches none."""
     found = set()
     for pattern in filter(None, patterns.split(",")):
         paths = [p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
         if not paths:
             raise ValueError(f"--files: no file matches {pattern!r}")
         found.update(paths)
-    return [(path, path) for path in sorted(found)]
+    return [(path, path, os.path.getsize(path)) for path in sorted(found)]
 
 
-def is_val(name):
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < VAL_SHARE * 2**64
+def hub_files(repo):
+    """A hub dataset's files of the split, in their order; from the hub's parquet conversion where the repository itself holds
+    none that `datasets` still reads (it dropped loading scripts). OSError or ValueError, one line."""
+    import huggingface_hub as hub
+
+    repo, _, revision = repo.partition("@")
+
+    def matching(revision, split_pattern):
+        found = [f for f in hub.HfApi().list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset") if hasattr(f, "size")]
+        rows = sorted((f for f in found if f.path.endswith(tuple(ROWS)) and f.path.startswith(folder)), key=lambda f: f.path)
+        return rows, [f for f in rows if re.search(split_pattern, f.path)]
+
+    try:
+        rows, found = matching(revision or "main", rf"(^|[/_.-]){split}([/_.-]|$)")
+        if not rows and not revision:
+            revision = "refs/convert/parquet"
+            rows, found = matching(revision, rf"/(partial-)?{split}/")
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, hub.errors.OfflineModeIsEnabled, OSError) as e:
+        raise OSError(f"{repo} can't be listed on {hub.constants.ENDPOINT}: {type(e).__name__}: {str(e).splitlines()[0]}") from None
+    found = found or (rows if split == "train" else [])
+    if not found:
+        raise ValueError(f"{repo} has no {' or '.join(ROWS)} file of the split {split!r}" + (f" below {folder!r}" if folder else ""))
+    folders = sorted({os.path.dirname(f.path).replace("/partial-" + split, "").replace("/" + split, "") for f in found})
+    if len(folders) > 1:
+        raise ValueError(f"{repo} has the split {split!r} in several folders: choose one with --folder={folders[0]} (or {', '.join(folders[1:5])})")
+
+    def fetch(path):
+        return lambda: hub.hf_hub_download(repo, path, revision=revision or "main", repo_type="dataset")
+
+    return [(f.path, fetch(f.path), f.size) for f in found]
+
+
+# --- documents
+
+
+def rows_of(path, skip):
+    """Yields (document, rows so far, share of the file read) from row `skip` on. A document is text, or a list of token ids."""
+    import pyarrow.parquet
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    kind = next(kind for suffix, kind in ROWS.items() if path.endswith(suffix))
+    size, read = os.path.getsize(path), 0
+    try:
+        total = pyarrow.parquet.ParquetFile(path).metadata.num_rows if kind == "parquet" else None
+        rows = load_dataset(kind, data_files=path, split="train", streaming=True)
+        for n, row in enumerate(rows.skip(skip) if skip else rows, skip + 1):
+            name = column or ("text" if "text" in row else "input_ids")
+            if name not in row:
+                raise ValueError(f"no column {name!r}: choose one of {', '.join(row)} with --column")
+            read += len(row[name] or "")
+            yield row[name] or "", n, n / total if total else min(1.0, read / size)
+    except (ValueError, DatasetGenerationError) as e:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
+
+
+def documents(sources, position):
+    """Yields (name, document, position behind it, share of all that is read); position: [source, rows] already taken."""
+    first, skip = position
+    for i, (name, path, _) in enumerate(sources[first:], first):
+        path = path() if callable(path) else path
+        if path.endswith(tuple(ROWS)):
+            for doc, n, share in rows_of(path, skip):
+                yield name, doc, [i, n], (i + share) / len(sources)
+        else:
+            with open(path, "rb") as f:
+                yield name, f.read(), [i + 1, 0], (i + 1) / len(sources)
+        skip = 0
 
 
 def make_encoder(tokenizer):
-    """(text as bytes -> uint16 array, vocab_size, eot) of a tokenizer by name."""
+    """(bytes or text -> uint16 array, vocab_size, eot) of a tokenizer by name."""
     if tokenizer == "bytes":
-        return lambda text: np.frombuffer(text, dtype=np.uint8).astype("<u2"), 257, 256
+        return lambda doc: np.frombuffer(doc if isinstance(doc, bytes) else doc.encode(), dtype=np.uint8).astype("<u2"), 257, 256
     if tokenizer != "gpt2":
         raise ValueError(f"unknown tokenizer {tokenizer!r}: it is bytes or gpt2")
     bpe = tiktoken.get_encoding("gpt2")  # fetched once, an OSError without a network
-    return lambda text: np.array(bpe.encode_ordinary(text.decode()), dtype="<u2"), bpe.n_vocab, bpe.eot_token
+
+    def encode(doc):  # what encode_ordinary gives, without its list
+        return bpe.encode_to_numpy(doc.decode() if isinstance(doc, bytes) else doc, disallowed_special=()).astype("<u2")
+
+    return encode, bpe.n_vocab, bpe.eot_token
 
 
-def documents(found, encode):
-    """Yields ("train" or "val", tokens) for each of the (name, path)."""
-    names = [name for name, _ in found]
-    whole = 0 < sum(map(is_val, names)) < len(names)  # else every file is cut
-    for name, path in tqdm(found, unit="file", disable=None):
-        with open(path, "rb") as f:
-            text = f.read()
+def val_rule(sources, name):
+    """A function (name, index of the document) -> True, False, or None: cut the last 5 %."""
+    if any(n.endswith(tuple(ROWS)) for n, _, _ in sources):
+        if name == "owt" and not tokens:  # nanoGPT: train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+            chosen = set(nanogpt_val_documents().tolist())
+            return lambda _, i: i in chosen
+        return lambda _, i: i % VAL_EVERY == 0
+    by_hash = {n: int.from_bytes(hashlib.sha256(n.encode()).digest()[:8], "big") < VAL_SHARE * 2**64 for n, _, _ in sources}
+    whole = 0 < sum(by_hash.values()) < len(by_hash)
+    return lambda n, _: by_hash[n] if whole else None
+
+
+def nanogpt_val_documents(n=OWT_DOCUMENTS):
+    """The documents of nanoGPT's val.bin, in its order: what datasets' train_test_split draws."""
+    return np.random.default_rng(2357).permutation(n)[: int(np.ceil(0.0005 * n))]
+
+
+# --- writing
+
+
+def encode_piece(piece, encode, eot):
+    """[(name, document, val)] -> {split: (bytes, documents)}."""
+    out = dict(train=[], val=[])
+    for name, doc, val in piece:
+        if isinstance(doc, list):  # token ids, in windows that hold their own end-of-text
+            ids = np.asarray(doc)
+            if ids.size and (ids.min() < 0 or ids.max() > 50256):
+                raise ValueError(f"{name} holds the token id {ids.max()}, which is not GPT-2's")
+            out["val" if val else "train"].append(ids.astype("<u2"))
+            continue
         try:
-            tokens = encode(text)
+            ids = encode(doc)
         except UnicodeDecodeError as e:
-            raise ValueError(f"{path} is not UTF-8 text ({e}): use --tokenizer=bytes, or leave it out") from None
-        if whole:
-            yield "val" if is_val(name) else "train", tokens
-        else:
-            cut = len(tokens) - int(len(tokens) * VAL_SHARE)
-            yield "train", tokens[:cut]
-            yield "val", tokens[cut:]
+            raise ValueError(f"{name} is not UTF-8 text ({e}): use --tokenizer=bytes, or leave it out") from None
+        cut = len(ids) - int(len(ids) * VAL_SHARE) if val is None else 0 if val else len(ids)
+        if val is not True:
+            out["train"].append(np.append(ids[:cut], eot).astype("<u2"))
+        if val is not False:
+            out["val"].append(np.append(ids[cut:], eot).astype("<u2"))
+    return {s: (np.concatenate(docs).tobytes() if docs else b"", len(docs)) for s, docs in out.items()}
 
 
-def write(docs, eot, folder, meta):
-    """Write the token files and meta.json into a new folder."""
-    counts = {split: dict(tokens=0, documents=0) for split in ("train", "val")}
-    hashes = {split: hashlib.sha256() for split in counts}
-    out = {split: open(os.path.join(folder, split + ".bin"), "wb") for split in counts}
-    for split, tokens in docs:
-        data = np.append(tokens, eot).astype("<u2").tobytes()
-        out[split].write(data)
-        hashes[split].update(data)
-        counts[split]["tokens"] += len(tokens) + 1
-        counts[split]["documents"] += 1
-    for f in out.values():
-        f.flush()
-        os.fsync(f.fileno())
-        f.close()
-    meta |= {split: counts[split] | dict(sha256=hashes[split].hexdigest()) for split in counts}
-    with open(os.path.join(folder, "meta.json"), "w") as f:
-        json.dump(meta, f, indent=2)
-    return meta
+def pieces(sources, is_val, position, n):
+    """Yields ([(name, document, val)], position behind them, share read): documents in pieces of about PIECE characters."""
+    piece, size = [], 0
+    for name, doc, position, share in documents(sources, position):
+        piece.append((name, doc, is_val(name, n)))
+        size, n = size + len(doc), n + 1
+        if size >= PIECE or len(piece) >= 10_000:
+            yield piece, position, share
+            piece, size = [], 0
+    if piece:
+        yield piece, position, 1.0
+
+
+def write(half, sources, is_val, encode, eot, progress):
+    """Tokenize on all cores, write in order, and note every few seconds in progress.json how far all is on the disk."""
+    out = {split: open(os.path.join(half, split + ".bin"), "r+b" if progress["documents"] else "wb") for split in ("train", "val")}
+    for split, f in out.items():  # drop what a kill left behind the last note
+        f.truncate(2 * progress[split]["tokens"])
+        f.seek(0, os.SEEK_END)
+
+    def note():
+        for f in out.values():
+            f.flush()
+            os.fsync(f.fileno())
+        with open(os.path.join(half, "progress.json.tmp"), "w") as f:
+            json.dump(progress, f)
+        os.replace(os.path.join(half, "progress.json.tmp"), os.path.join(half, "progress.json"))
+
+    def total():
+        return progress["train"]["tokens"] + progress["val"]["tokens"]
+
+    workers = os.cpu_count() or 1
+    bar = tqdm(total=tokens or None, initial=total(), unit="token", unit_scale=True, disable=None)
+    noted = time.monotonic()
+    waiting = deque()
+    todo = pieces(sources, is_val, progress["position"], progress["documents"])
+    try:
+        with ThreadPoolExecutor(workers) as pool:  # threads: tiktoken leaves the interpreter's lock
+            while not (tokens and total() >= tokens):
+                while len(waiting) < 2 * workers and (item := next(todo, None)):
+                    waiting.append((pool.submit(encode_piece, item[0], encode, eot), item[1], item[2]))
+                if not waiting:
+                    break
+                result, position, share = waiting.popleft()
+                for split, (data, docs) in result.result().items():
+                    out[split].write(data)
+                    progress[split]["tokens"] += len(data) // 2
+                    progress[split]["documents"] += docs
+                    progress["documents"] += docs
+                progress["position"] = position
+                bar.total = tokens or int(total() / share)
+                bar.update(total() - bar.n)
+                if time.monotonic() - noted > 10:
+                    note()
+                    noted = time.monotonic()
+            pool.shutdown(cancel_futures=True)
+    finally:
+        note()
+        bar.close()
+        for f in out.values():
+            f.close()
+
+
+def order_val_as_nanogpt(half, eot):
+    """val.bin holds nanoGPT's val documents in the corpus's order: put them into nanoGPT's."""
+    path = os.path.join(half, "val.bin")
+    ids = np.fromfile(path, dtype="<u2")
+    docs = np.split(ids, np.flatnonzero(ids == eot)[:-1] + 1)
+    wanted = nanogpt_val_documents()
+    place = {document: i for i, document in enumerate(sorted(wanted.tolist()))}
+    np.concatenate([docs[place[document]] for document in wanted.tolist()]).tofile(path)
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def main():
     configure(globals(), sys.argv[1:], __doc__)
-    if not files and dataset not in ("", "stdlib"):
-        sys.exit(f"error: no source for {dataset!r}: give --files='a.txt,dir/*.md', or prepare stdlib")
-    if files and dataset == "stdlib":
-        sys.exit("error: stdlib is Python's own source; give the files another name with --dataset=NAME")
-    name = dataset or ("files" if files else "stdlib")
-    if name != os.path.basename(name) or name in (".", ".."):
-        sys.exit(f"error: --dataset={name} must be a plain folder name under data/")
-    folder, half = os.path.join("data", name), os.path.join("data", name + ".tmp")
+    on_hub = dataset in HUB or "/" in dataset
+    if files and (on_hub or dataset == "stdlib"):
+        sys.exit(f"error: {dataset} has a source of its own; give the files another name with --dataset=NAME")
+    if not files and not on_hub and dataset not in ("", "stdlib"):
+        sys.exit(f"error: no source for {dataset!r}: give --files='a.txt,dir/*.md', a hub dataset as ORG/NAME, or stdlib, {', '.join(HUB)}")
+    if tokens < 0:
+        sys.exit(f"error: --tokens={tokens} must be 0 or more")
+    name = (dataset or ("files" if files else "stdlib")).partition("@")[0].split("/")[-1]
+    if name in ("", ".", ".."):
+        sys.exit(f"error: --dataset={dataset} does not end in a folder name for data/")
+    done, half = os.path.join("data", name), os.path.join("data", name + ".tmp")
     with one_line_errors():
-        encode, vocab_size, eot = make_encoder(tokenizer)
-        found = local_files(files) if files else stdlib_files()
-        meta = dict(tokenizer=tokenizer, vocab_size=vocab_size, eot=eot, source=files or f"stdlib of Python {sys.version.split()[0]}")
-        if os.path.exists(os.path.join(folder, "meta.json")) and not force:
-            with open(os.path.join(folder, "meta.json")) as f:
-                done = json.load(f)
-            differs = [key for key in meta if done.get(key) != meta[key]]
+        encode, vocab_size, eot = make_encoder(tokenizer or ("gpt2" if on_hub else "bytes"))
+        source = files or (f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip() if on_hub else f"stdlib of Python {sys.version.split()[0]}")
+        meta = dict(tokenizer=tokenizer or ("gpt2" if on_hub else "bytes"), vocab_size=vocab_size, eot=eot, source=source, asked_tokens=tokens)
+        if os.path.exists(os.path.join(done, "meta.json")) and not force:
+            with open(os.path.join(done, "meta.json")) as f:
+                old = json.load(f)
+            differs = [key for key in meta if old.get(key) != meta[key]]
             if differs:
-                raise ValueError(f"{folder} holds {differs[0]} {done.get(differs[0])!r}, not {meta[differs[0]]!r}: --force replaces it, --dataset=NAME puts this elsewhere")
-            print(f"{folder} is prepared already: {done['train']['tokens']:,} train and {done['val']['tokens']:,} val tokens (--force redoes it)")
+                raise ValueError(f"{done} holds {differs[0]} {old.get(differs[0])!r}, not {meta[differs[0]]!r}: --force replaces it")
+            print(f"{done} is prepared already: {old['train']['tokens']:,} train and {old['val']['tokens']:,} val tokens (--force redoes it)")
             return
-        shutil.rmtree(half, ignore_errors=True)  # what a killed run left
+        sources = local_files(files) if files else hub_files(HUB.get(dataset, dataset)) if on_hub else stdlib_files()
+        os.makedirs("data", exist_ok=True)
+        size = sum(size for *_, size in sources)
+        need = 2 * tokens or int(size * (2 if meta["tokenizer"] == "bytes" else 0.8))
+        free = shutil.disk_usage("data").free
+        if need > free:
+            raise OSError(f"data/{name} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free" + ("" if tokens else ": ask for less with --tokens"))
+
+        progress = dict(meta=meta, position=[0, 0], documents=0, train=dict(tokens=0, documents=0), val=dict(tokens=0, documents=0))
+        if os.path.exists(os.path.join(half, "progress.json")) and not force:
+            with open(os.path.join(half, "progress.json")) as f:
+                old = json.load(f)
+            if old["meta"] == meta:
+                progress = old
+                print(f"going on behind {old['documents']:,} documents")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last note is written
         try:
-            os.makedirs(half)
-            meta = write(documents(found, encode), eot, half, meta)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(half, folder)
-        finally:
+            os.makedirs(half, exist_ok=True)
+            write(half, sources, val_rule(sources, dataset), encode, eot, progress)
+            if dataset == "owt" and not tokens and progress["documents"] == OWT_DOCUMENTS:
+                order_val_as_nanogpt(half, eot)
+        except ValueError:  # bad input: nothing to go on with
             shutil.rmtree(half, ignore_errors=True)
-    for split in ("train", "val"):
-        print(f"{folder}/{split}.bin: {meta[split]['tokens']:,} tokens, {meta[split]['documents']:,} documents")
+            raise
+        except OSError as e:
+            raise OSError(f"{e}; data/{name} is not finished: run the same command to go on behind {progress['documents']:,} documents") from None
+        except KeyboardInterrupt:
+            sys.exit(f"interrupted: run the same command to go on behind {progress['documents']:,} documents")
+        os.remove(os.path.join(half, "progress.json"))
+        meta |= {s: progress[s] | dict(sha256=sha256(os.path.join(half, s + ".bin"))) for s in ("train", "val")}
+        with open(os.path.join(half, "meta.json"), "w") as f:
+            json.dump(meta, f, indent=2)
+        shutil.rmtree(done, ignore_errors=True)
+        os.rename(half, done)
+    for s in ("train", "val"):
+        print(f"{done}/{s}.bin: {meta[s]['tokens']:,} tokens, {meta[s]['documents']:,} documents")
+    if dataset == "owt" and progress["documents"] != OWT_DOCUMENTS:
+        print(f"this is a part of OpenWebText: {progress['documents']:,} of {OWT_DOCUMENTS:,} documents")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written")
+    main()

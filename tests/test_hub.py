@@ -1,84 +1,23 @@
-"""Weights from a hub: a tiny one on 127.0.0.1 that speaks what huggingface_hub asks for."""
-import hashlib
+"""Weights from a hub: a tiny one on 127.0.0.1."""
 import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from conftest import REPO, random_hf
+from tiny_hub import COMMIT, serve
 
 from model import GPT
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(BaseHTTPRequestHandler):
-    def answer(self, body):
-        server = self.server
-        repo, _, rest = self.path.lstrip("/").partition("/resolve/")
-        revision, _, name = rest.partition("/")
-        server.requests.append((self.command, repo, name, self.headers.get("Range")))
-        if repo == "org/private" and self.headers.get("Authorization") != "Bearer secret":
-            return self.refuse(401, None)
-        if repo == "org/gated":
-            return self.refuse(403, "GatedRepo")
-        if repo == "org/broken":
-            return self.refuse(418, None)
-        folder = server.repos.get("org/tiny" if repo == "org/private" else repo)
-        if folder is None:
-            return self.refuse(404, "RepoNotFound")
-        if revision not in ("main", "v2", COMMIT):
-            return self.refuse(404, "RevisionNotFound")
-        if not (folder / name).is_file():
-            return self.refuse(404, "EntryNotFound")
-        content = (folder / name).read_bytes()
-        start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0]) if self.headers.get("Range") else 0
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(content) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.end_headers()
-        if body:
-            cut = server.cut.pop(name, None)  # the first time, only so many bytes
-            self.wfile.write(content[start : start + cut if cut else None])
-            if cut:
-                self.wfile.flush()
-                self.connection.close()
-
-    def refuse(self, code, error):
-        self.send_response(code)
-        if error:
-            self.send_header("X-Error-Code", error)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture
 def hub(tmp_path):
     """A hub with org/tiny: a random GPT-2 in transformers' format."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests, server.cut, server.repos = [], {}, {"org/tiny": tmp_path / "tiny"}
-    server.hf = random_hf()
-    server.hf.save_pretrained(tmp_path / "tiny")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serve({"org/tiny": tmp_path / "tiny"}) as server:
+        server.hf = random_hf()
+        server.hf.save_pretrained(tmp_path / "tiny")
+        yield server
 
 
 @pytest.fixture
@@ -95,8 +34,7 @@ for source in sys.argv[1:]:
     except (OSError, ValueError) as e:
         print(json.dumps(str(e)))
 """
-        env = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "cache"),
-                            "PYTHONPATH": REPO, "HF_HUB_DISABLE_XET": "1"} | env
+        env = os.environ | hub.env | {"HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": REPO} | env
         done = subprocess.run([sys.executable, "-c", code, *sources], env=env, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines() if line[0] in '["']
