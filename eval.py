@@ -30,7 +30,7 @@ models = ""  # comma-separated model directories or out_dirs; by default the ori
 tokens = 0  # how many val tokens, spread evenly; 0: all of them
 block_size = 0  # tokens in a window; 0: the smallest context of the models
 batch_size = 16  # windows at a time
-device = "cpu"
+device = "auto"  # cuda where there is one, else cpu
 dtype = "float32"  # or bfloat16: autocast
 json = ""  # a file to write everything into
 # -----------------------------------------------------------------------------
@@ -99,10 +99,12 @@ def print_table(rows):
 
 
 def main():
-    global block_size, dataset
+    global block_size, dataset, device
     configure(globals(), sys.argv[1:], __doc__)
     if dtype not in ("float32", "bfloat16"):
         sys.exit(f"error: dtype is {dtype!r}, but it must be float32 or bfloat16")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     with one_line_errors():
         sources, last_dataset = (models.split(","), "stdlib") if models else last_run()
         dataset = dataset or last_dataset

@@ -9,6 +9,7 @@ Train GPT-2, and remove its LayerNorms on a schedule.
 How a LayerNorm is removed: `timeline` turns ln_schedule into events, `remove` carries one step's events out on the model, and
 the loop at the end of the file calls it before that step's forward pass.
 """
+import importlib.util
 import json
 import math
 import os
@@ -237,6 +238,8 @@ def check_settings():
             raise ValueError(f"{name} is {globals()[name]}, but it must be 1 or more")
     if seed < 0:
         raise ValueError(f"seed is {seed}, but it must be 0 or more")
+    if wandb_log and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb_log needs `pip install wandb`")
     if aux_loss_weight < 0:
         raise ValueError(f"aux_loss_weight is {aux_loss_weight}, but it must be 0 or more")
 
@@ -300,10 +303,13 @@ def main():
         if checkpoint and os.path.exists(log_path):  # drop what happened after the checkpoint: it will happen again
             with open(log_path) as f:
                 lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
-        log = None
         if master:
-            log = open(log_path, "w")
-            log.writelines(lines)
+            if not checkpoint and os.path.exists(checkpoint_path):
+                print(f"note: {out_dir} holds an earlier run, which this one replaces")
+            with open(log_path + ".tmp", "w") as f:
+                f.writelines(lines)
+            os.replace(log_path + ".tmp", log_path)
+            log = open(log_path, "a")
     if world > 1 and master:
         dist.barrier()
     model.to(where)
@@ -348,8 +354,9 @@ def main():
 
     def record(entry):
         if master:
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
+            with one_line_errors():
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
             if wandb_log:
                 wandb.log(entry, step=entry["step"])
 

@@ -1,12 +1,16 @@
 """train.py: the schedule as data, the data order, the loop, its checkpoints and its interruptions."""
+import importlib.machinery
 import json
 import os
 import signal
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from configurator import configure
+from conftest import REPO, TINY
 from safetensors.torch import load_file
 
 import data
@@ -249,3 +253,43 @@ def test_a_resume_under_another_schedule_is_refused(removal):
     removal()
     again = removal("--init_from=resume", "--max_iters=14", "--ln_schedule=[]")
     assert again.code == 1 and "is fake at step 12, but by ln_schedule it should be real" in again.text
+
+
+# --- the configs, and what is logged
+
+
+@pytest.mark.parametrize("name, n_layer", [("remove_ln", 12), ("remove_ln_fast", 12), ("remove_ln_medium", 24), ("remove_ln_large", 36), ("remove_ln_xl", 48), ("remove_ln_tiny", 4)])
+def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
+    config, control = (os.path.join(REPO, "config", f"{n}.py") for n in (name, "control"))
+    defaults = {k: v for k, v in vars(train).items()}
+    removal = configure(dict(defaults), [config], "")
+    events = timeline(removal["ln_schedule"], n_layer, removal["max_iters"])
+    assert len({event[1:] for event in events}) == 3 * n_layer + 3  # sites, ln_f and the two treatments
+    by_kind = {kind: [k for k, name, _ in events if name == kind] for kind in ("ln_2", "ln_1qk", "ln_1v", "ln_f", "eot", "bos")}
+    assert [k for steps in by_kind.values() for k in steps] == sorted(k for k, *_ in events)  # each kind waits for the one before
+    assert name == "remove_ln_tiny" or removal["batch_size"] * removal["gradient_accumulation_steps"] * removal["block_size"] == 2**19
+    kept = configure(dict(defaults), [config, control], "")
+    assert {k for k in kept if kept[k] != removal[k]} <= {"ln_schedule", "out_dir", "aux_loss_weight"}
+    assert kept["ln_schedule"] == [] and kept["aux_loss_weight"] == 0 and kept["out_dir"] == removal["out_dir"] + "_control"
+
+
+def test_the_published_schedules_are_in_the_configs():
+    read = lambda name: configure({k: v for k, v in vars(train).items()}, [os.path.join(REPO, "config", name)], "")
+    assert read("remove_ln.py")["ln_schedule"] == POST and read("remove_ln_fast.py")["ln_schedule"] == FOLLOW_UP
+
+
+def test_the_models_flops_are_its_matrix_products():
+    model = GPT.from_pretrained(TINY)
+    c = model.config
+    weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd  # the matrices; biases and LNs are 1 % more
+    assert train.flops_per_token(model, 32) == pytest.approx(6 * weights + 12 * c.n_layer * c.n_embd * 32, rel=0.02)
+
+
+def test_wandb_gets_what_the_log_gets(removal, monkeypatch):
+    logged, started = [], []
+    wandb = types.SimpleNamespace(init=lambda **k: started.append(k), log=lambda entry, step: logged.append(entry))
+    assert "needs `pip install wandb`" in removal("--wandb_log").text
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert removal("--wandb_log", "--wandb_project=mine").code == 0
+    assert logged == read_log() and started[0]["project"] == "mine" and started[0]["config"]["max_iters"] == 12
