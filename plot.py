@@ -37,7 +37,7 @@ def plot_loss(run, path):
         sys.exit(f"error: {run}/log.jsonl has no step yet")
     if os.path.exists(run + "_control/log.jsonl"):
         control = read_log(run + "_control")
-    fig, (top, low) = plt.subplots(2, 1, sharex=True, figsize=(11, 7), height_ratios=(3, 2), layout="constrained")
+    fig, (top, low) = plt.subplots(2, 1, sharex=True, figsize=(13, 7), height_ratios=(3, 2), layout="constrained")
     for log, name, color in ((free, "LN-free", "tab:red"), (control, "control (LN kept)", "tab:blue")):
         if log:
             top.plot(log["loss"].keys(), log["loss"].values(), color=color, alpha=0.35, linewidth=0.8)
@@ -68,7 +68,7 @@ def plot_loss(run, path):
         for axis in (top, low):
             axis.axvline(step, color=color, linewidth=0.7, alpha=0.6)
         text = names[0] if len(names) == 1 else f"{names[0]} + {len(names) - 1} more" if len(names) > 3 else ", ".join(names)
-        top.text(step, 1.01, text, transform=top.get_xaxis_transform(), rotation=90, fontsize=7, color=color, ha="center", va="bottom")
+        top.text(step, 1.01, text, transform=top.get_xaxis_transform(), rotation=90, fontsize=6.5, color=color, ha="center", va="bottom")
     try:
         fig.savefig(path, dpi=120)
     except OSError as e:
