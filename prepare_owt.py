@@ -310,7 +310,7 @@ def main():
         need = 2 * tokens or int(size * (2 if meta["tokenizer"] == "bytes" else 0.8))
         free = shutil.disk_usage("data").free
         if need > free:
-            raise OSError(f"data/{name} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free" + ("" if tokens else ": ask for less with --tokens"))
+            raise OSError(f"data/{name} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: ask for less with --tokens")
 
         progress = dict(meta=meta, position=[0, 0], documents=0, train=dict(tokens=0, documents=0), val=dict(tokens=0, documents=0))
         if os.path.exists(os.path.join(half, "progress.json")) and not force:

@@ -140,9 +140,9 @@ def test_local_jsonl_and_parquet_rows(run, tmp_path, gpt2_tokenizer):
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, gpt2_tokenizer, kind):
     monkeypatch.chdir(tmp_path)
-    docs = texts(40_000)
-    write_parquet(tmp_path / "a.parquet", docs[:25_000])
-    write_parquet(tmp_path / "b.parquet", docs[25_000:])
+    docs = texts(20_000)
+    write_parquet(tmp_path / "a.parquet", docs[:12_000])
+    write_parquet(tmp_path / "b.parquet", docs[12_000:])
     slow = f"""
 import sys, time
 sys.path.insert(0, {REPO!r})
@@ -163,7 +163,7 @@ prepare_owt.main()
     if kind == signal.SIGTERM:
         assert "run the same command to go on" in text and "Traceback" not in text
     noted = json.load(open("data/cut.tmp/progress.json"))["documents"]
-    assert 0 < noted < 40_000
+    assert 0 < noted < 20_000
     for name in ("cut", "whole"):
         done = subprocess.run([sys.executable, os.path.join(REPO, "prepare_owt.py"), "--files=a.parquet,b.parquet", "--tokenizer=gpt2", f"--dataset={name}"],
                               capture_output=True, text=True)

@@ -130,7 +130,9 @@ def test_a_run_removes_every_layernorm_and_leaves_its_four_files(removal):
     assert sorted(os.listdir("out/run")) == ["ckpt.pt", "log.jsonl", "model", "settings.json"]
     model = GPT.from_pretrained("out/run/model")
     assert model.ln_free() and set(model.ln_modes().values()) == {"fake"}
-    model.fold()
+    x = data.read_windows(np.fromfile("data/stdlib/val.bin", dtype="<u2"), [0, 5000], 256, "cpu")[0]
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().fold()(x)[0], model(x)[0], atol=1e-4, rtol=0)
     assert "ln_2   fake before step 1, 2, 3, 4\n" in done.text and done.text.index("ln_2   fake") < done.text.index("step      0")
 
     log = read_log()
