@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -274,7 +275,7 @@ def main():
         meta = read_meta(dataset)
         checkpoint = load_checkpoint(os.path.join(out_dir, "ckpt.pt")) if init_from == "resume" else None
         if checkpoint:
-            model = GPT(GPTConfig(**checkpoint["model_config"]))
+            model = GPT(GPTConfig(**checkpoint["model_config"] | dict(dropout=dropout)))
             model.load_state_dict(checkpoint["model"])
             model.load_ln_state(checkpoint["ln_state"])
         elif init_from == "scratch":
@@ -292,7 +293,9 @@ def main():
         events = timeline(ln_schedule, model.config.n_layer, max_iters)
         start = checkpoint["step"] if checkpoint else 0
         modes, treatments = state_at(events, start, model.sites())
-        if model.ln_modes() != modes:
+        if events and model.config.folded:
+            raise ValueError(f"{init_from} is folded: it has no LayerNorm that ln_schedule could remove")
+        if (events or checkpoint) and model.ln_modes() != modes:
             name = next(name for name in modes if modes[name] != model.ln_modes()[name])
             raise ValueError(f"{name} is {model.ln_modes()[name]} at step {start}, but by ln_schedule it should be {modes[name]}")
         for kind, on in treatments.items():
@@ -391,7 +394,8 @@ def main():
             bar.close()
             with one_line_errors():
                 save(step)
-            say(f"stopped at step {step}, saved to {checkpoint_path}; go on with: {resume_command()}")
+            launcher = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world)}"]
+            say(f"stopped at step {step}, saved to {checkpoint_path}; go on with: {shlex.join([*launcher, *sys.argv])} --init_from=resume")
             sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
 
         if step % eval_interval == 0 or step == max_iters:
@@ -430,7 +434,7 @@ def main():
         loss = mean_over_processes(loss_sum).item()
         if not math.isfinite(loss):
             bar.close()
-            sys.exit(f"error: the loss is {loss} at step {step}; the last checkpoint stays as it is. Try a lower learning_rate or more steps between events")
+            sys.exit(f"error: the loss is {loss} at step {step}; the last checkpoint stays as it is. Try a lower learning_rate or more steps between events" if master else 1)
         speed = tokens_per_step / (time.perf_counter() - began)
         mfu = speed * flops_per_token(model, block_size) / (peak * world)
         record(dict(step=step, loss=loss, lr=learning_rate_at(step), tokens_per_s=round(speed), mfu=round(mfu, 4)))
@@ -446,11 +450,6 @@ def main():
         print(f"{out_dir}/model: " + ("LN-free" if model.ln_free() else f"{sum(m == 'fake' for m in model.ln_modes().values())} of {len(model.sites())} sites fake"))
     if world > 1:
         dist.destroy_process_group()
-
-
-def resume_command():
-    args = [arg for arg in sys.argv if not arg.startswith("--init_from")]
-    return " ".join(["python", *args, "--init_from=resume"])
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, random_hf
+from conftest import TINY, random_hf, set_all_fake
 from safetensors.torch import load_file, save_file
+
+from model import GPT
 
 SHORT = ["--max_iters=2", "--batch_size=2", "--block_size=32", "--eval_iters=1", "--compile=False"]
 
@@ -142,3 +144,15 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_that_is_there(run, datase
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run, dataset):
     done = run("train.py", f"--init_from={TINY}", *SHORT, "--dataset=mine", "--max_iters=50", "--learning_rate=1e30", "--warmup_iters=1", "--grad_clip=0")
     assert done.code == 1 and "the loss is nan at step" in done.text and not os.path.exists("out/run/ckpt.pt")
+
+
+def test_removal_from_a_folded_model_is_refused_and_fine_tuning_an_ln_free_one_is_not(refused, run, dataset):
+    model = set_all_fake(GPT.from_pretrained(TINY))
+    model.save_pretrained("free")
+    model.fold().save_pretrained("folded")
+    schedule = "--ln_schedule=[('ln_2', 1, 0)]"
+    assert "folded is folded: it has no LayerNorm" in refused("--dataset=mine", "--init_from=folded", schedule)
+    assert "h.0.ln_1qk is fake at step 0, but by ln_schedule it should be real" in refused("--dataset=mine", "--init_from=free", schedule)
+    for source in ("free", "folded"):
+        assert run("train.py", f"--init_from={source}", *SHORT, "--dataset=mine").code == 0
+        assert GPT.from_pretrained("out/run/model").ln_free()
