@@ -14,17 +14,20 @@ Each document is followed by the end-of-text id. val is: of whole text files abo
 import glob
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
 import sysconfig
+import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
+import pyarrow.parquet as pq
 import tiktoken
 from tqdm import tqdm
 
@@ -43,7 +46,7 @@ force = False  # prepare again what is prepared already
 
 HUB = dict(owt="Skylion007/openwebtext", pile="monology/pile-uncopyrighted")
 OWT_DOCUMENTS = 8_013_769
-ROWS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".json": "json"}  # suffix: reader in `datasets`
+ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")  # files whose rows are documents
 VAL_SHARE = 0.05  # of whole text files
 VAL_EVERY = 200  # of rows
 PIECE = 1_000_000  # characters that a worker takes at a time
@@ -84,7 +87,7 @@ def hub_files(repo):
 
     def matching(revision, split_pattern):
         found = [f for f in hub.HfApi().list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset") if hasattr(f, "size")]
-        rows = sorted((f for f in found if f.path.endswith(tuple(ROWS)) and f.path.startswith(folder)), key=lambda f: f.path)
+        rows = sorted((f for f in found if f.path.endswith(ROWS) and f.path.startswith(folder)), key=lambda f: f.path)
         return rows, [f for f in rows if re.search(split_pattern, f.path)]
 
     try:
@@ -112,22 +115,29 @@ def hub_files(repo):
 
 def rows_of(path, skip):
     """Yields (document, rows so far, share of the file read) from row `skip` on. A document is text, or a list of token ids."""
-    import pyarrow.parquet
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    kind = next(kind for suffix, kind in ROWS.items() if path.endswith(suffix))
     size, read = os.path.getsize(path), 0
     try:
-        total = pyarrow.parquet.ParquetFile(path).metadata.num_rows if kind == "parquet" else None
-        rows = load_dataset(kind, data_files=path, split="train", streaming=True)
-        for n, row in enumerate(rows.skip(skip) if skip else rows, skip + 1):
-            name = column or ("text" if "text" in row else "input_ids")
-            if name not in row:
-                raise ValueError(f"no column {name!r}: choose one of {', '.join(row)} with --column")
-            read += len(row[name] or "")
-            yield row[name] or "", n, n / total if total else min(1.0, read / size)
-    except (ValueError, DatasetGenerationError) as e:  # pyarrow's errors are ValueErrors
+        if path.endswith(".parquet"):
+            file = pq.ParquetFile(path)
+            total, names = file.metadata.num_rows, file.schema_arrow.names
+        else:
+            from datasets import load_dataset  # a second or two, for these files only
+
+            rows = load_dataset("json", data_files=path, split="train", streaming=True)
+            total, names = None, list(next(iter(rows)))
+        name = column or ("text" if "text" in names else "input_ids")
+        if name not in names:
+            raise ValueError(f"no column {name!r}: choose one of {', '.join(names)} with --column")
+        if total is None:
+            docs = (row[name] for row in rows)
+        else:
+            docs = (doc for batch in file.iter_batches(1000, columns=[name]) for doc in batch.column(0).to_pylist())
+        for n, doc in enumerate(docs, 1):
+            doc = doc or ""
+            read += len(doc)
+            if n > skip:
+                yield doc, n, n / total if total else min(1.0, read / size)
+    except ValueError as e:  # pyarrow's and datasets' errors among them
         raise ValueError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
 
 
@@ -136,7 +146,7 @@ def documents(sources, position):
     first, skip = position
     for i, (name, path, _) in enumerate(sources[first:], first):
         path = path() if callable(path) else path
-        if path.endswith(tuple(ROWS)):
+        if path.endswith(ROWS):
             for doc, n, share in rows_of(path, skip):
                 yield name, doc, [i, n], (i + share) / len(sources)
         else:
@@ -161,7 +171,7 @@ def make_encoder(tokenizer):
 
 def val_rule(sources, name):
     """A function (name, index of the document) -> True, False, or None: cut the last 5 %."""
-    if any(n.endswith(tuple(ROWS)) for n, _, _ in sources):
+    if any(n.endswith(ROWS) for n, _, _ in sources):
         if name == "owt" and not tokens:  # nanoGPT: train_test_split(test_size=0.0005, seed=2357, shuffle=True)
             chosen = set(nanogpt_val_documents().tolist())
             return lambda _, i: i in chosen
@@ -179,8 +189,17 @@ def nanogpt_val_documents(n=OWT_DOCUMENTS):
 # --- writing
 
 
-def encode_piece(piece, encode, eot):
-    """[(name, document, val)] -> {split: (bytes, documents)}."""
+def start_worker(tokenizer):
+    """In each worker: its tokenizer; it leaves interruptions to the main process, and ends when that is gone."""
+    global encode, eot
+    encode, _, eot = make_encoder(tokenizer)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def encode_piece(piece):
+    """[(name, document, val)] -> {split: (bytes, documents)}, in a worker."""
     out = dict(train=[], val=[])
     for name, doc, val in piece:
         if isinstance(doc, list):  # token ids, in windows that hold their own end-of-text
@@ -214,7 +233,7 @@ def pieces(sources, is_val, position, n):
         yield piece, position, 1.0
 
 
-def write(half, sources, is_val, encode, eot, progress):
+def write(half, sources, is_val, tokenizer, progress):
     """Tokenize on all cores, write in order, and note every few seconds in progress.json how far all is on the disk."""
     out = {split: open(os.path.join(half, split + ".bin"), "r+b" if progress["documents"] else "wb") for split in ("train", "val")}
     for split, f in out.items():  # drop what a kill left behind the last note
@@ -238,10 +257,10 @@ def write(half, sources, is_val, encode, eot, progress):
     waiting = deque()
     todo = pieces(sources, is_val, progress["position"], progress["documents"])
     try:
-        with ThreadPoolExecutor(workers) as pool:  # threads: tiktoken leaves the interpreter's lock
+        with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(tokenizer,)) as pool:
             while not (tokens and total() >= tokens):
                 while len(waiting) < 2 * workers and (item := next(todo, None)):
-                    waiting.append((pool.submit(encode_piece, item[0], encode, eot), item[1], item[2]))
+                    waiting.append((pool.submit(encode_piece, item[0]), item[1], item[2]))
                 if not waiting:
                     break
                 result, position, share = waiting.popleft()
@@ -293,9 +312,10 @@ def main():
         sys.exit(f"error: --dataset={dataset} does not end in a folder name for data/")
     done, half = os.path.join("data", name), os.path.join("data", name + ".tmp")
     with one_line_errors():
-        encode, vocab_size, eot = make_encoder(tokenizer or ("gpt2" if on_hub else "bytes"))
+        chosen = tokenizer or ("gpt2" if on_hub else "bytes")
+        _, vocab_size, eot = make_encoder(chosen)
         source = files or (f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip() if on_hub else f"stdlib of Python {sys.version.split()[0]}")
-        meta = dict(tokenizer=tokenizer or ("gpt2" if on_hub else "bytes"), vocab_size=vocab_size, eot=eot, source=source, asked_tokens=tokens)
+        meta = dict(tokenizer=chosen, vocab_size=vocab_size, eot=eot, source=source, asked_tokens=tokens)
         if os.path.exists(os.path.join(done, "meta.json")) and not force:
             with open(os.path.join(done, "meta.json")) as f:
                 old = json.load(f)
@@ -307,7 +327,7 @@ def main():
         sources = local_files(files) if files else hub_files(HUB.get(dataset, dataset)) if on_hub else stdlib_files()
         os.makedirs("data", exist_ok=True)
         size = sum(size for *_, size in sources)
-        need = 2 * tokens or int(size * (2 if meta["tokenizer"] == "bytes" else 0.8))
+        need = 2 * tokens or int(size * (2 if chosen == "bytes" else 0.8))
         free = shutil.disk_usage("data").free
         if need > free:
             raise OSError(f"data/{name} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: ask for less with --tokens")
@@ -322,7 +342,7 @@ def main():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last note is written
         try:
             os.makedirs(half, exist_ok=True)
-            write(half, sources, val_rule(sources, dataset), encode, eot, progress)
+            write(half, sources, val_rule(sources, dataset), chosen, progress)
             if dataset == "owt" and not tokens and progress["documents"] == OWT_DOCUMENTS:
                 order_val_as_nanogpt(half, eot)
         except ValueError:  # bad input: nothing to go on with

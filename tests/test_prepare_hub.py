@@ -147,8 +147,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch
 import sys, time
 sys.path.insert(0, {REPO!r})
 import prepare_owt
-real, prepare_owt.time.monotonic = prepare_owt.encode_piece, iter(range(0, 10**9, 20)).__next__  # a note after every piece
-prepare_owt.encode_piece = lambda *args: (time.sleep(0.05), real(*args))[1]
+prepare_owt.time.monotonic = iter(range(0, 10**9, 20)).__next__  # a note after every piece
+real = prepare_owt.pieces
+prepare_owt.pieces = lambda *args: (time.sleep(0.05) or piece for piece in real(*args))
 sys.argv = ["prepare_owt.py", "--files=a.parquet,b.parquet", "--tokenizer=gpt2", "--dataset=cut"]
 prepare_owt.main()
 """
