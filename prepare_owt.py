@@ -131,7 +131,8 @@ def rows_of(path, skip):
         if total is None:
             docs = (row[name] for row in rows)
         else:
-            docs = (doc for batch in file.iter_batches(1000, columns=[name]) for doc in batch.column(0).to_pylist())
+            groups = (file.iter_batches(1000, row_groups=[g], columns=[name]) for g in range(file.num_row_groups))  # one at a time in memory
+            docs = (doc for group in groups for batch in group for doc in batch.column(0).to_pylist())
         for n, doc in enumerate(docs, 1):
             doc = doc or ""
             read += len(doc)
@@ -161,7 +162,10 @@ def make_encoder(tokenizer):
         return lambda doc: np.frombuffer(doc if isinstance(doc, bytes) else doc.encode(), dtype=np.uint8).astype("<u2"), 257, 256
     if tokenizer != "gpt2":
         raise ValueError(f"unknown tokenizer {tokenizer!r}: it is bytes or gpt2")
-    bpe = tiktoken.get_encoding("gpt2")  # fetched once, an OSError without a network
+    try:
+        bpe = tiktoken.get_encoding("gpt2")  # fetched once
+    except OSError as e:
+        raise OSError(f"tiktoken can't fetch GPT-2's vocabulary ({type(e).__name__}): fetch it where there is a network, and set TIKTOKEN_CACHE_DIR to its folder") from None
 
     def encode(doc):  # what encode_ordinary gives, without its list
         return bpe.encode_to_numpy(doc.decode() if isinstance(doc, bytes) else doc, disallowed_special=()).astype("<u2")
