@@ -13,11 +13,14 @@ def read_meta(dataset):
     path = os.path.join("data", dataset, "meta.json")
     try:
         with open(path) as f:
-            return json.load(f)
+            meta = json.load(f)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not there: run `python prepare_owt.py --dataset={dataset}` first") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"{path} is not JSON ({e}): run `python prepare_owt.py --dataset={dataset} --force`") from None
+    if not isinstance(meta, dict) or not all(isinstance(meta.get(key), int) for key in ("vocab_size", "eot")):
+        raise ValueError(f"{path} has no vocab_size or eot: run `python prepare_owt.py --dataset={dataset} --force`")
+    return meta
 
 
 def open_tokens(dataset, split, block_size, vocab_size):

@@ -103,6 +103,8 @@ def main():
     configure(globals(), sys.argv[1:], __doc__)
     if dtype not in ("float32", "bfloat16"):
         sys.exit(f"error: dtype is {dtype!r}, but it must be float32 or bfloat16")
+    if batch_size < 1 or tokens < 0 or block_size < 0:
+        sys.exit("error: batch_size must be 1 or more, tokens and block_size 0 or more")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with one_line_errors():

@@ -384,7 +384,7 @@ class GPT(nn.Module):
             raise ValueError(f"{path} is not JSON: {e}") from None
         except FileNotFoundError:
             raise FileNotFoundError(f"{source} is not a model directory: it has no config.json") from None
-        kind = hf.get("model_type")
+        kind = hf.get("model_type") if isinstance(hf, dict) else None
         if kind not in ("gpt2", "gpt2_ln_mode", "gpt2_folded"):
             raise ValueError(f"{path}: model_type is {kind!r}, but only GPT-2 models can be read")
         keys = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd")

@@ -22,7 +22,7 @@ def read_log(run):
     try:
         with open(path) as f:
             entries = [json.loads(line) for line in f]
-    except FileNotFoundError:
+    except OSError:
         sys.exit(f"error: {path} is not there: {run} is not the out_dir of a run")
     except json.JSONDecodeError as e:
         sys.exit(f"error: {path} is not a log of train.py: {e}")

@@ -66,6 +66,8 @@ def test_data_that_do_not_fit_the_model_or_the_window(refused, dataset):
     meta = json.load(open("data/mine/meta.json"))
     json.dump(meta | dict(vocab_size=50257), open("data/mine/meta.json", "w"))
     assert "holds token ids up to 50256" in refused("--dataset=mine")
+    json.dump({}, open("data/mine/meta.json", "w"))
+    assert "meta.json has no vocab_size or eot" in refused("--dataset=mine")
     json.dump(meta | dict(train=dict(tokens=30)), open("data/mine/meta.json", "w"))
     np.zeros(30, "<u2").tofile("data/mine/train.bin")
     assert "fewer than block_size + 1 = 33" in refused("--dataset=mine")
@@ -122,7 +124,8 @@ def break_tensors(change):
     (break_config(n_head=7), "n_embd 64 is not a multiple of n_head 7"), (break_config(tie_word_embeddings=False), "tie_word_embeddings is False"),
     (lambda folder: os.truncate(folder / "model.safetensors", 1000), "cut short or not safetensors"),
     (lambda folder: os.remove(folder / "model.safetensors"), "has no model.safetensors"),
-    (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"), (lambda folder: os.remove(folder / "config.json"), "has no config.json"),
+    (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "model_type is None"), (lambda folder: os.remove(folder / "config.json"), "has no config.json"),
     (lambda folder: shutil.rmtree(folder), "hf is not a directory here, and https://huggingface.co can't be asked ("),
     (break_config(model_type="gpt2_ln_mode"), "ln_state is not whole"),
 ])

@@ -80,6 +80,7 @@ def test_a_half_removed_model_is_not_called_ln_free(run, stdlib):
     ([], "no finished removal under out/"), (["--models=nowhere"], "nowhere is not a directory here"),
     ([f"--models={TINY}", "--dataset=mine"], "run `python prepare_owt.py --dataset=mine`"),
     ([f"--models={TINY}", "--block_size=1024"], "block_size 1024 is beyond the 256 positions"),
+    ([f"--models={TINY}", "--batch_size=0"], "batch_size must be 1 or more"),
     ([f"--models={TINY}", "--tokens=100"], "less than one window of 256"), ([f"--models={TINY}", "--tokens=512", "--json=no/where.json"], "no/where.json"),
 ])
 def test_bad_input_ends_in_one_line(run, stdlib, args, message):
@@ -105,4 +106,5 @@ def test_the_picture_names_every_event(run, finished, monkeypatch):
 
 def test_a_picture_of_what_is_not_a_run_is_refused(run, tmp_path):
     assert "is not the out_dir of a run" in run("plot.py", "nothing").text
+    assert "is not the out_dir of a run" in run("plot.py", __file__).text
     assert run("plot.py").code == 1 and os.listdir(tmp_path) == []
