@@ -4,7 +4,7 @@ Speed and memory of a training step, each way in a process of its own, in turns.
     python bench.py                                          # GPT-2 small's shape, 4 x 256 tokens a step
     python bench.py --n_layer=4 --n_head=6 --n_embd=192 --vocab_size=320 --batch_size=16
 
-`nanoGPT's way`: float32, the logits whole, compiled. The other rows are train.py's: LN-free or not makes no difference to their graph.
+`nanoGPT's way` is this model as nanoGPT would train it on a CPU: float32, the logits whole, compiled. The other rows are train.py's.
 A row's figures are the median over rounds; tokens a second of a step after the first two, peak memory of the process or the GPU.
 """
 import json
