@@ -20,9 +20,14 @@ def one_line_errors():
     try:
         yield
     except (ValueError, OSError) as e:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # what all processes meet, rank 0 says: torchrun ends the others before they repeat it
-        sys.exit(f"error: {e}")
+        stop(e)
+
+
+def stop(problem):
+    """End the script with one line and a non-zero exit; under torchrun, with one line for all processes."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # what all processes meet, rank 0 says, and torchrun ends the others before they repeat it
+    sys.exit(f"error: {problem}")
 
 
 def configure(settings, argv, doc):
@@ -46,7 +51,7 @@ def configure(settings, argv, doc):
             value = "True"  # --force alone
         elif not equals:
             if not argv:
-                sys.exit(f"error: --{key} needs a value, as in --{key}={settings[key]!r}")
+                stop(f"--{key} needs a value, as in --{key}={settings[key]!r}")
             value = argv.pop(0)
         settings[key] = check_type(f"--{key}", parse(value, settings[key]), settings[key])
     return {name: settings[name] for name in names}
@@ -54,14 +59,14 @@ def configure(settings, argv, doc):
 
 def apply_file(settings, names, path):
     if not os.path.isfile(path):
-        sys.exit(f"error: no config file {path}; settings are given as --key=value")
+        stop(f"no config file {path}; settings are given as --key=value")
     before = {name: settings[name] for name in names}
     after = dict(before)
     try:
         with open(path) as f:
             exec(compile(f.read(), path, "exec"), {"__builtins__": {}}, after)
     except Exception as e:
-        sys.exit(f"error: {path} is not a config file: {type(e).__name__}: {e}")
+        stop(f"{path} is not a config file: {type(e).__name__}: {e}")
     for key, value in after.items():
         check_name(names, key, f"{key} in {path}")
         settings[key] = check_type(f"{key} in {path}", value, before[key])
@@ -70,7 +75,7 @@ def apply_file(settings, names, path):
 def check_name(names, key, where):
     if key not in names:
         near = difflib.get_close_matches(key, names, 1, 0.5)
-        sys.exit(f"error: unknown setting {where}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+        stop(f"unknown setting {where}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
 
 
 def parse(text, default):
@@ -89,7 +94,7 @@ def check_type(where, value, default):
     if type(default) is list and type(value) is tuple:
         value = list(value)
     if type(value) is not type(default):
-        sys.exit(f"error: {where} must be {type(default).__name__}, as {default!r} is, but it is {value!r}")
+        stop(f"{where} must be {type(default).__name__}, as {default!r} is, but it is {value!r}")
     if type(value) is float and not math.isfinite(value):
-        sys.exit(f"error: {where} must be a finite number, but it is {value!r}")
+        stop(f"{where} must be a finite number, but it is {value!r}")
     return value

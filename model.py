@@ -49,6 +49,7 @@ class LayerNorm(nn.Module):
     fake: (x - mean) / constant        * weight + bias, which is affine in x
 
     The constant is bos_std where use_bos (broadcast to (B, T, 1)) is true and avg_std elsewhere; both are 1 until measured.
+    The variance is over C, unbiased=False. Source: arXiv 2409.13710.
     """
 
     def __init__(self, config):
@@ -84,6 +85,8 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
+    """x_qk, x_v (B, T, C), the inputs of query and key and of value -> (B, T, C). ValueError if the heads don't divide C."""
+
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
@@ -109,6 +112,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias or config.folded)
@@ -120,6 +125,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """x (B, T, C), use_bos (1, T, 1), use_bos_v (B, T, 1) -> (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.folded = config.folded
@@ -178,7 +185,7 @@ class GPT(nn.Module):
 
         In training the logits are None: they are made, and made again for the gradient, LOSS_ROWS tokens at a time.
         With aux_loss a third value follows, the mean squared difference between the std before ln_f at each position and its
-        mean over ordinary tokens (arXiv 2507.02559)."""
+        mean over ordinary tokens (arXiv 2507.02559). ValueError if T is beyond block_size."""
         x, use_bos = self.residual(idx)
         aux = self.std_spread(x, idx) if aux_loss else None
         x = x if self.config.folded else self.transformer.ln_f(x, use_bos)
@@ -192,10 +199,12 @@ class GPT(nn.Module):
         return (logits, loss, aux) if aux_loss else (logits, loss)
 
     def summed_loss(self, x, targets):
+        """x (rows, C), targets (rows,) -> the sum of their losses, in nats."""
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1, reduction="sum")
 
     def std_spread(self, x, idx):
-        std = self.transformer.ln_f.std(x.float()).squeeze(-1)  # (B, T)
+        """x (B, T, C), idx (B, T) -> the auxiliary loss, a scalar."""
+        std = torch.sqrt(x.float().var(-1, unbiased=False) + self.config.ln_eps)  # (B, T)
         ordinary = self.ordinary(idx)
         return (std - (std * ordinary).sum() / ordinary.sum()).square().mean()
 
@@ -241,7 +250,7 @@ class GPT(nn.Module):
         self.sites()[name].set_mode(mode)
 
     def set_treatment(self, kind, on):
-        """Switch the "bos" or the "eot" treatment on or off."""
+        """Switch the "bos" or the "eot" treatment on or off. ValueError: no such treatment."""
         if kind not in ("bos", "eot"):
             raise ValueError(f"unknown treatment {kind!r}: it is 'bos' or 'eot'")
         (self.bos_on if kind == "bos" else self.eot_on).fill_(on)
@@ -249,7 +258,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def measure_std(self, idx):
         """Set the constants of all sites that are still real from the batch idx (B, T): bos_std is the mean std at position 0,
-        avg_std the mean over ordinary tokens (neither position 0 nor end-of-text)."""
+        avg_std the mean over ordinary tokens (neither position 0 nor end-of-text). ValueError if there is none."""
         ordinary = self.ordinary(idx)
         if not ordinary.any():
             raise ValueError("measure_std needs an ordinary token: one behind position 0 that is not end-of-text")
@@ -272,6 +281,7 @@ class GPT(nn.Module):
         return {"sites": sites, "bos": self.bos_on.item(), "eot": self.eot_on.item()}
 
     def load_ln_state(self, state):
+        """Set what ln_state returned. KeyError, TypeError or ValueError if a site is missing or not whole."""
         for name, site in self.sites().items():
             site.set_mode(state["sites"][name]["mode"])
             site.avg_std.fill_(state["sites"][name]["avg_std"])
@@ -325,7 +335,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, directory):
         """Write config.json and model.safetensors. With all sites real this is a plain `gpt2` directory; otherwise config.json
-        has a model_type of our own, and an activation_function that makes even GPT2LMHeadModel.from_pretrained refuse it."""
+        has a model_type of our own, and an activation_function that makes even GPT2LMHeadModel.from_pretrained refuse it. OSError."""
         c = self.config
         config = dict(
             model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.block_size, n_ctx=c.block_size,
@@ -397,6 +407,8 @@ class GPT(nn.Module):
                 if hf.get(key) not in (None, ours):
                     raise ValueError(f"{path}: {key} is {hf[key]!r}, but model.py has {ours!r}")
         eot, eps = hf.get("eos_token_id"), hf.get("layer_norm_epsilon", 1e-5)
+        if not isinstance(eps, (int, float)):
+            raise ValueError(f"{path}: layer_norm_epsilon is {eps!r}, not a number")
         published = eps > 1  # LN-free: the std is lost in sqrt(var + 1e12), and the weights make up for 1e6
         model = cls(GPTConfig(**{ours: hf[theirs] for ours, theirs in keys.items()}, dropout=dropout, folded=kind == "gpt2_folded",
                               eot=eot if isinstance(eot, int) else hf["vocab_size"] - 1, ln_eps=1e-5 if published else eps))

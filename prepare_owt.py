@@ -34,7 +34,7 @@ from tqdm import tqdm
 from configurator import configure, one_line_errors
 
 # -----------------------------------------------------------------------------
-dataset = ""  # stdlib (the default), owt, pile, a hub repository (ORG/NAME or ORG/NAME@REVISION), or with --files a name of your own
+dataset = ""  # stdlib (the default), owt, pile, pile-filtered, a hub repository (ORG/NAME or ORG/NAME@REVISION), or with --files a name of your own
 files = ""  # comma-separated paths and patterns of local files: text, .jsonl or .parquet
 tokenizer = ""  # bytes (ids 0-255, end-of-text 256) or gpt2 (BPE, end-of-text 50256); by default gpt2 for the hub, else bytes
 tokens = 0  # stop after so many; 0: take all
@@ -44,9 +44,9 @@ folder = ""  # of a hub dataset: only files below this folder, where several hol
 force = False  # prepare again what is prepared already
 # -----------------------------------------------------------------------------
 
-HUB = dict(owt="Skylion007/openwebtext", pile="monology/pile-uncopyrighted")
+HUB = {"owt": "Skylion007/openwebtext", "pile": "apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2", "pile-filtered": "lucabaroni/apollo-pile-filtered-10k"}
 OWT_DOCUMENTS = 8_013_769
-ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")  # files whose rows are documents
+ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose rows are documents
 VAL_SHARE = 0.05  # of whole text files
 VAL_EVERY = 200  # of rows
 PIECE = 1_000_000  # characters that a worker takes at a time
@@ -138,6 +138,8 @@ def rows_of(path, skip):
             read += len(doc)
             if n > skip:
                 yield doc, n, n / total if total else min(1.0, read / size)
+    except StopIteration:
+        raise ValueError(f"{path} can't be read: it has no rows") from None
     except ValueError as e:  # pyarrow's and datasets' errors among them
         raise ValueError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
 
@@ -195,8 +197,8 @@ def nanogpt_val_documents(n=OWT_DOCUMENTS):
 
 def start_worker(tokenizer):
     """In each worker: its tokenizer; it leaves interruptions to the main process, and ends when that is gone."""
-    global encode, eot
-    encode, _, eot = make_encoder(tokenizer)
+    global encode, vocab_size, eot
+    encode, vocab_size, eot = make_encoder(tokenizer)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
@@ -208,8 +210,8 @@ def encode_piece(piece):
     for name, doc, val in piece:
         if isinstance(doc, list):  # token ids, in windows that hold their own end-of-text
             ids = np.asarray(doc)
-            if ids.size and (ids.min() < 0 or ids.max() > 50256):
-                raise ValueError(f"{name} holds the token id {ids.max()}, which is not GPT-2's")
+            if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+                raise ValueError(f"{name} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}")
             out["val" if val else "train"].append(ids.astype("<u2"))
             continue
         try:
@@ -288,13 +290,12 @@ def write(half, sources, is_val, tokenizer, progress):
 
 
 def order_val_as_nanogpt(half, eot):
-    """val.bin holds nanoGPT's val documents in the corpus's order: put them into nanoGPT's."""
-    path = os.path.join(half, "val.bin")
-    ids = np.fromfile(path, dtype="<u2")
+    """val.bin holds nanoGPT's val documents in the corpus's order: write val_ordered.bin, in nanoGPT's. A kill may repeat it."""
+    ids = np.fromfile(os.path.join(half, "val.bin"), dtype="<u2")
     docs = np.split(ids, np.flatnonzero(ids == eot)[:-1] + 1)
     wanted = nanogpt_val_documents()
     place = {document: i for i, document in enumerate(sorted(wanted.tolist()))}
-    np.concatenate([docs[place[document]] for document in wanted.tolist()]).tofile(path)
+    np.concatenate([docs[place[document]] for document in wanted.tolist()]).tofile(os.path.join(half, "val_ordered.bin"))
 
 
 def sha256(path):
@@ -357,6 +358,8 @@ def main():
         except KeyboardInterrupt:
             sys.exit(f"interrupted: run the same command to go on behind {progress['documents']:,} documents")
         os.remove(os.path.join(half, "progress.json"))
+        if os.path.exists(os.path.join(half, "val_ordered.bin")):
+            os.replace(os.path.join(half, "val_ordered.bin"), os.path.join(half, "val.bin"))
         meta |= {s: progress[s] | dict(sha256=sha256(os.path.join(half, s + ".bin"))) for s in ("train", "val")}
         with open(os.path.join(half, "meta.json"), "w") as f:
             json.dump(meta, f, indent=2)

@@ -136,6 +136,7 @@ def remove(model, events, batches, context):
 
 
 def mean_over_processes(t):
+    """The tensor t, averaged over processes in place."""
     if dist.is_initialized():
         dist.all_reduce(t)
         t /= dist.get_world_size()
@@ -143,6 +144,7 @@ def mean_over_processes(t):
 
 
 def learning_rate_at(step):
+    """Linear warm-up, then a cosine down to min_lr: nanoGPT's."""
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     done = min(1.0, (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters))

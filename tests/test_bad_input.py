@@ -121,6 +121,7 @@ def break_tensors(change):
     (break_tensors(lambda t: t.update({"transformer.h.0.extra": torch.zeros(1)})), "the tensor transformer.h.0.extra is not one of GPT-2's"),
     (break_config(model_type="llama"), "model_type is 'llama', but only GPT-2 models can be read"),
     (break_config(activation_function="relu"), "activation_function is 'relu'"), (break_config(n_layer="3"), "n_layer is missing or not a positive integer"),
+    (break_config(layer_norm_epsilon="small"), "layer_norm_epsilon is 'small', not a number"),
     (break_config(n_head=7), "n_embd 64 is not a multiple of n_head 7"), (break_config(tie_word_embeddings=False), "tie_word_embeddings is False"),
     (lambda folder: os.truncate(folder / "model.safetensors", 1000), "cut short or not safetensors"),
     (lambda folder: os.remove(folder / "model.safetensors"), "has no model.safetensors"),

@@ -40,16 +40,14 @@ def test_a_run_of_two_processes_is_resumed_by_one(run, torchrun):
     schedule = f"--ln_schedule={SCHEDULE[:-2] + [('eot', 10, None), ('bos', 13, None)]}"
     assert torchrun(schedule, "--max_iters=14", "--eval_interval=7", "--out_dir=out/two").returncode == 0
     one = ["train.py", *SHORT, "--dtype=float32", schedule, "--max_iters=14", "--out_dir=out/two"]
-    os.rename("out/two/log.jsonl", "two.jsonl")
-    checkpoint = torch.load("out/two/ckpt.pt", weights_only=True)
-    assert checkpoint["step"] == 14
     assert run(*one, "--max_iters=16", "--init_from=resume").code == 0
     assert run(*one, "--max_iters=16", "--out_dir=out/one").code == 0
-    assert losses("out/two") == pytest.approx(losses("out/one")[14:], rel=1e-4)
+    assert losses("out/two") == pytest.approx(losses("out/one"), rel=1e-4)
 
 
 def test_what_all_processes_meet_is_said_once(torchrun):
     for args, message in (
+        (["--max_itrs=3"], "did you mean max_iters?"),
         (["--dataset=nothing"], "run `python prepare_owt.py --dataset=nothing`"),
         (["--gradient_accumulation_steps=6", "--batch_size=1"], None),
         (["--gradient_accumulation_steps=9"], "gradient_accumulation_steps 9 is not a multiple of 2 processes: it can be run by 1, 3, 9"),
@@ -97,7 +95,7 @@ def test_the_number_of_graphs_does_not_grow_with_layers_or_events(run, stdlib, t
     counters.clear()
     done = run("train.py", *SHORT, "--init_from=six", "--max_iters=23", "--eval_interval=4", f"--ln_schedule={schedule}", "--compile=True", "--aux_loss_weight=0.1")
     assert done.code == 0 and sum("event" in e for e in read_log()) == 21, done.text
-    assert counters["stats"]["unique_graphs"] <= 12 and counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_gpt2_smalls_shape_goes_through_three_events(run, stdlib, tmp_path):

@@ -115,7 +115,7 @@ def test_val_is_put_into_nanogpts_order(run, tmp_path, monkeypatch, gpt2_tokeniz
     in_order = [nanogpt([str(i)]) for i in sorted(wanted)]
     np.array(sum(in_order, []), dtype="<u2").tofile(tmp_path / "val.bin")
     prepare_owt.order_val_as_nanogpt(tmp_path, 50256)
-    assert np.fromfile(tmp_path / "val.bin", "<u2").tolist() == nanogpt(map(str, wanted))
+    assert np.fromfile(tmp_path / "val_ordered.bin", "<u2").tolist() == nanogpt(map(str, wanted))
 
 
 def test_rows_that_are_tokens_already_are_taken_as_they_are(hub, prepare, tmp_path):
@@ -187,7 +187,7 @@ def test_what_goes_wrong_is_said_in_one_line(hub, prepare, tmp_path):
     for args, message in {
         ("--dataset=org/nothing",): "org/nothing can't be listed", ("--dataset=org/script",): "org/script has no .parquet or",
         ("--dataset=org/two",): "choose one with --folder=a (or b)", ("--dataset=org/other",): "no column 'input_ids': choose one of story, url with --column",
-        ("--dataset=org/other", "--split=test"): "of the split 'test'", ("--dataset=org/cut",): "train.parquet can't be read: Parquet magic bytes not found", ("--dataset=org/large",): "holds the token id 70000",
+        ("--dataset=org/other", "--split=test"): "of the split 'test'", ("--dataset=org/cut",): "train.parquet can't be read: Parquet magic bytes not found", ("--dataset=org/large",): "holds token ids from 70000 to 70000, but the tokenizer has 50257",
         ("--dataset=org/other", "--tokens=1_000_000_000_000_000"): "are free: ask for less with --tokens",
     }.items():
         done = prepare(*args)
@@ -195,6 +195,9 @@ def test_what_goes_wrong_is_said_in_one_line(hub, prepare, tmp_path):
         assert done.returncode == 1 and message in lines[-1] and "Traceback" not in done.stderr, (args, done.stderr)
     assert not os.path.exists("data") or os.listdir("data") == []
     assert prepare("--dataset=org/two", "--folder=b").returncode == 0
+    (tmp_path / "empty.jsonl").write_text("")
+    done = prepare("--files=empty.jsonl", "--dataset=bad")
+    assert done.returncode == 1 and "empty.jsonl can't be read" in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": bad\n')
     done = prepare("--files=bad.jsonl", "--dataset=bad")
     assert done.returncode == 1 and "bad.jsonl can't be read" in done.stderr and "Traceback" not in done.stderr
