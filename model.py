@@ -313,7 +313,7 @@ class GPT(nn.Module):
             W, b = W.double(), 0.0 if b is None else b.double()
             A = W * (site.weight.double() / site.avg_std.double())
             A = A - A.mean(1, keepdim=True)  # times P
-            return A, (W @ site.bias.double() + b if site.bias is not None else b + W.new_zeros(len(W)))
+            return A, b + (W @ site.bias.double() if site.bias is not None else W.new_zeros(len(W)))
 
         new = GPT(GPTConfig(**{**vars(self.config), "folded": True})).to(self.lm_head.weight)
         new.train(self.training)
@@ -322,10 +322,10 @@ class GPT(nn.Module):
         for i, block in enumerate(f.h):
             attn, fc, prefix = block.attn.c_attn, block.mlp.c_fc, f"transformer.h.{i}."
             b_qk, b_v = (None, None) if attn.bias is None else (attn.bias[: 2 * C], attn.bias[2 * C :])
-            qk = folded(block.ln_1qk, attn.weight[: 2 * C], b_qk)
-            v = folded(block.ln_1v, attn.weight[2 * C :], b_v)
-            for name, W, b in (("attn.c_attn", *map(torch.cat, zip(qk, v))), ("mlp.c_fc", *folded(block.ln_2, fc.weight, fc.bias))):
-                state[prefix + name + ".weight"], state[prefix + name + ".bias"] = W, b
+            W_qk, b_qk = folded(block.ln_1qk, attn.weight[: 2 * C], b_qk)
+            W_v, b_v = folded(block.ln_1v, attn.weight[2 * C :], b_v)
+            state[prefix + "attn.c_attn.weight"], state[prefix + "attn.c_attn.bias"] = torch.cat([W_qk, W_v]), torch.cat([b_qk, b_v])
+            state[prefix + "mlp.c_fc.weight"], state[prefix + "mlp.c_fc.bias"] = folded(block.ln_2, fc.weight, fc.bias)
         state["lm_head.weight"], state["lm_head.bias"] = folded(f.ln_f, self.lm_head.weight, None)
         new.load_state_dict(state)
         return new

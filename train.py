@@ -83,8 +83,8 @@ def timeline(ln_schedule, n_layer, max_iters):
         if kind in seen:
             raise ValueError(f"ln_schedule: {kind} has two rows")
         seen.add(kind)
-        whole = [n for n in (first, gap) if type(n) is int and n >= 0]
-        if len(whole) + (gap is None) < 2 or (gap is None) != (kind not in KINDS):
+        first_ok, gap_ok = (type(n) is int and n >= 0 for n in (first, gap))
+        if not first_ok or not (gap_ok if kind in KINDS else gap is None):
             raise ValueError(f"ln_schedule: in {tuple(row)!r} the first step must be 0 or more, and the steps between layers "
                              + ("0 or more" if kind in KINDS else "None"))
         events += [(first + gap * layer, kind, layer) for layer in range(n_layer)] if kind in KINDS else [(first, kind, None)]
