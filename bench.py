@@ -48,6 +48,8 @@ def one(dtype, in_pieces, compiled):
     model.train(in_pieces)  # no dropout: evaluation differs in the whole logits only
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     forward = torch.compile(model) if compiled else model
+    if compiled:
+        model.summed_loss = torch.compile(model.summed_loss)
     idx = torch.randint(vocab_size - 1, (batch_size, block_size + 1), device=device)
     times = []
     for _ in range(2 + steps):

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 KINDS = ("ln_1qk", "ln_1v", "ln_2")  # the sites of a block
-LOSS_ROWS = 2048  # tokens whose logits exist at one time in training
+LOSS_ROWS = 1024  # tokens whose logits exist at one time in training
 
 
 @dataclass
@@ -190,13 +190,17 @@ class GPT(nn.Module):
         aux = self.std_spread(x, idx) if aux_loss else None
         x = x if self.config.folded else self.transformer.ln_f(x, use_bos)
         if targets is not None and self.training:
-            rows, wanted = x.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS)
-            loss = sum(checkpoint(self.summed_loss, r, w, use_reentrant=False) for r, w in zip(rows, wanted)) / (targets != -1).sum()
-            logits = None
+            logits, loss = None, self.loss_in_pieces(x, targets)
         else:
             logits = self.lm_head(x)
             loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
         return (logits, loss, aux) if aux_loss else (logits, loss)
+
+    @torch.compiler.disable  # in one graph with the rest, the pieces would all be in memory at one time
+    def loss_in_pieces(self, x, targets):
+        """x (B, T, C), targets (B, T) -> the mean loss, in nats per token."""
+        pieces = zip(x.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS))
+        return sum(checkpoint(self.summed_loss, *piece, use_reentrant=False) for piece in pieces) / (targets != -1).sum()
 
     def summed_loss(self, x, targets):
         """x (rows, C), targets (rows,) -> the sum of their losses, in nats."""

@@ -143,6 +143,13 @@ def mean_over_processes(t):
     return t
 
 
+def leave_processes():
+    """What every process does last: gloo can hang at exit when a tensor was the last thing that was sent (torch 2.13)."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def learning_rate_at(step):
     """Linear warm-up, then a cosine down to min_lr: nanoGPT's."""
     if step < warmup_iters:
@@ -331,7 +338,9 @@ def main():
     settings |= {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "bias")}
     # events switch the raw model; the wrappers share its tensors
     compiled = torch.compile(model) if compile else model
-    forward = DDP(compiled, device_ids=[local_rank] if device_type == "cuda" else None, broadcast_buffers=False) if world > 1 else compiled
+    if compile:
+        model.summed_loss = torch.compile(model.summed_loss)  # a graph of its own: see GPT.loss_in_pieces
+    forward = DDP(compiled, device_ids=[local_rank] if device_type == "cuda" else None, forward_sync_buffers=False) if world > 1 else compiled
 
     def batches(step):
         """This process's micro-batches (x, y) of the step's global batch; every micro-batch is the same for any number of processes."""
@@ -398,6 +407,7 @@ def main():
                 save(step)
             launcher = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world)}"]
             say(f"stopped at step {step}, saved to {checkpoint_path}; go on with: {shlex.join([*launcher, *sys.argv])} --init_from=resume")
+            leave_processes()
             sys.exit(128 + (stop_signal or [signal.SIGTERM])[0])
 
         if step % eval_interval == 0 or step == max_iters:
@@ -436,6 +446,7 @@ def main():
         loss = mean_over_processes(loss_sum).item()
         if not math.isfinite(loss):
             bar.close()
+            leave_processes()
             sys.exit(f"error: the loss is {loss} at step {step}; the last checkpoint stays as it is. Try a lower learning_rate or more steps between events" if master else 1)
         speed = tokens_per_step / (time.perf_counter() - began)
         mfu = speed * flops_per_token(model, block_size) / (peak * world)
@@ -450,8 +461,7 @@ def main():
         with one_line_errors():
             model.save_pretrained(os.path.join(out_dir, "model"))
         print(f"{out_dir}/model: " + ("LN-free" if model.ln_free() else f"{sum(m == 'fake' for m in model.ln_modes().values())} of {len(model.sites())} sites fake"))
-    if world > 1:
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":
