@@ -1,39 +1,62 @@
 """
-What a removal cost: the cross-entropy of the original, the control and the LN-free model on the same windows, side by side.
+What a removal cost: the original, the control and the LN-free model on the same windows, side by side.
 
-    python eval.py                                          # the last run under out/, on its own val set
-    python eval.py --dataset=mytext                         # the same models on data/mytext
-    python eval.py --models=assets/tiny,out/remove_ln_tiny  # any models: model directories, or out_dirs of runs
+    python eval.py                                            # the last run under out/, on its own val set
+    python eval.py --dataset=owt,pile,hellaswag,residual      # what is not there yet is fetched
+    python eval.py --models=gpt2,ORG/NAME@REVISION,out/mine --dataset=pile --json=result.json
+    python eval.py --verify                                   # is it really LN-free?
+    torchrun --nproc_per_node=8 eval.py --dataset=pile        # the same result, sooner
 
 An LN-free model is folded first, so that what is measured has no LayerNorm in it. Windows don't overlap, and are the same for all
-models; a standard error is over windows, and that of a gap is over the windows' differences.
+models. A standard error is over windows, taken as independent of each other (a document can reach over several); that of a difference
+is over the windows' differences. KL and Jensen-Shannon divergence are of the next token's distribution, in nats per token.
 """
 import glob
+import hashlib
+import math
 import os
+import platform
 import shlex
+import subprocess
 import sys
 from contextlib import nullcontext
 from json import dump, load
 
 import numpy as np
+import tiktoken
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import hellaswag
+import residual
 from configurator import configure, one_line_errors
-from data import open_tokens, read_windows, val_starts
+from data import open_tokens, read_meta, read_windows, val_starts
 from model import GPT
 
 # -----------------------------------------------------------------------------
-dataset = ""  # a folder under data/; by default the last run's
-models = ""  # comma-separated model directories or out_dirs; by default the original, the control and the LN-free model of the last run
-tokens = 0  # how many val tokens, spread evenly; 0: all of them
+dataset = ""  # comma-separated: owt, pile, pile-filtered, stdlib, a folder under data/, a text file, hellaswag, residual; by default the last run's
+models = ""  # comma-separated model directories, out_dirs or hub repositories; by default the original, the control and the LN-free model of the last run
+reference = ""  # the model that faithfulness is to; by default the original
+faithfulness = True  # KL, JS, top-1 agreement and correlation of token losses, against the reference
+verify = False  # only test that the models are LN-free (by default the last run's), and fail if one is not
+tokens = 0  # how many val tokens, spread evenly; 0: as published (owt 4.5 M, pile 10.2 M), else all of them
 block_size = 0  # tokens in a window; 0: the smallest context of the models
 batch_size = 16  # windows at a time
 device = "auto"  # cuda where there is one, else cpu
 dtype = "float32"  # or bfloat16: autocast
 json = ""  # a file to write everything into
+hellaswag_url = hellaswag.URL
 # -----------------------------------------------------------------------------
+
+PUBLISHED = {"owt": 4_500_000, "pile": 10_200_000, "pile-filtered": 10_200_000}  # tokens behind the published figures
+HEAD_ROWS = 256  # tokens whose logits exist at one time
+NAMES = dict(original="original", control="control", ln_free="LN-free", part="part removed")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+# --- what is compared
 
 
 def read_settings(run):
@@ -53,53 +76,203 @@ def last_run():
         raise FileNotFoundError("no finished removal under out/: run `python train.py config/remove_ln_tiny.py` first, or name --models")
     run = max(finished, key=finished.get)
     settings = read_settings(run)
-    sources = [settings["init_from"], run + "_control", run]
-    return [s for s in sources if os.path.exists(s)], settings["dataset"]
+    sources = [settings["init_from"]] if settings["init_from"] != "scratch" else []
+    return sources + [run + "_control"] * os.path.isdir(run + "_control/model") + [run], settings["dataset"]
 
 
-def open_model(source):
-    """(role, model) of a model directory or a run's out_dir; the LN-free ones come folded."""
+def open_model(source, fold=True):
+    """(role, model) of a model source or a run's out_dir; the LN-free ones come folded, unless fold is False."""
     run = os.path.isdir(os.path.join(source, "model"))
     model = GPT.from_pretrained(os.path.join(source, "model") if run else source).eval()
-    if model.config.folded:
-        return "ln_free", model
     if model.ln_free():
-        return "ln_free", model.fold()
+        return "ln_free", model.fold() if fold and not model.config.folded else model
     if "fake" in model.ln_modes().values():
         return "part", model
     return "control" if run else "original", model
 
 
+def prepared(name, eot):
+    """The folder under data/ that holds `name`, made by prepare_owt.py if need be. ValueError: there is no such data set."""
+    if os.path.isfile(name):
+        folder = "eval_" + os.path.basename(name)
+        args = [f"--dataset={folder}", f"--files={glob.escape(name)}", f"--tokenizer={'gpt2' if eot == 50256 else 'bytes'}", "--val_every=1", "--force"]
+    elif os.path.exists(os.path.join("data", name)):
+        return name
+    elif name in (*PUBLISHED, "stdlib"):
+        folder = name
+        args = [f"--dataset={name}"] + ([f"--tokens={tokens or PUBLISHED[name] + 100_000}", "--val_every=1"] if name in PUBLISHED else [])
+    else:
+        there = sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob("data/*/meta.json"))
+        raise ValueError(f"unknown data set {name!r}: there is {', '.join(dict.fromkeys([*there, 'stdlib', *PUBLISHED, 'hellaswag', 'residual']))}, or a text file's path; "
+                         f"for text of your own run `python prepare_owt.py --dataset={name} --files=...`")
+    if RANK == 0:
+        print(f"preparing data/{folder}", flush=True)
+        if subprocess.run([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_owt.py"), *args], stdout=subprocess.DEVNULL).returncode:
+            sys.exit(1)  # its line stands above
+    return folder
+
+
+def encoder(model):
+    """text -> token ids, by the model's end-of-text id."""
+    if model.config.eot == 256:
+        return lambda text: list(text.encode())
+    if model.config.eot != 50256:
+        raise ValueError(f"end-of-text is {model.config.eot}, which is neither GPT-2's tokenizer nor bytes: HellaSwag can't be tokenized for it")
+    return tiktoken.get_encoding("gpt2").encode_ordinary
+
+
+def autocast():
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def over_processes(array):
+    """Rows RANK, RANK + WORLD, ... of an array, one from each process -> the whole array on each."""
+    if WORLD == 1:
+        return array
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, array)
+    whole = np.empty((sum(map(len, parts)), *array.shape[1:]), array.dtype)
+    for rank, part in enumerate(parts):
+        whole[rank::WORLD] = part
+    return whole
+
+
+# --- cross-entropy and faithfulness
+
+
 @torch.inference_mode()
-def token_losses(model, data, starts, name):
-    """Loss in nats of every token of the windows, (windows, block_size) float32."""
-    context = torch.autocast(torch.device(device).type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-    losses = []
-    for i in tqdm(range(0, len(starts), batch_size), desc=name, unit="batch", leave=False, disable=None):
-        x, y = read_windows(data, starts[i : i + batch_size], block_size, device)
-        with context:
-            logits, _ = model(x)
-        losses.append(F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape).cpu().numpy())
-    return np.concatenate(losses)
+def token_stats(opened, data, starts, reference):
+    """{source: {"loss": (windows, T), and against the reference's "kl", "js", "agree" (windows,)}}; reference None: losses alone."""
+    order = sorted(opened, key=lambda item: item[0] != reference)  # the reference first
+    own = starts[RANK::WORLD]
+    stats = {source: {key: np.zeros((len(own), block_size), np.float32) for key in ("loss", *(() if reference in (None, source) else ("kl", "js", "agree")))}
+             for source, _, _ in order}
+    for i in tqdm(range(0, len(own), batch_size), desc="windows", unit="batch", leave=False, disable=None if RANK == 0 else True):
+        x, y = read_windows(data, own[i : i + batch_size], block_size, device)
+        with autocast():
+            hidden = {source: model.normed(*model.residual(x)).flatten(0, 1) for source, _, model in order}  # (B T, C)
+            for r in range(0, y.numel(), HEAD_ROWS):
+                rows, wanted = slice(r, r + HEAD_ROWS), y.flatten()[r : r + HEAD_ROWS]
+                for source, _, model in order:
+                    logits = model.lm_head(hidden[source][rows]).float()
+                    put = lambda key, value: stats[source][key].reshape(-1).__setitem__(slice(i * block_size + r, i * block_size + r + len(wanted)), value.cpu())
+                    put("loss", F.cross_entropy(logits, wanted, reduction="none"))
+                    if source == reference:
+                        q, log_q = logits.softmax(-1), logits.log_softmax(-1)
+                    elif reference is not None:
+                        p, log_p = logits.softmax(-1), logits.log_softmax(-1)
+                        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+                        put("kl", (q * (log_q - log_p)).sum(-1))
+                        put("js", ((q * (log_q - log_m)).sum(-1) + (p * (log_p - log_m)).sum(-1)) / 2)
+                        put("agree", log_p.argmax(-1) == log_q.argmax(-1))
+    return {source: {key: over_processes(a if key == "loss" else a.mean(1)) for key, a in parts.items()} for source, parts in stats.items()}
 
 
 def mean_and_error(windows):
     """Mean over the windows' means (windows,), and its standard error."""
+    windows = windows.astype(np.float64)
     return windows.mean(), windows.std(ddof=1) / np.sqrt(len(windows)) if len(windows) > 1 else float("nan")
 
 
-def print_table(rows):
-    names = dict(original="original", control="control", ln_free="LN-free", part="part removed")
-    cells = [["", *(names[r["role"]] for r in rows)], ["", *(r["source"] for r in rows)],
-             [rows[0]["dataset"], *(f"{r['loss']:.4f} ± {r['loss_se']:.4f}" for r in rows)],
-             ["gap", *("" if r["gap"] is None else f"{r['gap']:+.4f} ± {r['gap_se']:.4f}" for r in rows)]]
+def cross_entropy_rows(name, opened, reference):
+    """One JSON row for each model."""
+    data = open_tokens(name, "val", block_size, opened[0][2].config.vocab_size)
+    n = min(tokens or PUBLISHED.get(name, len(data)), len(data)) // block_size
+    if n < 1:
+        raise ValueError(f"--tokens={tokens} is less than one window of {block_size}")
+    starts = val_starts(data, n, block_size)
+    stats = token_stats(opened, data, starts, reference)
+    first = {role: next((s for s, r, _ in opened if r == role), None) for role in ("original", "control")}
+    rows = []
+    for source, role, _ in opened:
+        losses = stats[source]["loss"]
+        row = dict(dataset=name, source=source, role=role, windows=len(starts), tokens=losses.size, nonfinite=int((~np.isfinite(losses)).sum()))
+        row["loss"], row["loss_se"] = mean_and_error(losses.mean(1))
+        row["median"], row["p99_9"], row["max"] = np.quantile(losses, [0.5, 0.999, 1])
+        for key, base in (("gap", role in ("ln_free", "part") and (first["control"] or first["original"])), ("to_original", role != "original" and first["original"])):
+            row[key], row[key + "_se"] = mean_and_error(losses.mean(1) - stats[base]["loss"].mean(1)) if base else (None, None)
+            row[key + ("_to" if key == "gap" else "_source")] = base or None
+        if "kl" in stats[source]:
+            for key in ("kl", "js", "agree"):
+                row[key], row[key + "_se"] = mean_and_error(stats[source][key])
+            row["correlation"], row["reference"] = np.corrcoef(losses.ravel(), stats[reference]["loss"].ravel())[0, 1], reference
+        row["loss_by_position"] = losses.mean(0, dtype=np.float64).tolist()
+        rows.append(row)
+    return rows
+
+
+def residual_rows(name, opened):
+    """One JSON row for each model."""
+    data = open_tokens(name, "val", block_size, opened[0][2].config.vocab_size)
+    starts = val_starts(data, max(1, min(tokens or 100_000, len(data)) // block_size), block_size)
+    rows = []
+    for source, role, model in opened:
+        batches = (read_windows(data, starts[i : i + batch_size], block_size, device)[0] for i in range(0, len(starts), batch_size))
+        with autocast():
+            stats = residual.stats(model, tqdm(batches, total=-(-len(starts) // batch_size), desc=source, unit="batch", leave=False, disable=None))
+        rows.append(dict(dataset="residual", source=source, role=role, data=name, windows=len(starts), **stats))
+    return rows
+
+
+# --- tables
+
+
+def print_table(title, opened, lines):
+    """Models side by side: lines of [label, a cell for each model]."""
+    cells = [["", *(NAMES[role] for _, role, _ in opened)], ["", *(source for source, _, _ in opened)], *(line for line in lines if any(line[1:]))]
     widths = [max(map(len, column)) for column in zip(*cells)]
+    print("\n" + title)
     for line in cells:
         print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip())
 
 
+def with_error(row, key, form):
+    return "" if row.get(key) is None else f"{row[key]:{form}} ± {row[key + '_se']:{form.lstrip('+')}}"
+
+
+def show_cross_entropy(name, opened, rows):
+    cell = lambda key, form=".4f": [f"{r[key]:{form}}" if r.get(key) is not None else "" for r in rows]
+    print_table(
+        f"{name}: cross-entropy in nats per token ± standard error over {rows[0]['windows']:,} windows of {block_size} val tokens", opened,
+        [[name, *(with_error(r, "loss", ".4f") for r in rows)],
+         ["gap to control" if any(r["role"] == "control" for r in rows) else "gap to original", *(with_error(r, "gap", "+.4f") for r in rows)],
+         ["minus original", *(with_error(r, "to_original", "+.4f") for r in rows)],
+         ["median token", *cell("median")], ["99.9th percentile", *cell("p99_9")], ["largest", *cell("max")],
+         ["not finite", *(f"{r['nonfinite']:,} tokens" if r["nonfinite"] else "" for r in rows)],
+         ["KL from reference", *(with_error(r, "kl", ".4f") for r in rows)], ["Jensen-Shannon", *(with_error(r, "js", ".4f") for r in rows)],
+         ["same top token", *cell("agree", ".2%")], ["loss correlation", *cell("correlation")]])
+
+
+def show_residual(name, opened, rows):
+    sites = list(max((r["sites"] for r in rows), key=len))  # of the deepest model
+
+    def cells(site, kind):
+        found = [r["sites"].get(site, {}).get(kind) for r in rows]
+        return [f"{std['mean']:.3f} ± {std['spread']:.3f}" if std else "none" for std in found]
+
+    print_table(f"residual: std before each site on data/{name}, mean ± spread over tokens, in {rows[0]['windows']:,} windows of {block_size}", opened,
+                [[f"{site}, {kind.replace('_', ' ')}", *cells(site, kind)] for site in sites for kind in ("position_0", "eot", "others")]
+                + [["attention sink rate", *(f"{r['sink_rate']:.1%}" for r in rows)]])
+
+
+def finite(value):
+    """For JSON, which has no NaN: None instead."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, (float, np.floating)) and not math.isfinite(value) else float(value) if isinstance(value, np.floating) else value
+
+
+def weights_hash(model):
+    digest = hashlib.sha256()
+    for p in model.state_dict().values():
+        digest.update(p.cpu().contiguous().view(torch.uint8).numpy() if p.dim() else p.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def main():
-    global block_size, dataset, device
+    global block_size, device
     configure(globals(), sys.argv[1:], __doc__)
     if dtype not in ("float32", "bfloat16"):
         sys.exit(f"error: dtype is {dtype!r}, but it must be float32 or bfloat16")
@@ -107,35 +280,79 @@ def main():
         sys.exit("error: batch_size must be 1 or more, tokens and block_size 0 or more")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not verify:
+        dist.init_process_group("gloo")  # a few results at the end, whatever the device
+        if RANK > 0:
+            dist.barrier()  # rank 0 goes first, fetches and prepares
     with one_line_errors():
-        sources, last_dataset = (models.split(","), "stdlib") if models else last_run()
-        dataset = dataset or last_dataset
+        sources, last_dataset = (list(dict.fromkeys(models.split(","))), "stdlib") if models else last_run()
+        if verify:
+            sys.exit(show_verify(sources if models else sources[-1:]) if RANK == 0 else 0)
+        if reference and reference not in sources:
+            sources.insert(0, reference)
+        names = list(dict.fromkeys((dataset or last_dataset).split(",")))
         opened = [(source, *open_model(source)) for source in sources]
         for source, _, model in opened:
+            if model.config.vocab_size != opened[0][2].config.vocab_size:
+                raise ValueError(f"{opened[0][0]} has a vocabulary of {opened[0][2].config.vocab_size} and {source} one of {model.config.vocab_size}: compare models of one tokenizer")
             if block_size > model.config.block_size:
                 raise ValueError(f"block_size {block_size} is beyond the {model.config.block_size} positions of {source}")
+            model.to(device)
         block_size = block_size or min(model.config.block_size for _, _, model in opened)
-        data = open_tokens(dataset, "val", block_size, min(model.config.vocab_size for _, _, model in opened))
-        n = (tokens or len(data)) // block_size
-        if n < 1:
-            raise ValueError(f"--tokens={tokens} is less than one window of {block_size}")
-        starts = val_starts(data, n, block_size)
+        base = reference or next((s for s, role, _ in opened if role == "original"), sources[0])
+        folders = {name: prepared(name, opened[0][2].config.eot) for name in names if name not in ("hellaswag", "residual")}
+        if "hellaswag" in names:
+            path = os.path.join("data", "hellaswag", "hellaswag_val.jsonl")
+            hellaswag.download(hellaswag_url, path)
+            examples, encode = hellaswag.read_examples(path), encoder(opened[0][2])
+        if "residual" in names:
+            residual_on = next(iter(folders.values()), None) or prepared(last_dataset, opened[0][2].config.eot)
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
 
-    losses = {}  # by source: the mean loss of each window
-    for source, _, model in opened:
-        losses[source] = token_losses(model.to(device), data, starts, source).mean(1)
-    base = next((s for role in ("control", "original") for s, r, _ in opened if r == role), None)
-    rows = []
-    for source, role, _ in opened:
-        loss, loss_se = mean_and_error(losses[source])
-        gap, gap_se = mean_and_error(losses[source] - losses[base]) if role in ("ln_free", "part") and base else (None, None)
-        rows.append(dict(dataset=dataset, source=source, role=role, loss=loss, loss_se=loss_se, gap=gap, gap_se=gap_se, gap_to=base if gap is not None else None,
-                         windows=len(starts), tokens=len(starts) * block_size))
-    print(f"cross-entropy in nats per token ± standard error over {len(starts):,} windows of {block_size} val tokens" + (f"; gap to {base}" if base else ""))
-    print_table(rows)
-    if json:
-        with one_line_errors(), open(json, "w") as f:
-            dump(dict(command=shlex.join(["python", *sys.argv]), rows=rows), f, indent=2, default=float)
+    rows, hashes = [], {}
+    for name in names:
+        with one_line_errors():
+            if name == "hellaswag":
+                labels, found = np.array([label for *_, label in examples]), []
+                for source, role, model in opened:
+                    sums, counts = (over_processes(a) for a in hellaswag.score(model, examples[RANK::WORLD], encode, device, autocast(), source if RANK == 0 else ""))
+                    found.append(dict(dataset=name, source=source, role=role, examples=len(examples), **hellaswag.accuracies(sums, counts, labels)))
+                show = lambda: print_table(f"hellaswag: share of right endings ± binomial standard error, {len(examples):,} examples", opened,
+                                           [["length-normalised", *(with_error(r, "acc_norm", ".2%") for r in found)], ["accuracy", *(with_error(r, "acc", ".2%") for r in found)]])
+            elif name == "residual":
+                found = residual_rows(residual_on, opened) if RANK == 0 else []
+                show = lambda: show_residual(residual_on, opened, found)
+            else:
+                found = cross_entropy_rows(folders[name], opened, base if faithfulness and len(opened) > 1 else None)
+                hashes[folders[name]] = read_meta(folders[name]).get("val", {}).get("sha256")
+                show = lambda: show_cross_entropy(folders[name], opened, found)
+        rows += found
+        if RANK == 0:
+            show()
+    if json and RANK == 0:
+        result = dict(command=shlex.join(["python", *sys.argv]), versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+                      dtype=dtype, device=device, data_sha256=hashes, weights_sha256={source: weights_hash(model) for source, _, model in opened}, rows=finite(rows))
+        with one_line_errors():
+            with open(json + ".tmp", "w") as f:
+                dump(result, f, indent=2)
+            os.replace(json + ".tmp", json)
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def show_verify(sources):
+    """Prints a verdict for each model; the exit code."""
+    failed = False
+    for source in sources:
+        reasons = residual.why_not_ln_free(open_model(source, fold=False)[1])
+        failed |= bool(reasons)
+        print(f"{source}: " + ("LN-free: all that reads the residual stream is affine in it" if not reasons else "NOT LN-free\n  " + "\n  ".join(reasons)))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """x_qk, x_v (B, T, C), the inputs of query and key and of value -> (B, T, C). ValueError if the heads don't divide C."""
+    """x_qk, x_v (B, T, C), the inputs of query and key and of value -> (B, T, C). mask, bool and broadcast to (B, heads, T, T), is
+    true where a query sees a key; None: causal. ValueError if the heads don't divide C."""
 
     def __init__(self, config):
         super().__init__()
@@ -97,7 +98,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x_qk, x_v):
+    def forward(self, x_qk, x_v, mask=None):
         B, T, C = x_qk.shape
         if x_qk is x_v:
             q, k, v = self.c_attn(x_qk).split(C, dim=2)
@@ -107,7 +108,7 @@ class CausalSelfAttention(nn.Module):
             q, k = F.linear(x_qk, w_qk, b_qk).split(C, dim=2)
             v = F.linear(x_v, w_v, b_v)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, C / heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -125,7 +126,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, C), use_bos (1, T, 1), use_bos_v (B, T, 1) -> (B, T, C)."""
+    """x (B, T, C), use_bos (1 or B, T, 1), use_bos_v (B, T, 1), mask as CausalSelfAttention's -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -141,11 +142,11 @@ class Block(nn.Module):
         """{"ln_1qk": "real" or "fake", "ln_1v": ..., "ln_2": ...}, to read; GPT.set_ln_mode sets it. Empty when folded."""
         return MappingProxyType({} if self.folded else {kind: getattr(self, kind).ln_mode for kind in KINDS})
 
-    def forward(self, x, use_bos, use_bos_v):
+    def forward(self, x, use_bos, use_bos_v, mask=None):
         if self.folded:
-            x = x + self.attn(x, x)
+            x = x + self.attn(x, x, mask)
             return x + self.mlp(x)
-        x = x + self.attn(self.ln_1qk(x, use_bos), self.ln_1v(x, use_bos_v))
+        x = x + self.attn(self.ln_1qk(x, use_bos), self.ln_1v(x, use_bos_v), mask)
         return x + self.mlp(self.ln_2(x, use_bos))
 
 
@@ -188,7 +189,7 @@ class GPT(nn.Module):
         mean over ordinary tokens (arXiv 2507.02559). ValueError if T is beyond block_size."""
         x, use_bos = self.residual(idx)
         aux = self.std_spread(x, idx) if aux_loss else None
-        x = x if self.config.folded else self.transformer.ln_f(x, use_bos)
+        x = self.normed(x, use_bos)
         if targets is not None and self.training:
             logits, loss = None, self.loss_in_pieces(x, targets)
         else:
@@ -206,26 +207,32 @@ class GPT(nn.Module):
         """x (rows, C), targets (rows,) -> the sum of their losses, in nats."""
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1, reduction="sum")
 
+    def normed(self, x, use_bos):
+        """What residual returns -> what the unembedding reads, (B, T, C)."""
+        return x if self.config.folded else self.transformer.ln_f(x, use_bos)
+
     def std_spread(self, x, idx):
         """x (B, T, C), idx (B, T) -> the auxiliary loss, a scalar."""
         std = torch.sqrt(x.float().var(-1, unbiased=False) + self.config.ln_eps)  # (B, T)
         ordinary = self.ordinary(idx)
         return (std - (std * ordinary).sum() / ordinary.sum()).square().mean()
 
-    def residual(self, idx):
-        """idx (B, T) -> the residual stream after the last block, (B, T, C), and where ln_f uses bos_std, (1, T, 1)."""
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens are more than the model's {self.config.block_size} positions")
-        pos = torch.arange(T, device=idx.device)
-        use_bos = (pos == 0).view(1, T, 1) & self.bos_on
+    def residual(self, idx, pos=None, mask=None):
+        """idx (B, T) -> the residual stream after the last block, (B, T, C), and where ln_f uses bos_std, (1 or B, T, 1).
+        pos (B, T): the tokens' positions, if not 0, 1, ...; mask: which of them each one sees, if not all before it."""
+        if pos is None:
+            T = idx.shape[1]
+            if T > self.config.block_size:
+                raise ValueError(f"{T} tokens are more than the model's {self.config.block_size} positions")
+            pos = torch.arange(T, device=idx.device).unsqueeze(0)  # (1, T)
+        use_bos = (pos == 0).unsqueeze(-1) & self.bos_on
         use_bos_v = use_bos | ((idx == self.config.eot).unsqueeze(-1) & self.eot_on)  # (B, T, 1)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
         for block in self.transformer.h:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, use_bos, use_bos_v, use_reentrant=False)
+                x = checkpoint(block, x, use_bos, use_bos_v, mask, use_reentrant=False)
             else:
-                x = block(x, use_bos, use_bos_v)
+                x = block(x, use_bos, use_bos_v, mask)
         return x, use_bos
 
     def ordinary(self, idx):

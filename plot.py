@@ -1,7 +1,8 @@
 """
-A picture of a run: loss against step for the LN-free model and its control, with every removal event marked and named.
+Pictures of a run and of a residual stream. Of a run: loss against step for the LN-free model and its control, with every removal event marked and named.
 
     python plot.py out/remove_ln_tiny       # with out/remove_ln_tiny_control where it is there -> out/remove_ln_tiny/loss.png
+    python plot.py residual.json            # of eval.py --dataset=residual --json=residual.json -> residual.png: the std before each site
 """
 import json
 import os
@@ -69,6 +70,37 @@ def plot_loss(run, path):
             axis.axvline(step, color=color, linewidth=0.7, alpha=0.6)
         text = names[0] if len(names) == 1 else f"{names[0]} + {len(names) - 1} more" if len(names) > 3 else ", ".join(names)
         top.text(step, 1.01, text, transform=top.get_xaxis_transform(), rotation=90, fontsize=6.5, color=color, ha="center", va="bottom")
+    save(fig, path)
+
+
+def plot_residual(source, path):
+    """The std before each site by layer, a line for each model; one picture for each kind of token, spread as a band."""
+    try:
+        with open(source) as f:
+            rows = [row for row in json.load(f)["rows"] if row["dataset"] == "residual"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        sys.exit(f"error: {source} has no row of --dataset=residual ({type(e).__name__}): write it with `python eval.py --dataset=residual --json={source}`")
+    if not rows:
+        sys.exit(f"error: {source} has no row of --dataset=residual")
+    kinds = [kind for kind in ("position_0", "eot", "others") if any(row["sites"]["ln_f"][kind] for row in rows)]
+    sites = list(max((row["sites"] for row in rows), key=len))  # of the deepest model
+    fig, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 5), layout="constrained", squeeze=False)
+    for axis, kind in zip(axes[0], kinds):
+        for row, color in zip(rows, plt.cm.tab10.colors * 9):
+            found = [row["sites"].get(site, {}).get(kind) or {} for site in sites]
+            mean, spread = (np.array([std.get(key, np.nan) for std in found], float) for key in ("mean", "spread"))
+            axis.plot(sites, mean, "o-", color=color, markersize=3, label=f"{row['role'].replace('ln_free', 'LN-free')}: {row['source']}, sinks {row['sink_rate']:.1%}")
+            axis.fill_between(sites, np.maximum(mean - spread, mean / 10), mean + spread, color=color, alpha=0.15, linewidth=0)
+        axis.set_yscale("log")
+        axis.set_title(kind.replace("_", " "))
+        every = -(-len(sites) // 16)
+        axis.set_xticks(range(0, len(sites), every), sites[::every], rotation=90, fontsize=8)
+    axes[0][0].set_ylabel("std before the site (band: spread over tokens)")
+    axes[0][-1].legend(fontsize=7, loc="upper left")
+    save(fig, path)
+
+
+def save(fig, path):
     try:
         fig.savefig(path, dpi=120)
     except OSError as e:
@@ -78,5 +110,8 @@ def plot_loss(run, path):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__.strip() if sys.argv[1:] in (["--help"], ["-h"]) else "error: usage: python plot.py OUT_DIR")
-    plot_loss(sys.argv[1].rstrip("/"), os.path.join(sys.argv[1], "loss.png"))
+        sys.exit(__doc__.strip() if sys.argv[1:] in (["--help"], ["-h"]) else "error: usage: python plot.py OUT_DIR, or a .json file of eval.py")
+    if sys.argv[1].endswith(".json"):
+        plot_residual(sys.argv[1], sys.argv[1].removesuffix(".json") + ".png")
+    else:
+        plot_loss(sys.argv[1].rstrip("/"), os.path.join(sys.argv[1], "loss.png"))

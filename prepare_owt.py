@@ -25,6 +25,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -41,6 +42,8 @@ tokens = 0  # stop after so many; 0: take all
 column = ""  # of rows: the text, or lists of token ids; by default text, or input_ids where there is no text
 split = "train"  # of a hub dataset: which files
 folder = ""  # of a hub dataset: only files below this folder, where several hold the split
+val_every = 200  # of rows, every so many-th is val; 1: all that there is, to evaluate on
+without = ""  # comma-separated subsets of the Pile to drop, by a row's meta: the published filtered Pile is without OpenWebText2,Books3,BookCorpus2
 force = False  # prepare again what is prepared already
 # -----------------------------------------------------------------------------
 
@@ -48,7 +51,6 @@ HUB = {"owt": "Skylion007/openwebtext", "pile": "apollo-research/monology-pile-u
 OWT_DOCUMENTS = 8_013_769
 ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose rows are documents
 VAL_SHARE = 0.05  # of whole text files
-VAL_EVERY = 200  # of rows
 PIECE = 1_000_000  # characters that a worker takes at a time
 
 
@@ -128,20 +130,29 @@ def rows_of(path, skip):
         name = column or ("text" if "text" in names else "input_ids")
         if name not in names:
             raise ValueError(f"no column {name!r}: choose one of {', '.join(names)} with --column")
+        if without and "meta" not in names:
+            raise ValueError("--without needs a column meta with pile_set_name, as the Pile's text has")
         if total is None:
-            docs = (row[name] for row in rows)
+            docs = ((row[name], row.get("meta")) for row in rows)
         else:
-            groups = (file.iter_batches(1000, row_groups=[g], columns=[name]) for g in range(file.num_row_groups))  # one at a time in memory
-            docs = (doc for group in groups for batch in group for doc in batch.column(0).to_pylist())
-        for n, doc in enumerate(docs, 1):
+            groups = (file.iter_batches(1000, row_groups=[g], columns=[name, "meta"] if without else [name]) for g in range(file.num_row_groups))  # one at a time in memory
+            columns = ([column.to_pylist() for column in batch.columns] for group in groups for batch in group)
+            docs = (row for texts, *metas in columns for row in zip(texts, *metas or [repeat(None)]))
+        for n, (doc, meta) in enumerate(docs, 1):
             doc = doc or ""
             read += len(doc)
-            if n > skip:
+            if n > skip and not (without and pile_subset(meta) in without.split(",")):
                 yield doc, n, n / total if total else min(1.0, read / size)
     except StopIteration:
         raise ValueError(f"{path} can't be read: it has no rows") from None
     except ValueError as e:  # pyarrow's and datasets' errors among them
         raise ValueError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
+
+
+def pile_subset(meta):
+    """A row's meta, a dict or JSON -> the Pile's name of its subset, or None."""
+    meta = json.loads(meta) if isinstance(meta, str) else meta
+    return meta.get("pile_set_name") if isinstance(meta, dict) else None
 
 
 def documents(sources, position):
@@ -177,11 +188,13 @@ def make_encoder(tokenizer):
 
 def val_rule(sources, name):
     """A function (name, index of the document) -> True, False, or None: cut the last 5 %."""
+    if val_every == 1:
+        return lambda *_: True
     if any(n.endswith(ROWS) for n, _, _ in sources):
         if name == "owt" and not tokens:  # nanoGPT: train_test_split(test_size=0.0005, seed=2357, shuffle=True)
             chosen = set(nanogpt_val_documents().tolist())
             return lambda _, i: i in chosen
-        return lambda _, i: i % VAL_EVERY == 0
+        return lambda _, i: i % val_every == 0
     by_hash = {n: int.from_bytes(hashlib.sha256(n.encode()).digest()[:8], "big") < VAL_SHARE * 2**64 for n, _, _ in sources}
     whole = 0 < sum(by_hash.values()) < len(by_hash)
     return lambda n, _: by_hash[n] if whole else None
@@ -310,8 +323,8 @@ def main():
         sys.exit(f"error: {dataset} has a source of its own; give the files another name with --dataset=NAME")
     if not files and not on_hub and dataset not in ("", "stdlib"):
         sys.exit(f"error: no source for {dataset!r}: give --files='a.txt,dir/*.md', a hub dataset as ORG/NAME, or stdlib, {', '.join(HUB)}")
-    if tokens < 0:
-        sys.exit(f"error: --tokens={tokens} must be 0 or more")
+    if tokens < 0 or val_every < 1:
+        sys.exit("error: --tokens must be 0 or more, --val_every 1 or more")
     name = (dataset or ("files" if files else "stdlib")).partition("@")[0].split("/")[-1]
     if name in ("", ".", ".."):
         sys.exit(f"error: --dataset={dataset} does not end in a folder name for data/")
@@ -320,7 +333,7 @@ def main():
         chosen = tokenizer or ("gpt2" if on_hub else "bytes")
         _, vocab_size, eot = make_encoder(chosen)
         source = files or (f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip() if on_hub else f"stdlib of Python {sys.version.split()[0]}")
-        meta = dict(tokenizer=chosen, vocab_size=vocab_size, eot=eot, source=source, asked_tokens=tokens)
+        meta = dict(tokenizer=chosen, vocab_size=vocab_size, eot=eot, source=source, asked_tokens=tokens, val_every=val_every, without=without)
         if os.path.exists(os.path.join(done, "meta.json")) and not force:
             with open(os.path.join(done, "meta.json")) as f:
                 old = json.load(f)

@@ -1,4 +1,5 @@
-"""train.py under torchrun with two processes (gloo), and under torch.compile: the same run as with one process, eager."""
+"""torchrun with two processes (gloo), and torch.compile: the same run, and the same evaluation, as with one process, eager."""
+import json
 import os
 import subprocess
 import sys
@@ -17,9 +18,9 @@ def losses(folder):
 
 @pytest.fixture
 def torchrun(stdlib):
-    def torchrun(*args, processes=2):
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", os.path.join(REPO, "train.py")]
-        return subprocess.run([*command, *SHORT, "--dtype=float32", *args], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=100)
+    def torchrun(*args, script="train.py"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", os.path.join(REPO, script)]
+        return subprocess.run([*command, *(SHORT if script == "train.py" else ()), "--dtype=float32", *args], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=100)
 
     return torchrun
 
@@ -43,6 +44,32 @@ def test_a_run_of_two_processes_is_resumed_by_one(run, torchrun):
     assert run(*one, "--max_iters=16", "--init_from=resume").code == 0
     assert run(*one, "--max_iters=16", "--out_dir=out/one").code == 0
     assert losses("out/two") == pytest.approx(losses("out/one"), rel=1e-4)
+    assert run("eval.py", "--models=out/one,out/two", "--tokens=10240", "--json=result.json").code == 0
+    one, two = json.load(open("result.json"))["rows"]
+    assert one["role"] == two["role"] == "ln_free" and two["loss"] == pytest.approx(one["loss"], abs=0.002)
+
+
+def test_two_processes_evaluate_to_the_same_numbers_as_one(run, torchrun):
+    """Windows and examples that two don't divide evenly; cross-entropy, faithfulness, HellaSwag and the residual stream."""
+    os.makedirs("data_own/hellaswag")
+    for name in os.listdir("data"):
+        os.symlink(os.path.realpath(f"data/{name}"), f"data_own/{name}")
+    os.remove("data")
+    os.rename("data_own", "data")
+    with open(os.path.join(REPO, "tests", "hellaswag_42.jsonl")) as f, open("data/hellaswag/hellaswag_val.jsonl", "w") as g:
+        g.writelines(list(f)[:7])
+    random_hf(vocab_size=320, n_positions=256).save_pretrained("other")
+    args = [f"--models={TINY},other", "--dataset=stdlib,hellaswag,residual", "--tokens=1300", "--block_size=100", "--batch_size=2"]
+    done = torchrun(*args, "--json=two.json", script="eval.py")
+    assert done.returncode == 0 and done.stdout.count("hellaswag: share of right endings") == 1, done.stderr
+    assert run("eval.py", *args, "--json=one.json").code == 0
+    flat = lambda value: [x for v in value.values() for x in flat(v)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    rows = [json.load(open(path))["rows"] for path in ("one.json", "two.json")]
+    assert len(rows[0]) == 6
+    for a, b in zip(*rows):
+        assert a.keys() == b.keys()
+        for x, y in zip(flat(a), flat(b), strict=True):
+            assert x == y if x is None or isinstance(x, str) else y == pytest.approx(x, rel=1e-4, abs=1e-6)
 
 
 def test_what_all_processes_meet_is_said_once(torchrun):

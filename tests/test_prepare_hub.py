@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from conftest import REPO
+from conftest import REPO, random_hf
 from tiny_hub import serve
 
 import prepare_owt
@@ -69,6 +69,48 @@ def test_a_hub_dataset_is_nanogpts_tokens_with_every_200th_document_in_val(hub, 
     assert read("train", "stories") == nanogpt([doc for i, doc in enumerate(docs) if i % 200])
     assert read("val", "stories") == nanogpt(docs[::200])
     assert json.load(open("data/stories/meta.json"))["train"]["documents"] == 447
+
+
+def test_eval_prepares_the_pile_by_itself_all_of_it_to_evaluate_on(hub, prepare, tmp_path):
+    """The tokenized Pile is fetched from the hub once; what is asked for of it is val."""
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 50257, 512).tolist() for _ in range(40)]
+    (tmp_path / "repo/data").mkdir(parents=True)
+    pq.write_table(pa.table({"input_ids": sequences}), tmp_path / "repo/data/train-00000-of-00001.parquet")
+    hub.repos["datasets/apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2"] = tmp_path / "repo"
+    random_hf(vocab_size=50257, n_positions=64, n_embd=16, n_head=2, n_layer=1).save_pretrained("random")
+    for _ in range(2):
+        env = os.environ | hub.env | {"HF_HOME": str(tmp_path / "cache")}
+        done = subprocess.run([sys.executable, os.path.join(REPO, "eval.py"), "--models=random", "--dataset=pile", "--json=r.json"], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert read("val", "pile") == [token for ids in sequences for token in ids] and read("train", "pile") == []
+    (row,) = json.load(open("r.json"))["rows"]
+    assert row["windows"] == (40 * 512 - 1) // 64 and 10 < row["loss"] < 13
+    assert len([r for r in hub.requests if r[0] == "GET" and r[2].endswith(".parquet")]) == 1
+
+
+def test_eval_without_a_network_says_what_to_do(hub, tmp_path):
+    random_hf(vocab_size=50257, n_positions=64, n_embd=16, n_head=2, n_layer=1).save_pretrained("random")
+    done = subprocess.run([sys.executable, os.path.join(REPO, "eval.py"), "--models=random", "--dataset=pile"], env=os.environ | {"HF_HOME": str(tmp_path / "cache")}, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "monology-pile-uncopyrighted-tokenizer-gpt2 can't be listed" in done.stderr
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_subsets_of_the_pile_are_left_out_by_name(hub, prepare, tmp_path, as_json):
+    docs, names = texts(400), ["Pile-CC", "Books3", "Github", "OpenWebText2"] * 100
+    metas = [dict(pile_set_name=name) for name in names]
+    if as_json:
+        with open("pile.jsonl", "w") as f:
+            f.writelines(json.dumps(dict(text=doc, meta=meta)) + "\n" for doc, meta in zip(docs, metas))
+    else:
+        pq.write_table(pa.table({"text": docs, "meta": [json.dumps(meta) for meta in metas]}), "pile.parquet")
+    done = prepare("--dataset=pile_text", f"--files=pile.{'jsonl' if as_json else 'parquet'}", "--tokenizer=gpt2", "--without=OpenWebText2,Books3,BookCorpus2")
+    assert done.returncode == 0, done.stderr
+    kept = docs[::2]
+    assert read("val", "pile_text") == nanogpt(kept[::200]) and read("train", "pile_text") == nanogpt([d for i, d in enumerate(kept) if i % 200])
+    write_parquet(tmp_path / "plain.parquet", docs)
+    done = prepare("--dataset=plain", "--files=plain.parquet", "--tokenizer=gpt2", "--without=Books3")
+    assert done.returncode == 1 and "--without needs a column meta" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_tokens_stops_early_at_a_documents_end(hub, prepare, tmp_path):
