@@ -1,22 +1,31 @@
 """
-Speed and memory of a training step, each way in a process of its own, in turns.
+Speed and memory, at GPT-2 small's shape with random weights unless told otherwise.
 
-    python bench.py                                          # GPT-2 small's shape, 4 x 256 tokens a step
+    python bench.py                         # a training step: each way in a process of its own, in turns
+    python bench.py --what=eval             # the cross-entropy pass, against transformers (which requirements-dev.txt installs)
+    python bench.py --what=hellaswag        # against one forward pass an example, of four padded rows
     python bench.py --n_layer=4 --n_head=6 --n_embd=192 --vocab_size=320 --batch_size=16
 
-`nanoGPT's way` is this model as nanoGPT would train it on a CPU: float32, the logits whole, compiled. The other rows are train.py's.
-A row's figures are the median over rounds; tokens a second of a step after the first two, peak memory of the process or the GPU.
+Of a training step, `nanoGPT's way` is this model as nanoGPT would train it on a CPU: float32, the logits whole, compiled. The other rows
+are train.py's. A row's figures are the median over rounds; tokens a second of a step after the first two, peak memory of the process
+or the GPU. The other two compare in one process, in turns, after one unmeasured round.
 """
 import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
+from statistics import median
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
+import hellaswag
 from configurator import configure
+from data import read_windows
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -28,6 +37,7 @@ batch_size = 4
 block_size = 256
 steps = 6  # timed, in a round
 rounds = 3
+what = "train"  # train, eval or hellaswag
 way = ""  # one way in this process; empty: all of them, in processes
 # -----------------------------------------------------------------------------
 
@@ -66,8 +76,95 @@ def one(dtype, in_pieces, compiled):
     return dict(tokens_per_s=batch_size * block_size * steps / sum(times[2:]), memory_GB=memory / 1e9)
 
 
+def compare(theirs, ours, name, unit, amount):
+    """Time the two functions in turns, and print a line."""
+    times = []
+    for _ in range(1 + rounds):
+        pair = []
+        for function in (theirs, ours):
+            began = time.perf_counter()
+            function()
+            pair.append(time.perf_counter() - began)
+        times.append(pair)
+    ratios = [a / b for a, b in times[1:]]
+    a, b = (median(list(column)) for column in zip(*times[1:]))
+    print(f"{name:<12}{amount / a:>10,.1f}{amount / b:>10,.1f} {unit:<12}{median(ratios):>8.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def random_model():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=1024, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, eot=vocab_size - 1))
+
+
+def compare_eval():
+    """eval.py's pass over windows, without faithfulness, against transformers' logits and F.cross_entropy."""
+    from transformers import GPT2LMHeadModel
+
+    import eval as evaluation
+
+    model = random_model().eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        hf = GPT2LMHeadModel.from_pretrained(folder).eval()
+    data = np.random.default_rng(0).integers(0, vocab_size, steps * batch_size * block_size + 1).astype("<u2")
+    starts = np.arange(steps * batch_size) * block_size
+    evaluation.block_size, evaluation.batch_size, evaluation.device = block_size, batch_size, "cpu"
+
+    @torch.inference_mode()
+    def theirs():
+        for i in range(0, len(starts), batch_size):
+            x, y = read_windows(data, starts[i : i + batch_size], block_size, "cpu")
+            with evaluation.autocast():
+                losses["theirs"] = F.cross_entropy(hf(x).logits.float().flatten(0, 1), y.flatten(), reduction="none")
+
+    def ours():
+        losses["ours"] = evaluation.token_stats([("model", "original", model)], data, starts, None)["model"]["loss"]
+
+    losses = {}
+    print(f"{'':<12}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  {batch_size} x {block_size} tokens at a time")
+    for dtype in ("float32", "bfloat16"):
+        evaluation.dtype = dtype
+        if dtype == "bfloat16":
+            evaluation.cast_linear_maps(model)
+        compare(theirs, ours, dtype, "tokens/s", steps * batch_size * block_size)
+        apart = abs(losses["ours"][-batch_size:].mean() - losses["theirs"].mean().item())
+        assert apart < 1e-3, f"the two losses differ by {apart}"
+
+
+def compare_hellaswag():
+    """hellaswag.score against a forward pass of our model for each example, its four rows padded to one length (build-nanogpt's way)."""
+    model, rng = random_model().eval(), np.random.default_rng(0)
+    words = lambda n: " ".join(map(str, rng.integers(0, vocab_size - 1, max(3, n))))
+    encode = lambda text: [int(word) for word in text.split()]
+    examples = [(words(int(rng.normal(65, 25))), [words(int(rng.normal(25, 8))) for _ in range(4)], 0) for _ in range(16 * steps)]
+
+    @torch.inference_mode()
+    def theirs():
+        scores["theirs"] = []
+        for context, endings, _ in examples:
+            rows = [encode(context) + encode(ending) for ending in endings]
+            ids, scored = torch.zeros(4, max(map(len, rows)), dtype=torch.long), torch.zeros(4, max(map(len, rows)))
+            for k, row in enumerate(rows):
+                ids[k, : len(row)], scored[k, len(encode(context)) : len(row)] = torch.tensor(row), 1
+            losses = F.cross_entropy(model(ids)[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(4, -1) * scored[:, 1:]
+            scores["theirs"].append((losses.sum(1) / scored.sum(1)).tolist())
+
+    def ours():
+        sums, counts = hellaswag.score(model, examples, encode, "cpu", nullcontext())
+        scores["ours"] = sums / counts
+
+    scores = {}
+    print(f"{'':<12}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  contexts of 65 ± 25 tokens, endings of 25 ± 8")
+    compare(theirs, ours, "float32", "examples/s", len(examples))
+    assert np.allclose(scores["theirs"], scores["ours"], atol=1e-3), "the scores differ"
+
+
 def main():
     configure(globals(), sys.argv[1:], __doc__)
+    if what not in ("train", "eval", "hellaswag"):
+        sys.exit(f"error: unknown --what={what}: it is train, eval or hellaswag")
+    if what != "train":
+        return compare_eval() if what == "eval" else compare_hellaswag()
     if way:
         if way not in WAYS:
             sys.exit(f"error: unknown way {way!r}: it is one of {', '.join(WAYS)}")
@@ -81,7 +178,6 @@ def main():
                 sys.exit(f"error: {name} failed: {done.stderr.strip().splitlines()[-1]}")
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {i + 1} of {rounds}, {name}: {results[name][-1]['tokens_per_s']:,.0f} tokens/s", file=sys.stderr)
-    median = lambda values: sorted(values)[len(values) // 2]
     print(f"{'':<24}{'tokens/s':>10}{'ratio':>8}{'peak memory, GB':>18}")
     for name, runs in results.items():
         ratio = median([run["tokens_per_s"] / base["tokens_per_s"] for run, base in zip(runs, results["nanoGPT's way"])])

@@ -26,7 +26,6 @@ import numpy as np
 import tiktoken
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import hellaswag
@@ -51,7 +50,7 @@ hellaswag_url = hellaswag.URL
 # -----------------------------------------------------------------------------
 
 PUBLISHED = {"owt": 4_500_000, "pile": 10_200_000, "pile-filtered": 10_200_000}  # tokens behind the published figures
-HEAD_ROWS = 256  # tokens whose logits exist at one time
+HEAD_ROWS = 128  # tokens whose distributions exist at one time
 NAMES = dict(original="original", control="control", ln_free="LN-free", part="part removed")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -125,6 +124,14 @@ def autocast():
     return torch.autocast(torch.device(device).type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
+def cast_linear_maps(model):
+    """What autocast would do to the weights of the linear maps at each call, once."""
+    for m in model.modules():
+        if isinstance(m, torch.nn.Linear):
+            m.weight = torch.nn.Parameter(m.weight.bfloat16())
+            m.bias = None if m.bias is None else torch.nn.Parameter(m.bias.bfloat16())
+
+
 def over_processes(array):
     """Rows RANK, RANK + WORLD, ... of an array, one from each process -> the whole array on each."""
     if WORLD == 1:
@@ -145,27 +152,34 @@ def token_stats(opened, data, starts, reference):
     """{source: {"loss": (windows, T), and against the reference's "kl", "js", "agree" (windows,)}}; reference None: losses alone."""
     order = sorted(opened, key=lambda item: item[0] != reference)  # the reference first
     own = starts[RANK::WORLD]
-    stats = {source: {key: np.zeros((len(own), block_size), np.float32) for key in ("loss", *(() if reference in (None, source) else ("kl", "js", "agree")))}
-             for source, _, _ in order}
+    stats = {source: dict(loss=np.zeros((len(own), block_size), np.float32)) for source, _, _ in opened}
+    for source in stats.keys() - {reference} if reference else ():  # in this order below
+        stats[source] |= {key: np.zeros(len(own)) for key in ("kl", "js", "agree")}
     for i in tqdm(range(0, len(own), batch_size), desc="windows", unit="batch", leave=False, disable=None if RANK == 0 else True):
         x, y = read_windows(data, own[i : i + batch_size], block_size, device)
+        hidden = {}
         with autocast():
             hidden = {source: model.normed(*model.residual(x)).flatten(0, 1) for source, _, model in order}  # (B T, C)
-            for r in range(0, y.numel(), HEAD_ROWS):
-                rows, wanted = slice(r, r + HEAD_ROWS), y.flatten()[r : r + HEAD_ROWS]
+            if reference is None:
                 for source, _, model in order:
-                    logits = model.lm_head(hidden[source][rows]).float()
-                    put = lambda key, value: stats[source][key].reshape(-1).__setitem__(slice(i * block_size + r, i * block_size + r + len(wanted)), value.cpu())
-                    put("loss", F.cross_entropy(logits, wanted, reduction="none"))
+                    stats[source]["loss"][i : i + batch_size] = model.token_losses(hidden[source], y.flatten()).view(y.shape).cpu()
+                continue
+            found = {source: torch.zeros(len(parts), y.numel()) for source, parts in stats.items()}
+            for rows in np.split(np.arange(y.numel()), range(HEAD_ROWS, y.numel(), HEAD_ROWS)):
+                for source, _, model in order:
+                    log_p = model.lm_head(hidden[source][rows]).float().log_softmax(-1)  # (rows, vocab)
+                    loss = -log_p.gather(1, y.flatten()[rows, None])[:, 0]
                     if source == reference:
-                        q, log_q = logits.softmax(-1), logits.log_softmax(-1)
-                    elif reference is not None:
-                        p, log_p = logits.softmax(-1), logits.log_softmax(-1)
-                        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-                        put("kl", (q * (log_q - log_p)).sum(-1))
-                        put("js", ((q * (log_q - log_m)).sum(-1) + (p * (log_p - log_m)).sum(-1)) / 2)
-                        put("agree", log_p.argmax(-1) == log_q.argmax(-1))
-    return {source: {key: over_processes(a if key == "loss" else a.mean(1)) for key, a in parts.items()} for source, parts in stats.items()}
+                        log_q, q = log_p, log_p.exp()
+                        found[source][0, rows] = loss.cpu()
+                        continue
+                    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+                    kl, js = (q * (log_q - log_p)).sum(-1), ((q * (log_q - log_m)).sum(-1) + (log_p.exp() * (log_p - log_m)).sum(-1)) / 2
+                    found[source][:, rows] = torch.stack([loss, kl, js, log_p.argmax(-1) == log_q.argmax(-1)]).cpu()
+        for source, parts in stats.items():
+            for (key, part), values in zip(parts.items(), found[source].view(-1, *y.shape)):
+                part[i : i + batch_size] = values if key == "loss" else values.double().mean(-1)
+    return {source: {key: over_processes(a) for key, a in parts.items()} for source, parts in stats.items()}
 
 
 def mean_and_error(windows):
@@ -301,6 +315,9 @@ def main():
             if block_size > model.config.block_size:
                 raise ValueError(f"block_size {block_size} is beyond the {model.config.block_size} positions of {source}")
             model.to(device)
+        weights = {source: weights_hash(model) for source, _, model in opened} if json and RANK == 0 else {}
+        for _, _, model in opened if dtype == "bfloat16" else ():
+            cast_linear_maps(model)
         block_size = block_size or min(model.config.block_size for _, _, model in opened)
         base = reference or next((s for s, role, _ in opened if role == "original"), sources[0])
         folders = {name: prepared(name, opened[0][2].config.eot) for name in names if name not in ("hellaswag", "residual")}
@@ -335,7 +352,7 @@ def main():
             show()
     if json and RANK == 0:
         result = dict(command=shlex.join(["python", *sys.argv]), versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-                      dtype=dtype, device=device, data_sha256=hashes, weights_sha256={source: weights_hash(model) for source, _, model in opened}, rows=finite(rows))
+                      dtype=dtype, device=device, data_sha256=hashes, weights_sha256=weights, rows=finite(rows))
         with one_line_errors():
             with open(json + ".tmp", "w") as f:
                 dump(result, f, indent=2)

@@ -13,12 +13,11 @@ import os
 import numpy as np
 import requests
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 EXAMPLES = 10_042
-BATCH_TOKENS = 4096  # padded tokens of a forward pass
+BATCH_TOKENS = 2048  # padded tokens of a forward pass
 
 
 def download(url, path):
@@ -116,7 +115,7 @@ def score(model, examples, encode, device, context, name=""):
         mask = own & torch.ones(T, T, dtype=torch.bool, device=device).tril()
         with context:
             x = model.normed(*model.residual(ids, pos, mask[:, None]))[row, column]  # (M, C): only what is scored is unembedded
-            loss = F.cross_entropy(model.lm_head(x).float(), torch.from_numpy(target).to(device), reduction="none").double().cpu().numpy()
+            loss = model.token_losses(x, torch.from_numpy(target).to(device)).double().cpu().numpy()
         np.add.at(sums, (example, ending), loss)
         np.add.at(counts, (example, ending), 1)
         bar.update(len(batch))

@@ -207,6 +207,11 @@ class GPT(nn.Module):
         """x (rows, C), targets (rows,) -> the sum of their losses, in nats."""
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1, reduction="sum")
 
+    def token_losses(self, x, targets, rows=128):
+        """x (N, C), targets (N,) -> each token's loss in nats (N,), float32. The logits of so many rows exist at a time: with 128 of
+        them GPT-2's stay below the 32 MB from which glibc asks the system for new pages each time."""
+        return torch.cat([F.cross_entropy(self.lm_head(a).float(), b, reduction="none") for a, b in zip(x.split(rows), targets.split(rows))])
+
     def normed(self, x, use_bos):
         """What residual returns -> what the unembedding reads, (B, T, C)."""
         return x if self.config.folded else self.transformer.ln_f(x, use_bos)

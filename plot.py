@@ -84,7 +84,7 @@ def plot_residual(source, path):
         sys.exit(f"error: {source} has no row of --dataset=residual")
     kinds = [kind for kind in ("position_0", "eot", "others") if any(row["sites"]["ln_f"][kind] for row in rows)]
     sites = list(max((row["sites"] for row in rows), key=len))  # of the deepest model
-    fig, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 5), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 5), layout="constrained", squeeze=False, sharey=True)
     for axis, kind in zip(axes[0], kinds):
         for row, color in zip(rows, plt.cm.tab10.colors * 9):
             found = [row["sites"].get(site, {}).get(kind) or {} for site in sites]
