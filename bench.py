@@ -4,11 +4,12 @@ Speed and memory, at GPT-2 small's shape with random weights unless told otherwi
     python bench.py                         # a training step: each way in a process of its own, in turns
     python bench.py --what=eval             # the cross-entropy pass, against transformers (which requirements-dev.txt installs)
     python bench.py --what=hellaswag        # against one forward pass an example, of four padded rows
+    python bench.py --what=sample           # decoding: folded against with LN, and sample.py against transformers' generate
     python bench.py --n_layer=4 --n_head=6 --n_embd=192 --vocab_size=320 --batch_size=16
 
 Of a training step, `nanoGPT's way` is this model as nanoGPT would train it on a CPU: float32, the logits whole, compiled. The other rows
 are train.py's. A row's figures are the median over rounds; tokens a second of a step after the first two, peak memory of the process
-or the GPU. The other two compare in one process, in turns, after one unmeasured round.
+or the GPU. The others compare in one process, in turns, after one unmeasured round.
 """
 import json
 import resource
@@ -24,6 +25,7 @@ import torch
 from torch.nn import functional as F
 
 import hellaswag
+import sample
 from configurator import configure
 from data import read_windows
 from model import GPT, GPTConfig
@@ -37,7 +39,7 @@ batch_size = 4
 block_size = 256
 steps = 6  # timed, in a round
 rounds = 3
-what = "train"  # train, eval or hellaswag
+what = "train"  # train, eval, hellaswag or sample
 way = ""  # one way in this process; empty: all of them, in processes
 # -----------------------------------------------------------------------------
 
@@ -76,7 +78,7 @@ def one(dtype, in_pieces, compiled):
     return dict(tokens_per_s=batch_size * block_size * steps / sum(times[2:]), memory_GB=memory / 1e9)
 
 
-def compare(theirs, ours, name, unit, amount):
+def compare(theirs, ours, name, unit, amount, width=12):
     """Time the two functions in turns, and print a line."""
     times = []
     for _ in range(1 + rounds):
@@ -88,7 +90,7 @@ def compare(theirs, ours, name, unit, amount):
         times.append(pair)
     ratios = [a / b for a, b in times[1:]]
     a, b = (median(list(column)) for column in zip(*times[1:]))
-    print(f"{name:<12}{amount / a:>10,.1f}{amount / b:>10,.1f} {unit:<12}{median(ratios):>8.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"{name:<{width}}{amount / a:>10,.1f}{amount / b:>10,.1f} {unit:<12}{median(ratios):>8.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 def random_model():
@@ -159,12 +161,36 @@ def compare_hellaswag():
     assert np.allclose(scores["theirs"], scores["ours"], atol=1e-3), "the scores differ"
 
 
+def compare_sample(n=256):
+    """The likeliest n tokens after a prompt of 16, one sequence: the folded model against the same one with its LayerNorms, and that
+    one against transformers' generate with its cache."""
+    from transformers import GPT2LMHeadModel
+
+    model = random_model().eval()
+    free = random_model().eval()
+    for name, site in free.sites().items():
+        site.set_mode("fake")
+    folded, ids = free.fold().eval(), list(range(100, 116))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        hf = GPT2LMHeadModel.from_pretrained(folder).eval()
+    decode = lambda model: list(sample.generate(model, ids, n, 0, 0, None))
+    theirs = lambda: hf.generate(torch.tensor([ids]), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)[0, len(ids) :].tolist()
+    assert decode(model) == theirs(), "the two decode otherwise"
+    print(f"{'':<28}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  {n} tokens")
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype), folded.to(dtype), hf.to(dtype)
+        compare(lambda: decode(model), lambda: decode(folded), f"folded to LN, {str(dtype)[6:]}", "tokens/s", n, 28)
+        compare(theirs, lambda: decode(model), f"to transformers, {str(dtype)[6:]}", "tokens/s", n, 28)
+
+
 def main():
     configure(globals(), sys.argv[1:], __doc__)
-    if what not in ("train", "eval", "hellaswag"):
-        sys.exit(f"error: unknown --what={what}: it is train, eval or hellaswag")
+    others = dict(eval=compare_eval, hellaswag=compare_hellaswag, sample=compare_sample)
+    if what in others:
+        return others[what]()
     if what != "train":
-        return compare_eval() if what == "eval" else compare_hellaswag()
+        sys.exit(f"error: unknown --what={what}: it is train, {', '.join(others)}")
     if way:
         if way not in WAYS:
             sys.exit(f"error: unknown way {way!r}: it is one of {', '.join(WAYS)}")

@@ -1,5 +1,5 @@
 """
-Reading a prepared dataset, data/NAME/{train,val}.bin + meta.json: what train.py and eval.py share.
+What the scripts share: reading a prepared dataset, data/NAME/{train,val}.bin + meta.json, and the choice of a device.
 """
 import json
 import os
@@ -64,3 +64,13 @@ def read_windows(tokens, starts, block_size, device):
     if torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)
+
+
+def pick_device(name):
+    """`auto` (cuda, mps or cpu, the first that is there) or a device's name -> its name. ValueError if it is not on this machine."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = name.split(":")[0]
+    if kind not in ("cuda", "mps", "cpu") or (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise ValueError(f"device {name!r} is not on this machine: try --device=cpu")
+    return name

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import hellaswag
 import residual
 from configurator import configure, one_line_errors
-from data import open_tokens, read_meta, read_windows, val_starts
+from data import open_tokens, pick_device, read_meta, read_windows, val_starts
 from model import GPT
 
 # -----------------------------------------------------------------------------
@@ -43,7 +43,7 @@ verify = False  # only test that the models are LN-free (by default the last run
 tokens = 0  # how many val tokens, spread evenly; 0: as published (owt 4.5 M, pile 10.2 M), else all of them
 block_size = 0  # tokens in a window; 0: the smallest context of the models
 batch_size = 16  # windows at a time
-device = "auto"  # cuda where there is one, else cpu
+device = "auto"  # cuda, mps or cpu, the first that is there
 dtype = "float32"  # or bfloat16: autocast
 json = ""  # a file to write everything into
 hellaswag_url = hellaswag.URL
@@ -292,8 +292,8 @@ def main():
         sys.exit(f"error: dtype is {dtype!r}, but it must be float32 or bfloat16")
     if batch_size < 1 or tokens < 0 or block_size < 0:
         sys.exit("error: batch_size must be 1 or more, tokens and block_size 0 or more")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with one_line_errors():
+        device = pick_device(device)
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)

@@ -156,9 +156,8 @@ def write_tokenizer(model, folder):
     return True
 
 
-def write_card(source, model, folder):
+def write_card(source, folder, name):
     """README.md: what it is, its evaluation and settings where the run left them, and how to load it."""
-    name = push or os.path.abspath(folder)
     lines = ["---", "library_name: transformers" if to == "hf" else "tags: [interpretability]", "---", "# GPT-2 without LayerNorm", "",
              f"Made from `{source}`: every LayerNorm divides by a constant, so that the residual stream is read affinely (arXiv 2409.13710)."]
     try:
@@ -189,9 +188,10 @@ def write_card(source, model, folder):
 
 def upload(folder):
     import huggingface_hub as hub
+    from huggingface_hub import constants, errors
 
     try:
-        answer = input(f"upload {', '.join(sorted(os.listdir(folder)))} to {hub.constants.ENDPOINT}/{push}? [y/N] ")
+        answer = input(f"upload {', '.join(sorted(os.listdir(folder)))} to {constants.ENDPOINT}/{push}? [y/N] ")
     except EOFError:
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
@@ -199,9 +199,9 @@ def upload(folder):
     try:
         hub.create_repo(push, exist_ok=True)
         hub.upload_folder(repo_id=push, folder_path=folder, commit_message="GPT-2 without LayerNorm")
-    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, hub.errors.OfflineModeIsEnabled) as e:
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.OfflineModeIsEnabled) as e:
         raise OSError(f"can't upload to {push}: {str(e).splitlines()[0]}; {folder} stays; log in with `hf auth login`, or upload it with `hf upload {push} {folder}`") from None
-    print(f"uploaded to {hub.constants.ENDPOINT}/{push}")
+    print(f"uploaded to {constants.ENDPOINT}/{push}")
 
 
 def main():
@@ -232,7 +232,7 @@ def main():
             with open(os.path.join(half, "generation_config.json"), "w") as f:
                 json.dump(dict(bos_token_id=model.config.eot, eos_token_id=model.config.eot), f)
             tokenizer = write_tokenizer(model, half)
-            write_card(source, model, half)
+            write_card(source, half, push or os.path.abspath(folder))
             os.rename(half, folder)
         finally:
             shutil.rmtree(half, ignore_errors=True)

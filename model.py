@@ -70,12 +70,13 @@ class LayerNorm(nn.Module):
         compiling = torch.compiler.is_compiling()
         if not compiling and self.ln_mode == "real":
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # eager: the fused kernel
+        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype  # of the result, as F.layer_norm's
         if x.dtype in (torch.bfloat16, torch.float16):
-            x = x.float()  # as F.layer_norm does
+            x = x.float()
         constant = torch.where(use_bos, self.bos_std, self.avg_std)
         std = torch.where(self.is_fake, constant, self.std(x)) if compiling else constant
         x = (x - x.mean(-1, keepdim=True)) / std * self.weight
-        return x if self.bias is None else x + self.bias
+        return (x if self.bias is None else x + self.bias).to(dtype)
 
     def set_mode(self, mode):
         if mode not in ("real", "fake"):
@@ -86,7 +87,8 @@ class LayerNorm(nn.Module):
 
 class CausalSelfAttention(nn.Module):
     """x_qk, x_v (B, T, C), the inputs of query and key and of value -> (B, T, C). mask, bool and broadcast to (B, heads, T, T), is
-    true where a query sees a key; None: causal. ValueError if the heads don't divide C."""
+    true where a query sees a key; None: causal. cache, a list that is empty at first, keeps keys and values: later tokens come one at
+    a time and see all that is in it. ValueError if the heads don't divide C."""
 
     def __init__(self, config):
         super().__init__()
@@ -98,7 +100,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x_qk, x_v, mask=None):
+    def forward(self, x_qk, x_v, mask=None, cache=None):
         B, T, C = x_qk.shape
         if x_qk is x_v:
             q, k, v = self.c_attn(x_qk).split(C, dim=2)
@@ -108,7 +110,10 @@ class CausalSelfAttention(nn.Module):
             q, k = F.linear(x_qk, w_qk, b_qk).split(C, dim=2)
             v = F.linear(x_v, w_v, b_v)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, C / heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
+        if cache is not None:
+            cache[:] = k, v = [torch.cat(pair, 2) for pair in zip(cache, (k, v))] if cache else [k, v]
+        causal = mask is None and k.shape[2] == T
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -126,7 +131,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, C), use_bos (1 or B, T, 1), use_bos_v (B, T, 1), mask as CausalSelfAttention's -> (B, T, C)."""
+    """x (B, T, C), use_bos (1 or B, T, 1), use_bos_v (B, T, 1), mask and cache as CausalSelfAttention's -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -142,11 +147,11 @@ class Block(nn.Module):
         """{"ln_1qk": "real" or "fake", "ln_1v": ..., "ln_2": ...}, to read; GPT.set_ln_mode sets it. Empty when folded."""
         return MappingProxyType({} if self.folded else {kind: getattr(self, kind).ln_mode for kind in KINDS})
 
-    def forward(self, x, use_bos, use_bos_v, mask=None):
+    def forward(self, x, use_bos, use_bos_v, mask=None, cache=None):
         if self.folded:
-            x = x + self.attn(x, x, mask)
+            x = x + self.attn(x, x, mask, cache)
             return x + self.mlp(x)
-        x = x + self.attn(self.ln_1qk(x, use_bos), self.ln_1v(x, use_bos_v), mask)
+        x = x + self.attn(self.ln_1qk(x, use_bos), self.ln_1v(x, use_bos_v), mask, cache)
         return x + self.mlp(self.ln_2(x, use_bos))
 
 
@@ -222,9 +227,10 @@ class GPT(nn.Module):
         ordinary = self.ordinary(idx)
         return (std - (std * ordinary).sum() / ordinary.sum()).square().mean()
 
-    def residual(self, idx, pos=None, mask=None):
+    def residual(self, idx, pos=None, mask=None, cache=None):
         """idx (B, T) -> the residual stream after the last block, (B, T, C), and where ln_f uses bos_std, (1 or B, T, 1).
-        pos (B, T): the tokens' positions, if not 0, 1, ...; mask: which of them each one sees, if not all before it."""
+        pos (B, T): the tokens' positions, if not 0, 1, ...; mask: which of them each one sees, if not all before it;
+        cache: a list for each block, as CausalSelfAttention's."""
         if pos is None:
             T = idx.shape[1]
             if T > self.config.block_size:
@@ -233,11 +239,11 @@ class GPT(nn.Module):
         use_bos = (pos == 0).unsqueeze(-1) & self.bos_on
         use_bos_v = use_bos | ((idx == self.config.eot).unsqueeze(-1) & self.eot_on)  # (B, T, 1)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
-        for block in self.transformer.h:
+        for i, block in enumerate(self.transformer.h):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, use_bos, use_bos_v, mask, use_reentrant=False)
             else:
-                x = block(x, use_bos, use_bos_v, mask)
+                x = block(x, use_bos, use_bos_v, mask, None if cache is None else cache[i])
         return x, use_bos
 
     def ordinary(self, idx):

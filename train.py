@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import configure, one_line_errors
-from data import open_tokens, read_meta, read_windows, train_starts, val_starts
+from data import open_tokens, pick_device, read_meta, read_windows, train_starts, val_starts
 from model import GPT, KINDS, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -204,19 +204,14 @@ def set_rng_state(state, device_type):
 
 
 def pick_device_and_dtype():
-    name = device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = pick_device(device)
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}, but it must be auto, float32 or bfloat16")
-    kind = name.split(":")[0]
-    if kind not in ("cuda", "mps", "cpu") or (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
-        raise ValueError(f"device {name!r} is not on this machine: try --device=cpu")
     if dtype != "auto":
         return name, getattr(torch, dtype)
     has_bf16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: False,
                 "cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16", False)}
-    return name, torch.bfloat16 if has_bf16[kind]() else torch.float32
+    return name, torch.bfloat16 if has_bf16[name.split(":")[0]]() else torch.float32
 
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "4090": 165e12}  # dense bf16, makers' data sheets

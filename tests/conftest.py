@@ -5,6 +5,7 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -59,6 +60,17 @@ def stdlib_data(tmp_path_factory):
         os.chdir(old[0])
         sys.argv = old[1]
     return os.path.join(folder, "data")
+
+
+@pytest.fixture(scope="session")
+def ln_free_run(stdlib_data, tmp_path_factory):
+    """The out_dir of a removal from the bundled model, trained long enough to recover somewhat."""
+    folder = tmp_path_factory.mktemp("removed")
+    os.symlink(stdlib_data, folder / "data")
+    args = [f"--init_from={TINY}", "--max_iters=110", "--batch_size=8", "--eval_interval=1000", "--eval_iters=1", "--dtype=float32"]
+    done = subprocess.run([sys.executable, os.path.join(REPO, "train.py"), os.path.join(REPO, "config/remove_ln_tiny.py"), *args], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return str(folder / "out/remove_ln_tiny")
 
 
 @pytest.fixture

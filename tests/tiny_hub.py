@@ -1,4 +1,5 @@
-"""A hub on 127.0.0.1 that speaks what huggingface_hub asks for: files by revision, their list, refusals, and a cut line."""
+"""A hub on 127.0.0.1 that speaks what huggingface_hub asks for: files by revision, their list, refusals, a cut line, and an upload."""
+import base64
 import hashlib
 import json
 import threading
@@ -63,6 +64,39 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_POST(self):
+        """Uploads: create a repository, say how each file is to come, take a commit of them."""
+        length = self.headers.get("Content-Length")
+        body = self.rfile.read(int(length)) if length else self.read_chunks()
+        if self.headers.get("Authorization") != "Bearer secret":
+            return self.refuse(401, None)
+        path = unquote(self.path)
+        if path == "/api/repos/create":
+            name = json.loads(body)
+            reply = dict(url=f"{self.server.env['HF_ENDPOINT']}/{name.get('organization', 'org')}/{name['name']}")
+        elif "/preupload/" in path:
+            reply = dict(files=[dict(path=f["path"], uploadMode="regular", shouldIgnore=False) for f in json.loads(body)["files"]])
+        elif "/commit/" in path:
+            repo = path.removeprefix("/api/models/").partition("/commit/")[0]
+            values = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
+            self.server.uploaded[repo] = {v["path"]: base64.b64decode(v["content"]) for v in values}
+            reply = dict(success=True, commitOid=COMMIT, commitUrl=f"{self.server.env['HF_ENDPOINT']}/{repo}/commit/{COMMIT}")
+        else:
+            reply = {}
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(reply := json.dumps(reply).encode())))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def read_chunks(self):
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
     def refuse(self, code, error):
         self.send_response(code)
         if error:
@@ -82,9 +116,9 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(repos):
-    """A server with .env to point a process at it, .requests it got, .repos {name: folder} and .cut {file: bytes until it breaks off}."""
+    """A server with .env to point a process at it, .requests it got, .repos {name: folder}, .cut {file: bytes until it breaks off} and .uploaded {name: {file: bytes}}."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests, server.cut, server.repos = [], {}, repos
+    server.requests, server.cut, server.repos, server.uploaded = [], {}, repos, {}
     server.env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
