@@ -1,4 +1,5 @@
 # make demo: a virtual environment, then LayerNorm out of the bundled GPT-2, beside its control.   make test: the tests.
+# make test-tl3: those that need TransformerLens 3, in an environment of their own.
 PYTHON ?= python3
 RUN = out/remove_ln_tiny
 CODE = train.py model.py data.py configurator.py config/remove_ln_tiny.py $(wildcard assets/tiny/*)
@@ -19,6 +20,14 @@ data/stdlib/meta.json: | .venv/installed
 test: .venv/installed-dev
 	.venv/bin/python -m pytest -q tests
 
+test-tl3: .venv-tl3/installed
+	.venv-tl3/bin/python -m pytest -q tests/transformer_lens_3.py
+
+.venv-tl3/installed: requirements.txt requirements-tl3.txt
+	$(PYTHON) -m venv .venv-tl3
+	.venv-tl3/bin/pip install --quiet --disable-pip-version-check -r requirements-tl3.txt
+	touch $@
+
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -28,4 +37,4 @@ test: .venv/installed-dev
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test test-tl3
