@@ -99,7 +99,7 @@ def prepared(name, eot):
         return name
     elif name in (*PUBLISHED, "stdlib"):
         folder = name
-        args = [f"--dataset={name}"] + ([f"--tokens={tokens or PUBLISHED[name] + 100_000}", "--val_every=1"] if name in PUBLISHED else [])
+        args = [f"--dataset={name}"] + ([f"--tokens={PUBLISHED[name] + 100_000}", "--val_every=1"] if name in PUBLISHED else [])
     else:
         there = sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob("data/*/meta.json"))
         raise ValueError(f"unknown data set {name!r}: there is {', '.join(dict.fromkeys([*there, 'stdlib', *PUBLISHED, 'hellaswag', 'residual']))}, or a text file's path; "
@@ -157,7 +157,6 @@ def token_stats(opened, data, starts, reference):
         stats[source] |= {key: np.zeros(len(own)) for key in ("kl", "js", "agree")}
     for i in tqdm(range(0, len(own), batch_size), desc="windows", unit="batch", leave=False, disable=None if RANK == 0 else True):
         x, y = read_windows(data, own[i : i + batch_size], block_size, device)
-        hidden = {}
         with autocast():
             hidden = {source: model.normed(*model.residual(x)).flatten(0, 1) for source, _, model in order}  # (B T, C)
             if reference is None:
@@ -165,10 +164,11 @@ def token_stats(opened, data, starts, reference):
                     stats[source]["loss"][i : i + batch_size] = model.token_losses(hidden[source], y.flatten()).view(y.shape).cpu()
                 continue
             found = {source: torch.zeros(len(parts), y.numel()) for source, parts in stats.items()}
-            for rows in np.split(np.arange(y.numel()), range(HEAD_ROWS, y.numel(), HEAD_ROWS)):
+            for r in range(0, y.numel(), HEAD_ROWS):
+                rows = slice(r, r + HEAD_ROWS)
                 for source, _, model in order:
                     log_p = model.lm_head(hidden[source][rows]).float().log_softmax(-1)  # (rows, vocab)
-                    loss = -log_p.gather(1, y.flatten()[rows, None])[:, 0]
+                    loss = -log_p.gather(1, y.flatten()[rows].unsqueeze(1))[:, 0]
                     if source == reference:
                         log_q, q = log_p, log_p.exp()
                         found[source][0, rows] = loss.cpu()
