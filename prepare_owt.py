@@ -98,7 +98,8 @@ def hub_files(repo):
             revision = "refs/convert/parquet"
             rows, found = matching(revision, rf"/(partial-)?{split}/")
     except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, hub.errors.OfflineModeIsEnabled, OSError) as e:
-        raise OSError(f"{repo} can't be listed on {hub.constants.ENDPOINT}: {type(e).__name__}: {str(e).splitlines()[0]}") from None
+        raise OSError(f"{repo} can't be listed on {hub.constants.ENDPOINT}: {type(e).__name__}: {str(e).splitlines()[0]}; without a network, bring its files here "
+                      "and run with --files='*.parquet' --tokenizer=gpt2 --dataset=NAME") from None
     found = found or (rows if split == "train" else [])
     if not found:
         raise ValueError(f"{repo} has no {' or '.join(ROWS)} file of the split {split!r}" + (f" below {folder!r}" if folder else ""))

@@ -93,6 +93,7 @@ def test_eval_without_a_network_says_what_to_do(hub, tmp_path):
     random_hf(vocab_size=50257, n_positions=64, n_embd=16, n_head=2, n_layer=1).save_pretrained("random")
     done = subprocess.run([sys.executable, os.path.join(REPO, "eval.py"), "--models=random", "--dataset=pile"], env=os.environ | {"HF_HOME": str(tmp_path / "cache")}, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "monology-pile-uncopyrighted-tokenizer-gpt2 can't be listed" in done.stderr
+    assert "bring its files here and run with --files='*.parquet'" in done.stderr
 
 
 @pytest.mark.parametrize("as_json", [False, True])
