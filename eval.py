@@ -58,6 +58,11 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # --- what is compared
 
 
+def items(text):
+    """The items of a comma-separated list, each once."""
+    return list(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
+
+
 def read_settings(run):
     """The settings of a run's out_dir; {} where there are none."""
     try:
@@ -302,12 +307,14 @@ def main():
         if RANK > 0:
             dist.barrier()  # rank 0 goes first, fetches and prepares
     with one_line_errors():
-        sources, last_dataset = (list(dict.fromkeys(models.split(","))), "stdlib") if models else last_run()
+        if json and not os.path.isdir(os.path.dirname(json) or "."):
+            raise FileNotFoundError(f"--json={json}: there is no directory {os.path.dirname(json)}")
+        sources, last_dataset = (items(models), "stdlib") if models else last_run()
         if verify:
             sys.exit(show_verify(sources if models else sources[-1:]) if RANK == 0 else 0)
         if reference and reference not in sources:
             sources.insert(0, reference)
-        names = list(dict.fromkeys((dataset or last_dataset).split(",")))
+        names = items(dataset or last_dataset)
         opened = [(source, *open_model(source)) for source in sources]
         for source, _, model in opened:
             if model.config.vocab_size != opened[0][2].config.vocab_size:
@@ -321,6 +328,8 @@ def main():
         block_size = block_size or min(model.config.block_size for _, _, model in opened)
         base = reference or next((s for s, role, _ in opened if role == "original"), sources[0])
         folders = {name: prepared(name, opened[0][2].config.eot) for name in names if name not in ("hellaswag", "residual")}
+        for folder in folders.values():
+            open_tokens(folder, "val", block_size, opened[0][2].config.vocab_size)  # what is wrong with one is said before hours of the others
         if "hellaswag" in names:
             path = os.path.join("data", "hellaswag", "hellaswag_val.jsonl")
             hellaswag.download(hellaswag_url, path)

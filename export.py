@@ -239,6 +239,8 @@ def main():
         print(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
         if not tokenizer:
             print(f"note: no tokenizer files: end-of-text {model.config.eot} is not GPT-2's")
+        if to == "hf" and dtype != "float16":
+            print("note: for float32 and bfloat16; in float16 it overflows (--dtype=float16 with a smaller --eps)")
         if push:
             upload(folder)
 

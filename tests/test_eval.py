@@ -88,9 +88,11 @@ def test_a_half_removed_model_is_not_called_ln_free(run, stdlib):
     ([f"--models={TINY}", "--dataset=mine"], "unknown data set 'mine': there is stdlib, owt, pile, pile-filtered, hellaswag, residual"),
     ([f"--models={TINY}", "--block_size=1024"], "block_size 1024 is beyond the 256 positions"),
     ([f"--models={TINY}", "--batch_size=0"], "batch_size must be 1 or more"),
-    ([f"--models={TINY}", "--tokens=100"], "less than one window of 256"), ([f"--models={TINY}", "--tokens=512", "--json=no/where.json"], "no/where.json"),
+    ([f"--models={TINY}", "--tokens=100"], "less than one window of 256"), ([f"--models={TINY}", "--tokens=512", "--json=no/where.json"], "there is no directory no"),
+    ([f"--models={TINY}", "--dataset=stdlib,empty.txt"], "data/eval_empty.txt/val.bin has 1 tokens"), ([f"--models={TINY}", "--device=gpu"], "device 'gpu' is not on this machine"),
 ])
 def test_bad_input_ends_in_one_line(run, stdlib, args, message):
+    open("empty.txt", "w").close()
     done = run("eval.py", *args)
     assert done.code == 1 and message in done.text.splitlines()[-1] and "Traceback" not in done.text
 
@@ -121,7 +123,7 @@ def test_faithfulness_against_float64_by_hand(run, finished):
 
 def test_the_reference_can_be_another_model(run, finished):
     assert run("eval.py", "--tokens=640", "--models=out/demo", f"--reference={TINY}", "--json=a.json").code == 0
-    assert run("eval.py", "--tokens=640", f"--models={TINY},out/demo", "--reference=out/demo", "--json=b.json").code == 0
+    assert run("eval.py", "--tokens=640", f"--models={TINY}, out/demo,", "--reference=out/demo", "--json=b.json").code == 0
     a, b = (json.load(open(path))["rows"] for path in ("a.json", "b.json"))
     assert [r["source"] for r in a] == [TINY, "out/demo"] and a[1]["reference"] == TINY
     assert b[0]["reference"] == "out/demo" and "kl" not in b[1] and b[0]["js"] == pytest.approx(a[1]["js"], abs=1e-6) and b[0]["kl"] != a[1]["kl"]

@@ -121,9 +121,11 @@ def test_hooks_of_the_bridge_change_the_logits_as_our_own_do(removed):
 # --- nnsight
 
 
-def test_nnsight_reads_and_patches_the_folded_model(removed):
+@pytest.mark.parametrize("which", ["removed", "small"])
+def test_nnsight_reads_and_patches_the_folded_model(which, request):
     from nnsight import NNsight
 
+    removed = request.getfixturevalue(which)
     folded, idx, seen = removed.fold().eval(), torch.randint(0, 256, (1, 30)), []
     traced = NNsight(folded)
     with traced.trace(idx):
