@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from configurator import configure, one_line_errors
+from configurator import configure, one_line_errors, stop
 from data import open_tokens, pick_device, read_meta, read_windows, train_starts, val_starts
 from model import GPT, KINDS, GPTConfig
 
@@ -372,7 +372,10 @@ def main():
     if wandb_log and master:
         import wandb
 
-        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=settings)
+        try:
+            wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=settings)
+        except wandb.Error as e:  # not logged in, or no network
+            stop(f"wandb_log: {str(e).splitlines()[0]}")
     peak = peak_flops(where, amp_dtype)
     stop_signal = []
 

@@ -290,6 +290,7 @@ def test_the_models_flops_are_its_matrix_products():
 def test_wandb_gets_what_the_log_gets(removal, monkeypatch):
     logged, started = [], []
     wandb = types.SimpleNamespace(init=lambda **k: started.append(k), log=lambda entry, step: logged.append(entry))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     assert "needs `pip install wandb`" in removal("--wandb_log").text
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
