@@ -5,16 +5,20 @@ Speed and memory, at GPT-2 small's shape with random weights unless told otherwi
     python bench.py --what=eval             # the cross-entropy pass, against transformers (which requirements-dev.txt installs)
     python bench.py --what=hellaswag        # against one forward pass an example, of four padded rows
     python bench.py --what=sample           # decoding: folded against with LN, and sample.py against transformers' generate
+    python bench.py --what=prepare          # 100 MB of text to tokens, against datasets.map and shards written to a memmap, as nanoGPT does
     python bench.py --n_layer=4 --n_head=6 --n_embd=192 --vocab_size=320 --batch_size=16
 
 Of a training step, `nanoGPT's way` is this model as nanoGPT would train it on a CPU: float32, the logits whole, compiled. The other rows
 are train.py's. A row's figures are the median over rounds; tokens a second of a step after the first two, peak memory of the process
 or the GPU. The others compare in one process, in turns, after one unmeasured round.
 """
+import glob
 import json
+import os
 import resource
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from contextlib import nullcontext
@@ -39,7 +43,7 @@ batch_size = 4
 block_size = 256
 steps = 6  # timed, in a round
 rounds = 3
-what = "train"  # train, eval, hellaswag or sample
+what = "train"  # train, eval, hellaswag, sample or prepare
 way = ""  # one way in this process; empty: all of them, in processes
 # -----------------------------------------------------------------------------
 
@@ -184,9 +188,55 @@ def compare_sample(n=256):
         compare(theirs, lambda: decode(model), f"to transformers, {str(dtype)[6:]}", "tokens/s", n, 28)
 
 
+def compare_prepare(megabytes=100):
+    """prepare_owt.py on a parquet file of source code in documents of 4,000 characters, against nanoGPT's prepare.py on the same."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import tiktoken
+    from datasets import load_dataset
+
+    texts, size = [], 0
+    for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "**", "*.py"), recursive=True)):  # site-packages among them
+        with open(path, encoding="utf-8", errors="replace") as f:
+            text = f.read()
+        texts += [text[i : i + 4000] for i in range(0, len(text), 4000)]
+        size += len(text)
+        if size > megabytes * 1e6:
+            break
+    bpe, workers, here = tiktoken.get_encoding("gpt2"), os.cpu_count(), os.path.dirname(os.path.abspath(__file__))
+
+    def process(row):
+        ids = [*bpe.encode_ordinary(row["text"]), bpe.eot_token]
+        return dict(ids=ids, len=len(ids))
+
+    def theirs():
+        with tempfile.TemporaryDirectory() as cache:
+            rows = load_dataset("parquet", data_files="text.parquet", split="train", cache_dir=cache)
+            for split, part in rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True).items():
+                part = part.map(process, remove_columns=["text"], num_proc=workers)
+                n, at = sum(part["len"]), 0
+                out = np.memmap(split + ".bin", dtype=np.uint16, mode="w+", shape=(n,))
+                for k in range(shards := min(1024, len(part))):
+                    ids = np.concatenate(part.shard(shards, k, contiguous=True).with_format("numpy")["ids"])
+                    out[at : at + len(ids)] = ids
+                    at += len(ids)
+                out.flush()
+
+    def ours():
+        command = [sys.executable, os.path.join(here, "prepare_owt.py"), "--dataset=text", "--files=text.parquet", "--tokenizer=gpt2", "--force"]
+        subprocess.run(command, check=True, capture_output=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        pq.write_table(pa.table(dict(text=texts)), "text.parquet", row_group_size=1000)
+        print(f"{'':<12}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  {size / 1e6:.0f} MB, {len(texts):,} documents, {workers} processes")
+        compare(theirs, ours, "prepare", "MB/s", size / 1e6)
+        os.chdir(here)
+
+
 def main():
     configure(globals(), sys.argv[1:], __doc__)
-    others = dict(eval=compare_eval, hellaswag=compare_hellaswag, sample=compare_sample)
+    others = dict(eval=compare_eval, hellaswag=compare_hellaswag, sample=compare_sample, prepare=compare_prepare)
     if what in others:
         return others[what]()
     if what != "train":
