@@ -264,8 +264,7 @@ def main():
     if where == "cuda":
         where = f"cuda:{local_rank}"
         torch.cuda.set_device(where)
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        torch.backends.cudnn.fp32_precision = "tf32"
+        torch.set_float32_matmul_precision("high")  # TF32, where autocast is off
     if world > 1:
         dist.init_process_group("nccl" if where.startswith("cuda") else "gloo")
     device_type = where.split(":")[0]
