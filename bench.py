@@ -235,7 +235,9 @@ def compare_prepare(megabytes=100):
 
 
 def main():
-    configure(globals(), sys.argv[1:], __doc__)
+    for name, value in configure(globals(), sys.argv[1:], __doc__).items():
+        if type(value) is int and value < 1:
+            sys.exit(f"error: {name} is {value}, but it must be 1 or more")
     others = dict(eval=compare_eval, hellaswag=compare_hellaswag, sample=compare_sample, prepare=compare_prepare)
     if what in others:
         return others[what]()

@@ -18,8 +18,8 @@ def read_meta(dataset):
         raise FileNotFoundError(f"{path} is not there: run `python prepare_owt.py --dataset={dataset}` first") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"{path} is not JSON ({e}): run `python prepare_owt.py --dataset={dataset} --force`") from None
-    if not isinstance(meta, dict) or not all(isinstance(meta.get(key), int) for key in ("vocab_size", "eot")):
-        raise ValueError(f"{path} has no vocab_size or eot: run `python prepare_owt.py --dataset={dataset} --force`")
+    if not isinstance(meta, dict) or not all(isinstance(meta.get(key), kind) for key, kind in dict(vocab_size=int, eot=int, train=dict, val=dict).items()):
+        raise ValueError(f"{path} has no vocab_size, eot, train or val: run `python prepare_owt.py --dataset={dataset} --force`")
     return meta
 
 
@@ -30,7 +30,7 @@ def open_tokens(dataset, split, block_size, vocab_size):
     again = f"run `python prepare_owt.py --dataset={dataset} --force`"
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} is not there: {again}")
-    size, expected = os.path.getsize(path), meta.get(split, {}).get("tokens")
+    size, expected = os.path.getsize(path), meta[split].get("tokens")
     if size == 0:
         raise ValueError(f"{path} is empty: {again}")
     if size % 2:

@@ -309,6 +309,8 @@ def main():
     with one_line_errors():
         if json and not os.path.isdir(os.path.dirname(json) or "."):
             raise FileNotFoundError(f"--json={json}: there is no directory {os.path.dirname(json)}")
+        if os.path.isdir(json):
+            raise IsADirectoryError(f"--json={json} is a directory: name a file")
         sources, last_dataset = (items(models), "stdlib") if models else last_run()
         if verify:
             sys.exit(show_verify(sources if models else sources[-1:]) if RANK == 0 else 0)
@@ -354,7 +356,7 @@ def main():
                 show = lambda: show_residual(residual_on, opened, found)
             else:
                 found = cross_entropy_rows(folders[name], opened, base if faithfulness and len(opened) > 1 else None)
-                hashes[folders[name]] = read_meta(folders[name]).get("val", {}).get("sha256")
+                hashes[folders[name]] = read_meta(folders[name])["val"].get("sha256")
                 show = lambda: show_cross_entropy(folders[name], opened, found)
         rows += found
         if RANK == 0:

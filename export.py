@@ -17,6 +17,7 @@ import sys
 import tempfile
 from dataclasses import replace
 
+import numpy as np
 import tiktoken
 import torch
 
@@ -27,7 +28,7 @@ from model import GPT
 to = "hf"  # hf or folded
 out = ""  # the new directory; by default hf or folded below an out_dir, else NAME_hf or NAME_folded here
 dtype = "float32"  # of the weights: float32, bfloat16, or float16 with a smaller --eps
-eps = 1e12  # layer_norm_epsilon of the plain form; a smaller one lets sqrt(var + eps) vary a little with the token
+eps = 1e12  # layer_norm_epsilon of the plain form, above 1; a smaller one lets sqrt(var + eps) vary a little with the token
 push = ""  # ORG/NAME: upload the directory to this hub repository, after asking
 # -----------------------------------------------------------------------------
 
@@ -132,6 +133,16 @@ def open_source(source):
     return GPT.from_pretrained(source).eval()
 
 
+@torch.no_grad()
+def largest_difference(a, b):
+    """Of the logits of two models, over 64 random tokens. ValueError if it is not finite."""
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, a.config.vocab_size, (1, min(64, a.config.block_size))))
+    apart = (a(ids)[0] - b(ids)[0]).abs().max().item()
+    if not math.isfinite(apart):
+        raise ValueError("its logits are not finite numbers: nothing to export")
+    return apart
+
+
 def check_float16(model):
     for name, p in model.named_parameters():
         largest = p.abs().max().item()
@@ -214,8 +225,8 @@ def main():
         sys.exit(f"error: --to is {to!r}, but it must be hf or folded")
     if dtype not in ("float32", "bfloat16", "float16"):
         sys.exit(f"error: dtype is {dtype!r}, but it must be float32, bfloat16 or float16")
-    if eps <= 0:
-        sys.exit(f"error: --eps={eps} must be above 0")
+    if eps <= 1:
+        sys.exit(f"error: --eps={eps} must be above 1: with less, the export divides by each token's std again")
     run = os.path.isdir(os.path.join(source, "model"))
     folder = out or (os.path.join(source, to) if run else os.path.basename(source.partition("@")[0]) + "_" + to)
     with one_line_errors():
@@ -223,6 +234,7 @@ def main():
             raise ValueError(f"{folder} exists: remove it, or name another directory with --out")
         model = open_source(source)
         new = plain_form(model, eps) if to == "hf" else folded_form(model)
+        apart = largest_difference(new, model)
         if dtype == "float16":
             check_float16(new)
         half = folder + ".tmp"
@@ -237,6 +249,7 @@ def main():
         finally:
             shutil.rmtree(half, ignore_errors=True)
         print(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
+        print(f"its logits of random tokens, in float32, are within {apart:.1e} of {source}'s")
         if not tokenizer:
             print(f"note: no tokenizer files: end-of-text {model.config.eot} is not GPT-2's")
         if to == "hf" and dtype != "float16":

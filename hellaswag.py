@@ -55,7 +55,8 @@ def read_examples(path):
             try:
                 row = json.loads(line)
                 context, endings, label = row["ctx"], row["endings"], int(row["label"])
-                if not context or len(endings) != 4 or not all(endings) or label not in range(4):
+                texts = [context, *endings] if isinstance(endings, list) else []
+                if len(texts) != 5 or not all(isinstance(text, str) and text for text in texts) or label not in range(4):
                     raise ValueError("it needs a ctx, four endings and a label from 0 to 3")
                 examples.append((context, endings, label))
             except (ValueError, KeyError, TypeError) as e:

@@ -305,9 +305,12 @@ class GPT(nn.Module):
     def load_ln_state(self, state):
         """Set what ln_state returned. KeyError, TypeError or ValueError if a site is missing or not whole."""
         for name, site in self.sites().items():
+            avg_std, bos_std = state["sites"][name]["avg_std"], state["sites"][name]["bos_std"]
+            if not (0 < avg_std < math.inf and 0 < bos_std < math.inf):
+                raise ValueError(f"{name} has the constants {avg_std} and {bos_std}")
             site.set_mode(state["sites"][name]["mode"])
-            site.avg_std.fill_(state["sites"][name]["avg_std"])
-            site.bos_std.fill_(state["sites"][name]["bos_std"])
+            site.avg_std.fill_(avg_std)
+            site.bos_std.fill_(bos_std)
         self.set_treatment("bos", state["bos"])
         self.set_treatment("eot", state["eot"])
 
@@ -389,6 +392,8 @@ class GPT(nn.Module):
                     os.fsync(f.fileno())
             os.replace(weights + ".tmp", weights)
             os.replace(text + ".tmp", text)
+        except OSError as e:
+            raise OSError(f"can't write {directory}: {e.strerror}") from None
         finally:
             for path in (weights + ".tmp", text + ".tmp"):
                 if os.path.exists(path):
@@ -415,7 +420,8 @@ class GPT(nn.Module):
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ValueError(f"{path} is not JSON: {e}") from None
         except FileNotFoundError:
-            raise FileNotFoundError(f"{source} is not a model directory: it has no config.json") from None
+            run = f"; a run's model is {source}/model" if os.path.isdir(os.path.join(source, "model")) else ""
+            raise FileNotFoundError(f"{source} is not a model directory: it has no config.json{run}") from None
         kind = hf.get("model_type") if isinstance(hf, dict) else None
         if kind not in ("gpt2", "gpt2_ln_mode", "gpt2_folded"):
             raise ValueError(f"{path}: model_type is {kind!r}, but only GPT-2 models can be read")
@@ -429,8 +435,8 @@ class GPT(nn.Module):
                 if hf.get(key) not in (None, ours):
                     raise ValueError(f"{path}: {key} is {hf[key]!r}, but model.py has {ours!r}")
         eot, eps = hf.get("eos_token_id"), hf.get("layer_norm_epsilon", 1e-5)
-        if not isinstance(eps, (int, float)):
-            raise ValueError(f"{path}: layer_norm_epsilon is {eps!r}, not a number")
+        if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+            raise ValueError(f"{path}: layer_norm_epsilon is {eps!r}, not a number from 0 on")
         published = eps > 1  # LN-free: the std is lost in sqrt(var + 1e12), and the weights make up for 1e6
         model = cls(GPTConfig(**{ours: hf[theirs] for ours, theirs in keys.items()}, dropout=dropout, folded=kind == "gpt2_folded",
                               eot=eot if isinstance(eot, int) else hf["vocab_size"] - 1, ln_eps=1e-5 if published else eps))
@@ -528,6 +534,6 @@ def read_tensors(directory):
             tensors |= load_file(part)
         except FileNotFoundError:
             raise FileNotFoundError(f"{directory} is not a model directory: it has no {os.path.basename(part)}") from None
-        except SafetensorError as e:
+        except (SafetensorError, OSError) as e:
             raise ValueError(f"{part} can't be read, cut short or not safetensors: {e}") from None
     return path, tensors

@@ -124,13 +124,14 @@ def rows_of(path, skip):
             file = pq.ParquetFile(path)
             total, names = file.metadata.num_rows, file.schema_arrow.names
         else:
-            from datasets import load_dataset  # a second or two, for these files only
+            import datasets  # a second or two, for these files only
 
-            rows = load_dataset("json", data_files=path, split="train", streaming=True)
+            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the error too
+            rows = datasets.load_dataset("json", data_files=path, split="train", streaming=True)
             total, names = None, list(next(iter(rows)))
         name = column or ("text" if "text" in names else "input_ids")
         if name not in names:
-            raise ValueError(f"no column {name!r}: choose one of {', '.join(names)} with --column")
+            raise ValueError(f"no column {column or 'text'!r}: choose one of {', '.join(names)} with --column")
         if without and "meta" not in names:
             raise ValueError("--without needs a column meta with pile_set_name, as the Pile's text has")
         if total is None:
@@ -141,6 +142,8 @@ def rows_of(path, skip):
             docs = (row for texts, *metas in columns for row in zip(texts, *metas or [repeat(None)]))
         for n, (doc, meta) in enumerate(docs, 1):
             doc = doc or ""
+            if not isinstance(doc, (str, list)):
+                raise ValueError(f"row {n} of column {name!r} is neither text nor a list of token ids: {str(doc)[:40]}")
             read += len(doc)
             if n > skip and not (without and pile_subset(meta) in without.split(",")):
                 yield doc, n, n / total if total else min(1.0, read / size)
@@ -191,14 +194,12 @@ def val_rule(sources, name):
     """A function (name, index of the document) -> True, False, or None: cut the last 5 %."""
     if val_every == 1:
         return lambda *_: True
-    if any(n.endswith(ROWS) for n, _, _ in sources):
-        if name == "owt" and not tokens:  # nanoGPT: train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-            chosen = set(nanogpt_val_documents().tolist())
-            return lambda _, i: i in chosen
-        return lambda _, i: i % val_every == 0
-    by_hash = {n: int.from_bytes(hashlib.sha256(n.encode()).digest()[:8], "big") < VAL_SHARE * 2**64 for n, _, _ in sources}
+    if name == "owt" and not tokens:  # nanoGPT: train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+        chosen = set(nanogpt_val_documents().tolist())
+        return lambda _, i: i in chosen
+    by_hash = {n: int.from_bytes(hashlib.sha256(n.encode()).digest()[:8], "big") < VAL_SHARE * 2**64 for n, _, _ in sources if not n.endswith(ROWS)}
     whole = 0 < sum(by_hash.values()) < len(by_hash)
-    return lambda n, _: by_hash[n] if whole else None
+    return lambda n, i: i % val_every == 0 if n.endswith(ROWS) else by_hash[n] if whole else None
 
 
 def nanogpt_val_documents(n=OWT_DOCUMENTS):
@@ -224,6 +225,8 @@ def encode_piece(piece):
     for name, doc, val in piece:
         if isinstance(doc, list):  # token ids, in windows that hold their own end-of-text
             ids = np.asarray(doc)
+            if ids.size and ids.dtype.kind != "i":
+                raise ValueError(f"{name} holds lists that are not token ids: {str(doc)[:40]}")
             if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
                 raise ValueError(f"{name} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}")
             out["val" if val else "train"].append(ids.astype("<u2"))
@@ -312,6 +315,15 @@ def order_val_as_nanogpt(half, eot):
     np.concatenate([docs[place[document]] for document in wanted.tolist()]).tofile(os.path.join(half, "val_ordered.bin"))
 
 
+def read_json(path):
+    """The dict in a file of an earlier run. ValueError, one line, if it is none."""
+    try:
+        with open(path) as f:
+            return dict(json.load(f))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path} can't be read ({e}): --force begins anew") from None
+
+
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -336,8 +348,7 @@ def main():
         source = files or (f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip() if on_hub else f"stdlib of Python {sys.version.split()[0]}")
         meta = dict(tokenizer=chosen, vocab_size=vocab_size, eot=eot, source=source, asked_tokens=tokens, val_every=val_every, without=without)
         if os.path.exists(os.path.join(done, "meta.json")) and not force:
-            with open(os.path.join(done, "meta.json")) as f:
-                old = json.load(f)
+            old = read_json(os.path.join(done, "meta.json"))
             differs = [key for key in meta if old.get(key) != meta[key]]
             if differs:
                 raise ValueError(f"{done} holds {differs[0]} {old.get(differs[0])!r}, not {meta[differs[0]]!r}: --force replaces it")
@@ -349,13 +360,12 @@ def main():
         need = 2 * tokens or int(size * (2 if chosen == "bytes" else 0.8))
         free = shutil.disk_usage("data").free
         if need > free:
-            raise OSError(f"data/{name} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: ask for less with --tokens")
+            raise OSError(f"data/{name} needs about {need / 1e9:.2g} GB and {free / 1e9:.2g} GB are free: ask for less with --tokens")
 
         progress = dict(meta=meta, position=[0, 0], documents=0, train=dict(tokens=0, documents=0), val=dict(tokens=0, documents=0))
         if os.path.exists(os.path.join(half, "progress.json")) and not force:
-            with open(os.path.join(half, "progress.json")) as f:
-                old = json.load(f)
-            if old["meta"] == meta:
+            old = read_json(os.path.join(half, "progress.json"))
+            if old.get("meta") == meta:
                 progress = old
                 print(f"going on behind {old['documents']:,} documents")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last note is written

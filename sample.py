@@ -53,8 +53,8 @@ def main():
     if len(sys.argv) < 2 or (sys.argv[1].startswith("-") and sys.argv[1] not in ("--help", "-h")):
         sys.exit("error: usage: python sample.py OUT_DIR_OR_MODEL --prompt=TEXT")
     configure(globals(), sys.argv[1 if sys.argv[1] in ("--help", "-h") else 2 :], __doc__)
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0:
-        sys.exit("error: max_new_tokens must be 1 or more, temperature and top_k 0 or more")
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 <= seed < 2**63:
+        sys.exit("error: max_new_tokens must be 1 or more, temperature, top_k and seed 0 or more, seed below 2**63")
     if dtype not in ("float32", "bfloat16"):
         sys.exit(f"error: dtype is {dtype!r}, but it must be float32 or bfloat16")
     source = sys.argv[1]

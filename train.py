@@ -176,7 +176,8 @@ def save_checkpoint(path, checkpoint):
     except (OSError, RuntimeError) as e:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        raise OSError(f"can't save {path}: {str(e).splitlines()[0]}; an older checkpoint there is untouched") from None
+        cause = e.__context__ if isinstance(e.__context__, OSError) else e  # a full disk, say, behind torch's own error
+        raise OSError(f"can't save {path}: {str(cause).splitlines()[0]}; an older checkpoint there is untouched") from None
 
 
 def load_checkpoint(path):
@@ -191,6 +192,15 @@ def load_checkpoint(path):
     if missing:
         raise ValueError(f"{path} is not a checkpoint of train.py: it has no {', '.join(sorted(missing))}")
     return checkpoint
+
+
+def read_log(path, end):
+    """The whole lines of a log.jsonl that are of steps before `end`. ValueError, one line, if it is not one."""
+    try:
+        with open(path) as f:
+            return [line for line in f if line.endswith("\n") and json.loads(line)["step"] < end]
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{path} is not a log of train.py ({type(e).__name__}: {e}): move it away to go on without it") from None
 
 
 def get_rng_state(device_type):
@@ -238,15 +248,14 @@ def flops_per_token(model, T):
 
 
 def check_settings():
-    for name in ("batch_size", "gradient_accumulation_steps", "block_size", "eval_interval", "eval_iters", "log_interval", "max_iters"):
-        if globals()[name] < 1:
-            raise ValueError(f"{name} is {globals()[name]}, but it must be 1 or more")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}, but it must be 0 or more")
+    counts = ("batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head", "n_embd", "eval_interval", "eval_iters", "log_interval", "max_iters")
+    rates = ("seed", "learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "aux_loss_weight")
+    for name in (*counts, *rates):
+        low, high = int(name in counts), dict(beta1=1, beta2=1, dropout=1, seed=2**63).get(name, math.inf)
+        if not low <= globals()[name] < high:
+            raise ValueError(f"{name} is {globals()[name]}, but it must be {low} or more" + f", and below {high}" * (high < math.inf))
     if wandb_log and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb_log needs `pip install wandb`")
-    if aux_loss_weight < 0:
-        raise ValueError(f"aux_loss_weight is {aux_loss_weight}, but it must be 0 or more")
 
 
 def main():
@@ -295,6 +304,8 @@ def main():
         val_tokens = open_tokens(dataset, "val", block_size, model.config.vocab_size)
         events = timeline(ln_schedule, model.config.n_layer, max_iters)
         start = checkpoint["step"] if checkpoint else 0
+        if start > max_iters:
+            raise ValueError(f"the checkpoint in {out_dir} is at step {start}, beyond max_iters {max_iters}")
         modes, treatments = state_at(events, start, model.sites())
         if events and model.config.folded:
             raise ValueError(f"{init_from} is folded: it has no LayerNorm that ln_schedule could remove")
@@ -307,8 +318,7 @@ def main():
         log_path, checkpoint_path = os.path.join(out_dir, "log.jsonl"), os.path.join(out_dir, "ckpt.pt")
         lines = []
         if checkpoint and os.path.exists(log_path):  # drop what happened after the checkpoint: it will happen again
-            with open(log_path) as f:
-                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
+            lines = read_log(log_path, start)
         if master:
             if not checkpoint and os.path.exists(checkpoint_path):
                 print(f"note: {out_dir} holds an earlier run, which this one replaces")

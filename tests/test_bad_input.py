@@ -44,6 +44,8 @@ def dataset(tmp_path):
     (["config/missing.py"], "no config file config/missing.py"), (["--batch_size=0"], "batch_size is 0"),
     (["--dtype=float16"], "it must be auto, float32 or bfloat16"), (["--device=gpu"], "device 'gpu' is not on this machine"),
     (["--dataset=mine"], "run `python prepare_owt.py --dataset=mine`"), (["--seed=-1"], "seed is -1"),
+    ([f"--seed={2**70}"], "and below 9223372036854775808"), (["--learning_rate=-1"], "learning_rate is -1.0, but it must be 0 or more"), (["--beta2=1"], "beta2 is 1.0"),
+    (["--init_from=scratch", "--n_embd=0"], "n_embd is 0, but it must be 1 or more"), (["--dropout=1.5"], "dropout is 1.5, but it must be 0 or more, and below 1"),
 ])
 def test_settings(refused, args, message):
     assert message in refused(*args)
@@ -67,7 +69,7 @@ def test_data_that_do_not_fit_the_model_or_the_window(refused, dataset):
     json.dump(meta | dict(vocab_size=50257), open("data/mine/meta.json", "w"))
     assert "holds token ids up to 50256" in refused("--dataset=mine")
     json.dump({}, open("data/mine/meta.json", "w"))
-    assert "meta.json has no vocab_size or eot" in refused("--dataset=mine")
+    assert "meta.json has no vocab_size, eot, train or val" in refused("--dataset=mine")
     json.dump(meta | dict(train=dict(tokens=30)), open("data/mine/meta.json", "w"))
     np.zeros(30, "<u2").tofile("data/mine/train.bin")
     assert "fewer than block_size + 1 = 33" in refused("--dataset=mine")
@@ -96,6 +98,15 @@ def test_a_checkpoint_that_is_not_one(refused, run, dataset, damage, message):
     assert run("train.py", f"--init_from={TINY}", *SHORT, "--dataset=mine").code == 0
     damage("out/run/ckpt.pt")
     assert message in refused("--dataset=mine", "--init_from=resume")
+
+
+def test_a_log_that_is_not_one_and_a_checkpoint_beyond_the_last_step(refused, run, dataset):
+    assert run("train.py", f"--init_from={TINY}", *SHORT, "--dataset=mine").code == 0
+    assert "is at step 2, beyond max_iters 1" in refused("--dataset=mine", "--init_from=resume", "--max_iters=1")
+    for line in ("garbage", "[1]", "{}"):
+        with open("out/run/log.jsonl", "w") as f:
+            f.write(line + "\n")
+        assert "out/run/log.jsonl is not a log of train.py" in refused("--dataset=mine", "--init_from=resume", "--max_iters=3")
 
 
 def break_config(**changes):
@@ -128,12 +139,24 @@ def break_tensors(change):
     (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
     (lambda folder: (folder / "config.json").write_text("[]"), "model_type is None"), (lambda folder: os.remove(folder / "config.json"), "has no config.json"),
     (lambda folder: shutil.rmtree(folder), "hf is not a directory here, and https://huggingface.co can't be asked ("),
-    (break_config(model_type="gpt2_ln_mode"), "ln_state is not whole"),
+    (break_config(model_type="gpt2_ln_mode"), "ln_state is not whole"), (break_config(layer_norm_epsilon=-1), "layer_norm_epsilon is -1"),
+    (lambda folder: (os.remove(folder / "model.safetensors"), os.mkdir(folder / "model.safetensors")), "model.safetensors can't be read"),
+    (lambda folder: os.rename(folder, folder.parent / "model") or os.mkdir(folder) or os.rename(folder.parent / "model", folder / "model"), "a run's model is hf/model"),
 ])
 def test_a_model_directory_that_is_not_one(refused, dataset, tmp_path, damage, message):
     random_hf().save_pretrained(tmp_path / "hf")
     damage(tmp_path / "hf")
     assert message in refused("--dataset=mine", "--init_from=hf")
+
+
+@pytest.mark.parametrize("constant", [float("nan"), -1.0, 0.0, float("inf"), "1"])
+def test_a_constant_that_is_none(refused, dataset, tmp_path, constant):
+    model = set_all_fake(GPT.from_pretrained(TINY))
+    model.save_pretrained(tmp_path / "free")
+    config = json.load(open("free/config.json"))
+    config["ln_state"]["sites"]["h.2.ln_1v"]["avg_std"] = constant
+    json.dump(config, open("free/config.json", "w"))
+    assert "free/config.json: ln_state is not whole" in refused("--dataset=mine", "--init_from=free")
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_that_is_there(run, dataset):

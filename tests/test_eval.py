@@ -89,6 +89,7 @@ def test_a_half_removed_model_is_not_called_ln_free(run, stdlib):
     ([f"--models={TINY}", "--block_size=1024"], "block_size 1024 is beyond the 256 positions"),
     ([f"--models={TINY}", "--batch_size=0"], "batch_size must be 1 or more"),
     ([f"--models={TINY}", "--tokens=100"], "less than one window of 256"), ([f"--models={TINY}", "--tokens=512", "--json=no/where.json"], "there is no directory no"),
+    ([f"--models={TINY}", "--json=data"], "--json=data is a directory"),
     ([f"--models={TINY}", "--dataset=stdlib,empty.txt"], "data/eval_empty.txt/val.bin has 1 tokens"), ([f"--models={TINY}", "--device=gpu"], "device 'gpu' is not on this machine"),
 ])
 def test_bad_input_ends_in_one_line(run, stdlib, args, message):

@@ -1,9 +1,11 @@
 """export.py: the same logits in transformers, TransformerLens and nnsight; what is refused; the upload."""
 import json
 import os
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO, TINY, random_hf, set_all_fake
@@ -172,11 +174,35 @@ def test_the_export_opens_in_a_pipeline_with_its_tokenizer_and_card(run, gpt2_ru
 
 
 def test_the_folded_export_is_read_by_from_pretrained_and_has_no_layernorm(run, gpt2_run):
-    assert run("export.py", "out/mine", "--to=folded", "--out=folded").code == 0
+    done = run("export.py", "out/mine", "--to=folded", "--out=folded")
+    assert done.code == 0 and 0 < within(done) < 1e-4
     folded = GPT.from_pretrained("folded").eval()
     idx = torch.randint(0, 50000, (1, 40))
     torch.testing.assert_close(logits_of(folded, idx), logits_of(gpt2_run, idx), atol=1e-4, rtol=0)
     assert not folded.sites() and folded.lm_head.bias is not None and folded.lm_head.weight is not folded.transformer.wte.weight
+
+
+def within(done):
+    """What export.py says of its logits."""
+    return float(re.search(r"within (\S+) of", done.text)[1])
+
+
+def test_an_eps_that_is_too_small_is_seen_in_what_it_says(run, gpt2_run):
+    done = run("export.py", "out/mine", "--eps=2")
+    plain, idx = GPT.from_pretrained("out/mine/hf").eval(), torch.from_numpy(np.random.default_rng(0).integers(0, 50257, (1, 64)))
+    assert plain.ln_free() and within(done) > 0.01  # ours reads it as LN-free; transformers divides by sqrt(var + 2)
+    from transformers import GPT2LMHeadModel
+
+    off = (logits_of(GPT2LMHeadModel.from_pretrained("out/mine/hf").eval(), idx) - logits_of(gpt2_run, idx)).abs().max().item()
+    assert within(done) == pytest.approx(off, rel=0.06)
+
+
+def test_a_model_whose_logits_are_not_finite_is_not_exported(run, gpt2_run):
+    with torch.no_grad():
+        gpt2_run.transformer.wpe.weight[3] = float("nan")
+    gpt2_run.save_pretrained("bad")
+    done = run("export.py", "bad")
+    assert done.code == 1 and "its logits are not finite" in done.text and not os.path.exists("bad_hf")
 
 
 def test_float16_needs_a_smaller_eps_and_then_works(run, gpt2_run):
@@ -185,7 +211,8 @@ def test_float16_needs_a_smaller_eps_and_then_works(run, gpt2_run):
     done = run("export.py", "out/mine", "--dtype=float16")
     assert done.code == 1 and "float16 ends at 65504" in done.text and "--eps=" in done.text and not os.path.exists("out/mine/hf")
     advised = done.text.rpartition("--eps=")[2].strip()
-    assert run("export.py", "out/mine", "--dtype=float16", f"--eps={advised}").code == 0
+    done = run("export.py", "out/mine", "--dtype=float16", f"--eps={advised}")
+    assert done.code == 0 and 0 < within(done) < 0.05
     hf = GPT2LMHeadModel.from_pretrained("out/mine/hf")
     assert hf.dtype == torch.float16 and all(p.isfinite().all() for p in hf.parameters())
     idx = torch.randint(0, 50000, (1, 40))
@@ -238,7 +265,7 @@ def test_a_run_that_is_not_finished_names_the_sites_that_are_still_real(run, rem
 
 @pytest.mark.parametrize("args, message", [
     (["--to=onnx"], "--to is 'onnx', but it must be hf or folded"), (["--dtype=int8"], "it must be float32, bfloat16 or float16"), (["--out=there"], "there exists: remove it"),
-    (["--eps=0"], "must be above 0"), (["--out=there.txt/x"], "there.txt/x"),
+    (["--eps=0.5"], "must be above 1"), (["--out=there.txt/x"], "there.txt/x"),
 ])
 def test_bad_settings_end_in_one_line(run, removed, args, message, tmp_path):
     removed.save_pretrained("mine")

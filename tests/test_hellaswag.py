@@ -120,6 +120,7 @@ def test_no_network_or_a_wrong_address_says_what_to_do(run, server):
 @pytest.mark.parametrize("line, message", [
     ("", "line 3 is empty"), ('{"ctx": "A man', "line 3 is not an example of HellaSwag (JSONDecodeError"), ("[]", "line 3 is not an example"),
     ('{"ctx": "A", "endings": ["a", "b", "c"], "label": 0}', "four endings"), ('{"ctx": "A", "endings": ["a", "b", "c", "d"], "label": 4}', "a label from 0 to 3"),
+    ('{"ctx": "A", "endings": "abcd", "label": 0}', "four endings"), ('{"ctx": "A", "endings": [1, 2, 3, 4], "label": 0}', "four endings"), ('{"ctx": 5, "endings": ["a", "b", "c", "d"], "label": 0}', "it needs a ctx"),
 ])
 def test_a_line_that_is_not_an_example_is_named(run, own_file, line, message):
     lines = open(OWN).read().splitlines()

@@ -66,6 +66,14 @@ def test_many_local_files_are_split_by_a_hash_of_their_path(run, tmp_path):
     assert sorted(docs) == sorted(b"document " + i.encode() for i in chosen)
 
 
+def test_text_files_beside_rows_are_split_as_text_files(run, tmp_path):
+    (tmp_path / "a.txt").write_bytes(bytes(range(200)))
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert run("prepare_owt.py", "--dataset=mixed", "--files=a.txt,b.jsonl", "--val_every=2").code == 0
+    assert tokens("train", "mixed").tolist() == [*range(190), 256, *b"one", 256]
+    assert tokens("val", "mixed").tolist() == [*range(190, 200), 256, *b"two", 256]
+
+
 def test_gpt2_tokens_are_tiktokens_with_end_of_text_behind_each_document(run, tmp_path, gpt2_tokenizer):
     """Against transformers' GPT2Tokenizer, from the same merges."""
     from transformers import GPT2Tokenizer
@@ -97,13 +105,29 @@ def test_another_source_under_the_same_name_is_refused_unless_forced(run, tmp_pa
     (["--files=nothing.txt"], "no file matches 'nothing.txt'"), (["--files=a.txt", "--tokenizer=gpt5"], "unknown tokenizer 'gpt5'"),
     (["--files=bad.txt", "--tokenizer=gpt2"], "bad.txt is not UTF-8 text"), (["--dataset=mytext"], "no source for 'mytext'"),
     (["--files=a.txt", "--dataset=../up"], "has a source of its own"), (["--files=a.txt", "--dataset=stdlib"], "give the files another name"),
+    (["--files=number.jsonl"], "row 1 of column 'text' is neither text nor a list of token ids: 5"), (["--files=dict.jsonl"], "neither text nor a list of token ids: {'a': 1}"),
+    (["--files=words.jsonl"], "holds lists that are not token ids: ['a', 'b']"), (["--files=half.jsonl"], "holds lists that are not token ids: [1.5]"),
+    (["--files=broken.jsonl"], "broken.jsonl can't be read"),
 ])
 def test_bad_input_leaves_nothing_behind(run, tmp_path, gpt2_tokenizer, args, message):
     (tmp_path / "a.txt").write_text("a" * 100)
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe" * 50)
+    for name, row in dict(number='{"text": 5}', dict='{"text": {"a": 1}}', words='{"text": ["a", "b"]}', half='{"text": [1.5]}', broken='{"text": "a"').items():
+        (tmp_path / f"{name}.jsonl").write_text(row + "\n")
     refused = run("prepare_owt.py", *args)
     assert refused.code == 1 and message in refused.text
     assert not os.path.exists("data") or os.listdir("data") == []
+
+
+def test_a_meta_or_progress_file_that_is_broken_is_named(run, tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 100)
+    for path in ("data/mine/meta.json", "data/other.tmp/progress.json"):
+        os.makedirs(os.path.dirname(path))
+        (tmp_path / path).write_text("{")
+        name = path.split("/")[1].removesuffix(".tmp")
+        refused = run("prepare_owt.py", f"--dataset={name}", "--files=a.txt")
+        assert refused.code == 1 and f"{path} can't be read" in refused.text and "--force begins anew" in refused.text
+        assert run("prepare_owt.py", f"--dataset={name}", "--files=a.txt", "--force").code == 0
 
 
 def test_a_failure_while_writing_leaves_what_was_there(run, tmp_path, gpt2_tokenizer):

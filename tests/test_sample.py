@@ -84,9 +84,9 @@ def test_bfloat16_weights_are_near_float32_with_and_without_layernorm():
 
 
 @pytest.mark.parametrize("args, message", [
-    ([], "usage: python sample.py"), (["nowhere"], "nowhere is not a directory here"), ([TINY, "--temperature=-1"], "temperature and top_k 0 or more"),
+    ([], "usage: python sample.py"), (["nowhere"], "nowhere is not a directory here"), ([TINY, "--temperature=-1"], "temperature, top_k and seed 0 or more"),
     ([TINY, "--dtype=float16"], "it must be float32 or bfloat16"), (["other"], "other has no tokenizer that is known here: its end-of-text is 299"),
-    ([TINY, "--device=gpu"], "device 'gpu' is not on this machine"), ([TINY, "--max_new_tokens=0"], "max_new_tokens must be 1 or more"),
+    ([TINY, f"--seed={2**64}"], "seed below 2**63"), ([TINY, "--device=gpu"], "device 'gpu' is not on this machine"), ([TINY, "--max_new_tokens=0"], "max_new_tokens must be 1 or more"),
 ])
 def test_bad_input_ends_in_one_line(run, args, message, tmp_path):
     random_hf().save_pretrained(tmp_path / "other")
