@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import nullcontext
+from datetime import timedelta
 from json import dump, load
 
 import numpy as np
@@ -50,7 +51,7 @@ hellaswag_url = hellaswag.URL
 # -----------------------------------------------------------------------------
 
 PUBLISHED = {"owt": 4_500_000, "pile": 10_200_000, "pile-filtered": 10_200_000}  # tokens behind the published figures
-HEAD_ROWS = 128  # tokens whose distributions exist at one time
+HEAD_ROWS = 128  # tokens whose distributions exist at one time; on a GPU 8 times as many, as model.pieces does
 NAMES = dict(original="original", control="control", ln_free="LN-free", part="part removed")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -169,8 +170,8 @@ def token_stats(opened, data, starts, reference):
                     stats[source]["loss"][i : i + batch_size] = model.token_losses(hidden[source], y.flatten()).view(y.shape).cpu()
                 continue
             found = {source: torch.zeros(len(parts), y.numel()) for source, parts in stats.items()}
-            for r in range(0, y.numel(), HEAD_ROWS):
-                rows = slice(r, r + HEAD_ROWS)
+            n = HEAD_ROWS if x.is_cpu else 8 * HEAD_ROWS
+            for rows in (slice(r, r + n) for r in range(0, y.numel(), n)):
                 for source, _, model in order:
                     log_p = model.lm_head(hidden[source][rows]).float().log_softmax(-1)  # (rows, vocab)
                     loss = -log_p.gather(1, y.flatten()[rows].unsqueeze(1))[:, 0]
@@ -303,7 +304,7 @@ def main():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if WORLD > 1 and not verify:
-        dist.init_process_group("gloo")  # a few results at the end, whatever the device
+        dist.init_process_group("gloo", timeout=timedelta(hours=2))  # a few results at the end, whatever the device; rank 0 may fetch for long
         if RANK > 0:
             dist.barrier()  # rank 0 goes first, fetches and prepares
     with one_line_errors():

@@ -192,7 +192,7 @@ def write_card(source, folder, name):
                   "There is no LayerNorm in it; the unembedding is its own matrix, with a bias."]
     if os.path.exists(os.path.join(source, "settings.json")):
         with open(os.path.join(source, "settings.json")) as f:
-            lines += ["", "Settings of the run:", "", "```json", f.read(), "```"]
+            lines += ["", "Settings of the run:", "", "```python", *(f"{key} = {value!r}" for key, value in json.load(f).items()), "```"]
     with open(os.path.join(folder, "README.md"), "w") as f:
         f.write("\n".join(lines) + "\n")
 

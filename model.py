@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 KINDS = ("ln_1qk", "ln_1v", "ln_2")  # the sites of a block
-LOSS_ROWS = 1024  # tokens whose logits exist at one time in training
+LOSS_ROWS = 1024  # tokens whose logits exist at one time in training; on a GPU 8 times as many
 
 
 @dataclass
@@ -155,6 +155,12 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x, use_bos))
 
 
+def pieces(x, rows):
+    """x (N, ...) -> tensors of so many rows, on a GPU of 8 times as many: there, a piece's launches and its gradient of the whole
+    unembedding are what costs."""
+    return x.split(rows if x.is_cpu else 8 * rows)
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -189,7 +195,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, aux_loss=False):
         """idx, targets (B, T) -> logits (B, T, vocab), loss: mean nats per token, or None. Targets of -1 don't count.
 
-        In training the logits are None: they are made, and made again for the gradient, LOSS_ROWS tokens at a time.
+        In training the logits are None: they are made, and made again for the gradient, in pieces of LOSS_ROWS tokens.
         With aux_loss a third value follows, the mean squared difference between the std before ln_f at each position and its
         mean over ordinary tokens (arXiv 2507.02559). ValueError if T is beyond block_size."""
         x, use_bos = self.residual(idx)
@@ -205,17 +211,17 @@ class GPT(nn.Module):
     @torch.compiler.disable  # in one graph with the rest, the pieces would all be in memory at one time
     def loss_in_pieces(self, x, targets):
         """x (B, T, C), targets (B, T) -> the mean loss, in nats per token."""
-        pieces = zip(x.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS))
-        return sum(checkpoint(self.summed_loss, *piece, use_reentrant=False) for piece in pieces) / (targets != -1).sum()
+        both = zip(pieces(x.flatten(0, 1), LOSS_ROWS), pieces(targets.flatten(), LOSS_ROWS))
+        return sum(checkpoint(self.summed_loss, *piece, use_reentrant=False) for piece in both) / (targets != -1).sum()
 
     def summed_loss(self, x, targets):
         """x (rows, C), targets (rows,) -> the sum of their losses, in nats."""
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1, reduction="sum")
 
     def token_losses(self, x, targets, rows=128):
-        """x (N, C), targets (N,) -> each token's loss in nats (N,), float32. The logits of so many rows exist at a time: with 128 of
-        them GPT-2's stay below the 32 MB from which glibc asks the system for new pages each time."""
-        return torch.cat([F.cross_entropy(self.lm_head(a).float(), b, reduction="none") for a, b in zip(x.split(rows), targets.split(rows))])
+        """x (N, C), targets (N,) -> each token's loss in nats (N,), float32. The logits of so many rows exist at a time (pieces):
+        with 128 of them GPT-2's stay below the 32 MB from which glibc asks the system for new pages each time."""
+        return torch.cat([F.cross_entropy(self.lm_head(a).float(), b, reduction="none") for a, b in zip(pieces(x, rows), pieces(targets, rows))])
 
     def normed(self, x, use_bos):
         """What residual returns -> what the unembedding reads, (B, T, C)."""

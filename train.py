@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -275,7 +276,8 @@ def main():
         torch.cuda.set_device(where)
         torch.set_float32_matmul_precision("high")  # TF32, where autocast is off
     if world > 1:
-        dist.init_process_group("nccl" if where.startswith("cuda") else "gloo")
+        gpu = torch.device(where) if where.startswith("cuda") else None
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=2))  # rank 0 may fetch weights for long
     device_type = where.split(":")[0]
     context = torch.autocast(device_type, amp_dtype) if amp_dtype != torch.float32 else nullcontext()
     torch.manual_seed(seed)  # the same weights on every process
@@ -299,7 +301,7 @@ def main():
                 print(f"note: end-of-text is {meta['eot']} in data/{dataset}, but {model.config.eot} in {init_from}: was it trained on such tokens?")
             model.config.eot = meta["eot"]
         if block_size > model.config.block_size:
-            raise ValueError(f"block_size {block_size} is beyond the model's {model.config.block_size} positions")
+            raise ValueError(f"block_size {block_size} is beyond the model's {model.config.block_size} positions: --block_size={model.config.block_size}")
         train_tokens = open_tokens(dataset, "train", block_size, model.config.vocab_size)
         val_tokens = open_tokens(dataset, "val", block_size, model.config.vocab_size)
         events = timeline(ln_schedule, model.config.n_layer, max_iters)
