@@ -18,7 +18,8 @@ def read_meta(dataset):
         raise FileNotFoundError(f"{path} is not there: run `python prepare_owt.py --dataset={dataset}` first") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"{path} is not JSON ({e}): run `python prepare_owt.py --dataset={dataset} --force`") from None
-    if not isinstance(meta, dict) or not all(isinstance(meta.get(key), kind) for key, kind in dict(vocab_size=int, eot=int, train=dict, val=dict).items()):
+    kinds = dict(vocab_size=int, eot=int, train=dict, val=dict)
+    if not isinstance(meta, dict) or not all(isinstance(meta.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path} has no vocab_size, eot, train or val: run `python prepare_owt.py --dataset={dataset} --force`")
     return meta
 
@@ -70,7 +71,7 @@ def pick_device(name):
     """`auto` (cuda, mps or cpu, the first that is there) or a device's name -> its name. ValueError if it is not on this machine."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = name.split(":")[0]
-    if kind not in ("cuda", "mps", "cpu") or (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if not there.get(name.split(":")[0]):
         raise ValueError(f"device {name!r} is not on this machine: try --device=cpu")
     return name

@@ -37,7 +37,7 @@ from model import GPT
 
 # -----------------------------------------------------------------------------
 dataset = ""  # comma-separated: owt, pile, pile-filtered, stdlib, a folder under data/, a text file, hellaswag, residual; by default the last run's
-models = ""  # comma-separated model directories, out_dirs or hub repositories; by default the original, the control and the LN-free model of the last run
+models = ""  # comma-separated model directories, out_dirs or hub repositories; by default the last run's original, control and LN-free model
 reference = ""  # the model that faithfulness is to; by default the original
 faithfulness = True  # KL, JS, top-1 agreement and correlation of token losses, against the reference
 verify = False  # only test that the models are LN-free (by default the last run's), and fail if one is not
@@ -108,11 +108,13 @@ def prepared(name, eot):
         args = [f"--dataset={name}"] + ([f"--tokens={PUBLISHED[name] + 100_000}", "--val_every=1"] if name in PUBLISHED else [])
     else:
         there = sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob("data/*/meta.json"))
-        raise ValueError(f"unknown data set {name!r}: there is {', '.join(dict.fromkeys([*there, 'stdlib', *PUBLISHED, 'hellaswag', 'residual']))}, or a text file's path; "
-                         f"for text of your own run `python prepare_owt.py --dataset={name} --files=...`")
+        known = ", ".join(dict.fromkeys([*there, "stdlib", *PUBLISHED, "hellaswag", "residual"]))
+        raise ValueError(f"unknown data set {name!r}: there is {known}, or a text file's path; for text of your own run "
+                         f"`python prepare_owt.py --dataset={name} --files=...`")
     if RANK == 0:
         print(f"preparing data/{folder}", flush=True)
-        if subprocess.run([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_owt.py"), *args], stdout=subprocess.DEVNULL).returncode:
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_owt.py")
+        if subprocess.run([sys.executable, script, *args], stdout=subprocess.DEVNULL).returncode:
             sys.exit(1)  # its line stands above
     return folder
 
@@ -209,9 +211,10 @@ def cross_entropy_rows(name, opened, reference):
         row = dict(dataset=name, source=source, role=role, windows=len(starts), tokens=losses.size, nonfinite=int((~np.isfinite(losses)).sum()))
         row["loss"], row["loss_se"] = mean_and_error(losses.mean(1))
         row["median"], row["p99_9"], row["max"] = np.quantile(losses, [0.5, 0.999, 1])
-        for key, base in (("gap", role in ("ln_free", "part") and (first["control"] or first["original"])), ("to_original", role != "original" and first["original"])):
+        gap_to = (first["control"] or first["original"]) if role in ("ln_free", "part") else None
+        for key, base in (("gap", gap_to), ("to_original", first["original"] if role != "original" else None)):
             row[key], row[key + "_se"] = mean_and_error(losses.mean(1) - stats[base]["loss"].mean(1)) if base else (None, None)
-            row[key + ("_to" if key == "gap" else "_source")] = base or None
+            row[key + ("_to" if key == "gap" else "_source")] = base
         if "kl" in stats[source]:
             for key in ("kl", "js", "agree"):
                 row[key], row[key + "_se"] = mean_and_error(stats[source][key])
@@ -231,6 +234,17 @@ def residual_rows(name, opened):
         with autocast():
             stats = residual.stats(model, tqdm(batches, total=-(-len(starts) // batch_size), desc=source, unit="batch", leave=False, disable=None))
         rows.append(dict(dataset="residual", source=source, role=role, data=name, windows=len(starts), **stats))
+    return rows
+
+
+def hellaswag_rows(examples, encode, opened):
+    """One JSON row for each model."""
+    rows = []
+    for source, role, model in opened:
+        scores = hellaswag.score(model, examples[RANK::WORLD], encode, device, autocast(), source if RANK == 0 else "")
+        sums, counts = (over_processes(a) for a in scores)
+        accuracies = hellaswag.accuracies(sums, counts, np.array([label for *_, label in examples]))
+        rows.append(dict(dataset="hellaswag", source=source, role=role, examples=len(examples), **accuracies))
     return rows
 
 
@@ -270,9 +284,16 @@ def show_residual(name, opened, rows):
         found = [r["sites"].get(site, {}).get(kind) for r in rows]
         return [f"{std['mean']:.3f} ± {std['spread']:.3f}" if std else "none" for std in found]
 
-    print_table(f"residual: std before each site on data/{name}, mean ± spread over tokens, in {rows[0]['windows']:,} windows of {block_size}", opened,
+    title = f"residual: std before each site on data/{name}, mean ± spread over tokens, in {rows[0]['windows']:,} windows of {block_size}"
+    print_table(title, opened,
                 [[f"{site}, {kind.replace('_', ' ')}", *cells(site, kind)] for site in sites for kind in ("position_0", "eot", "others")]
                 + [["attention sink rate", *(f"{r['sink_rate']:.1%}" for r in rows)]])
+
+
+def show_hellaswag(name, opened, rows):
+    print_table(f"hellaswag: share of right endings ± binomial standard error, {rows[0]['examples']:,} examples", opened,
+                [["length-normalised", *(with_error(r, "acc_norm", ".2%") for r in rows)],
+                 ["accuracy", *(with_error(r, "acc", ".2%") for r in rows)]])
 
 
 def finite(value):
@@ -321,7 +342,8 @@ def main():
         opened = [(source, *open_model(source)) for source in sources]
         for source, _, model in opened:
             if model.config.vocab_size != opened[0][2].config.vocab_size:
-                raise ValueError(f"{opened[0][0]} has a vocabulary of {opened[0][2].config.vocab_size} and {source} one of {model.config.vocab_size}: compare models of one tokenizer")
+                raise ValueError(f"{opened[0][0]} has a vocabulary of {opened[0][2].config.vocab_size} and {source} one of {model.config.vocab_size}: "
+                                 "compare models of one tokenizer")
             if block_size > model.config.block_size:
                 raise ValueError(f"block_size {block_size} is beyond the {model.config.block_size} positions of {source}")
             model.to(device)
@@ -346,25 +368,20 @@ def main():
     for name in names:
         with one_line_errors():
             if name == "hellaswag":
-                labels, found = np.array([label for *_, label in examples]), []
-                for source, role, model in opened:
-                    sums, counts = (over_processes(a) for a in hellaswag.score(model, examples[RANK::WORLD], encode, device, autocast(), source if RANK == 0 else ""))
-                    found.append(dict(dataset=name, source=source, role=role, examples=len(examples), **hellaswag.accuracies(sums, counts, labels)))
-                show = lambda: print_table(f"hellaswag: share of right endings ± binomial standard error, {len(examples):,} examples", opened,
-                                           [["length-normalised", *(with_error(r, "acc_norm", ".2%") for r in found)], ["accuracy", *(with_error(r, "acc", ".2%") for r in found)]])
+                folder, show, found = name, show_hellaswag, hellaswag_rows(examples, encode, opened)
             elif name == "residual":
-                found = residual_rows(residual_on, opened) if RANK == 0 else []
-                show = lambda: show_residual(residual_on, opened, found)
+                folder, show, found = residual_on, show_residual, residual_rows(residual_on, opened) if RANK == 0 else []
             else:
-                found = cross_entropy_rows(folders[name], opened, base if faithfulness and len(opened) > 1 else None)
-                hashes[folders[name]] = read_meta(folders[name])["val"].get("sha256")
-                show = lambda: show_cross_entropy(folders[name], opened, found)
+                folder, show = folders[name], show_cross_entropy
+                found = cross_entropy_rows(folder, opened, base if faithfulness and len(opened) > 1 else None)
+                hashes[folder] = read_meta(folder)["val"].get("sha256")
         rows += found
         if RANK == 0:
-            show()
+            show(folder, opened, found)
     if json and RANK == 0:
-        result = dict(command=shlex.join(["python", *sys.argv]), versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-                      dtype=dtype, device=device, data_sha256=hashes, weights_sha256=weights, rows=finite(rows))
+        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+        result = dict(command=shlex.join(["python", *sys.argv]), versions=versions, dtype=dtype, device=device,
+                      data_sha256=hashes, weights_sha256=weights, rows=finite(rows))
         with one_line_errors():
             with open(json + ".tmp", "w") as f:
                 dump(result, f, indent=2)
@@ -380,7 +397,7 @@ def show_verify(sources):
     for source in sources:
         reasons = residual.why_not_ln_free(open_model(source, fold=False)[1])
         failed |= bool(reasons)
-        print(f"{source}: " + ("LN-free: all that reads the residual stream is affine in it" if not reasons else "NOT LN-free\n  " + "\n  ".join(reasons)))
+        print(f"{source}: " + ("\n  ".join(["NOT LN-free", *reasons]) if reasons else "LN-free: all that reads the residual stream is affine in it"))
     return int(failed)
 
 

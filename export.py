@@ -35,6 +35,37 @@ push = ""  # ORG/NAME: upload the directory to this hub repository, after asking
 FLOAT16_MAX = 65504
 VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken's addresses, and what transformers calls the files
 
+# of the model card
+HF_USE = """
+```python
+from transformers import GPT2LMHeadModel
+model = GPT2LMHeadModel.from_pretrained("{name}")
+
+from transformer_lens.model_bridge import TransformerBridge  # TransformerLens 4
+bridge = TransformerBridge.boot_transformers("{name}")
+
+from nnsight import LanguageModel
+traced = LanguageModel("{name}")
+```
+
+Its LayerNorm modules have layer_norm_epsilon = {eps:g}, which makes sqrt(var + eps) a constant, and weights that make up for it.
+{float16}
+"""
+FOLDED_USE = """
+```python
+from model import GPT  # of the repository that made it
+model = GPT.from_pretrained("{name}")
+
+from export import to_hooked  # TransformerLens 2 and 3
+hooked = to_hooked(model)
+
+from nnsight import NNsight
+traced = NNsight(model)
+```
+
+There is no LayerNorm in it; the unembedding is its own matrix, with a bias.
+"""
+
 
 # --- the forms
 
@@ -97,8 +128,8 @@ def to_hooked(model):
 
     model, c = folded_form(model), model.config
     hooked = HookedTransformer(HookedTransformerConfig(
-        n_layers=c.n_layer, d_model=c.n_embd, n_ctx=c.block_size, n_heads=c.n_head, d_head=c.n_embd // c.n_head, d_mlp=4 * c.n_embd, d_vocab=c.vocab_size,
-        act_fn="gelu_new", normalization_type=None, default_prepend_bos=False, init_weights=False, device=str(model.lm_head.weight.device)))
+        n_layers=c.n_layer, d_model=c.n_embd, n_ctx=c.block_size, n_heads=c.n_head, d_head=c.n_embd // c.n_head, d_mlp=4 * c.n_embd,
+        d_vocab=c.vocab_size, act_fn="gelu_new", normalization_type=None, default_prepend_bos=False, init_weights=False, device=str(model.lm_head.weight.device)))
 
     def heads(t):  # rows (C, ...) -> (heads, C / heads, ...)
         return t.unflatten(0, (c.n_head, -1))
@@ -129,7 +160,8 @@ def open_source(source):
     if os.path.exists(os.path.join(source, "ckpt.pt")):
         sites = torch.load(os.path.join(source, "ckpt.pt"), map_location="cpu", weights_only=True)["ln_state"]["sites"]
         real = [name for name, site in sites.items() if site["mode"] == "real"]
-        raise ValueError(f"{source} is not finished: " + (f"still real are {', '.join(real)}" if real else "it has no model/") + "; go on with --init_from=resume")
+        problem = f"still real are {', '.join(real)}" if real else "it has no model/"
+        raise ValueError(f"{source} is not finished: {problem}; go on with --init_from=resume")
     return GPT.from_pretrained(source).eval()
 
 
@@ -148,7 +180,8 @@ def check_float16(model):
         largest = p.abs().max().item()
         if largest > FLOAT16_MAX:
             fits = (FLOAT16_MAX / largest) ** 2 * eps
-            raise ValueError(f"float16 ends at {FLOAT16_MAX}, and {name} reaches {largest:.2g}: use --dtype=bfloat16, or --eps={10 ** math.floor(math.log10(fits)):.0e}")
+            raise ValueError(f"float16 ends at {FLOAT16_MAX}, and {name} reaches {largest:.2g}: use --dtype=bfloat16, "
+                             f"or --eps={10 ** math.floor(math.log10(fits)):.0e}")
 
 
 def write_tokenizer(model, folder):
@@ -162,8 +195,9 @@ def write_tokenizer(model, folder):
         with open(os.path.join(folder, name), "wb") as f:
             f.write(read_file_cached(VOCABULARY + theirs))
     end = "<|endoftext|>"
+    config = dict(tokenizer_class="GPT2Tokenizer", model_max_length=model.config.block_size, bos_token=end, eos_token=end, unk_token=end)
     with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
-        json.dump(dict(tokenizer_class="GPT2Tokenizer", model_max_length=model.config.block_size, bos_token=end, eos_token=end, unk_token=end, add_prefix_space=False), f, indent=2)
+        json.dump(config | dict(add_prefix_space=False), f, indent=2)
     return True
 
 
@@ -180,19 +214,11 @@ def write_card(source, folder, name):
             lines.append(f"| {row['dataset']} | {row['role'].replace('ln_free', 'LN-free')} | {row['loss']:.4f} ± {row['loss_se']:.4f} | {gap} |")
     except (OSError, ValueError, KeyError):
         lines += ["", "Its evaluation: not measured."]
-    if to == "hf":
-        lines += ["", "```python", "from transformers import GPT2LMHeadModel", f"model = GPT2LMHeadModel.from_pretrained({name!r})  # float32 or bfloat16" + ("" if dtype != "float16" else ", or float16"), "",
-                  "from transformer_lens.model_bridge import TransformerBridge  # TransformerLens 4", f"bridge = TransformerBridge.boot_transformers({name!r})", "",
-                  "from nnsight import LanguageModel", f"traced = LanguageModel({name!r})", "```", "",
-                  f"Its LayerNorm modules have layer_norm_epsilon = {eps:g}, which makes sqrt(var + eps) a constant, and weights that make up for it." +
-                  (" float16 overflows: use float32 or bfloat16." if dtype != "float16" else "")]
-    else:
-        lines += ["", "```python", "from model import GPT  # of the repository that made it", f"model = GPT.from_pretrained({name!r})", "",
-                  "from export import to_hooked  # TransformerLens 2 and 3", "hooked = to_hooked(model)", "", "from nnsight import NNsight", "traced = NNsight(model)", "```", "",
-                  "There is no LayerNorm in it; the unembedding is its own matrix, with a bias."]
+    float16 = "float16 works too." if dtype == "float16" else "float16 overflows: use float32 or bfloat16."
+    lines.append((HF_USE if to == "hf" else FOLDED_USE).format(name=name, eps=eps, float16=float16))
     if os.path.exists(os.path.join(source, "settings.json")):
         with open(os.path.join(source, "settings.json")) as f:
-            lines += ["", "Settings of the run:", "", "```python", *(f"{key} = {value!r}" for key, value in json.load(f).items()), "```"]
+            lines += ["Settings of the run:", "", "```python", *(f"{key} = {value!r}" for key, value in json.load(f).items()), "```"]
     with open(os.path.join(folder, "README.md"), "w") as f:
         f.write("\n".join(lines) + "\n")
 
@@ -211,7 +237,8 @@ def upload(folder):
         hub.create_repo(push, exist_ok=True)
         hub.upload_folder(repo_id=push, folder_path=folder, commit_message="GPT-2 without LayerNorm")
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.OfflineModeIsEnabled) as e:
-        raise OSError(f"can't upload to {push}: {str(e).splitlines()[0]}; {folder} stays; log in with `hf auth login`, or upload it with `hf upload {push} {folder}`") from None
+        raise OSError(f"can't upload to {push}: {str(e).splitlines()[0]}; {folder} stays; log in with `hf auth login`, "
+                      f"or upload it with `hf upload {push} {folder}`") from None
     print(f"uploaded to {constants.ENDPOINT}/{push}")
 
 

@@ -504,7 +504,8 @@ def fetch(source):
     except errors.RevisionNotFoundError:
         problem = f"has {repo}, but no revision {revision}"
     except errors.LocalEntryNotFoundError as e:
-        problem = f"can't be asked ({str(e.__cause__ or 'offline').splitlines()[0]}), nor is it in the cache {hub.constants.HF_HUB_CACHE}: download it elsewhere and name its directory"
+        problem = (f"can't be asked ({str(e.__cause__ or 'offline').splitlines()[0]}), nor is it in the cache {hub.constants.HF_HUB_CACHE}: "
+                   "download it elsewhere and name its directory")
     except errors.EntryNotFoundError as e:
         problem = f"has it, but not the file {os.path.basename(str(e.response.url))}"
     except errors.HfHubHTTPError as e:

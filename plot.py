@@ -1,5 +1,6 @@
 """
-Pictures of a run and of a residual stream. Of a run: loss against step for the LN-free model and its control, with every removal event marked and named.
+Pictures of a run and of a residual stream. Of a run: loss against step for the LN-free model and its control, with every removal
+event marked and named.
 
     python plot.py out/remove_ln_tiny       # with out/remove_ln_tiny_control where it is there -> out/remove_ln_tiny/loss.png
     python plot.py residual.json            # of eval.py --dataset=residual --json=residual.json -> residual.png: the std before each site
@@ -79,7 +80,8 @@ def plot_residual(source, path):
         with open(source) as f:
             rows = [row for row in json.load(f)["rows"] if row["dataset"] == "residual"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        sys.exit(f"error: {source} has no row of --dataset=residual ({type(e).__name__}): write it with `python eval.py --dataset=residual --json={source}`")
+        sys.exit(f"error: {source} has no row of --dataset=residual ({type(e).__name__}): "
+                 f"write it with `python eval.py --dataset=residual --json={source}`")
     if not rows:
         sys.exit(f"error: {source} has no row of --dataset=residual")
     kinds = [kind for kind in ("position_0", "eot", "others") if any(row["sites"]["ln_f"][kind] for row in rows)]
@@ -89,7 +91,8 @@ def plot_residual(source, path):
         for row, color in zip(rows, plt.cm.tab10.colors * 9):
             found = [row["sites"].get(site, {}).get(kind) or {} for site in sites]
             mean, spread = (np.array([std.get(key, np.nan) for std in found], float) for key in ("mean", "spread"))
-            axis.plot(sites, mean, "o-", color=color, markersize=3, label=f"{row['role'].replace('ln_free', 'LN-free')}: {row['source']}, sinks {row['sink_rate']:.1%}")
+            label = f"{row['role'].replace('ln_free', 'LN-free')}: {row['source']}, sinks {row['sink_rate']:.1%}"
+            axis.plot(sites, mean, "o-", color=color, markersize=3, label=label)
             axis.fill_between(sites, np.maximum(mean - spread, mean / 10), mean + spread, color=color, alpha=0.15, linewidth=0)
         axis.set_yscale("log")
         axis.set_title(kind.replace("_", " "))

@@ -47,7 +47,8 @@ without = ""  # comma-separated subsets of the Pile to drop, by a row's meta: th
 force = False  # prepare again what is prepared already
 # -----------------------------------------------------------------------------
 
-HUB = {"owt": "Skylion007/openwebtext", "pile": "apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2", "pile-filtered": "lucabaroni/apollo-pile-filtered-10k"}
+HUB = {"owt": "Skylion007/openwebtext", "pile": "apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2",
+       "pile-filtered": "lucabaroni/apollo-pile-filtered-10k"}
 OWT_DOCUMENTS = 8_013_769
 ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose rows are documents
 VAL_SHARE = 0.05  # of whole text files
@@ -98,8 +99,8 @@ def hub_files(repo):
             revision = "refs/convert/parquet"
             rows, found = matching(revision, rf"/(partial-)?{split}/")
     except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, hub.errors.OfflineModeIsEnabled, OSError) as e:
-        raise OSError(f"{repo} can't be listed on {hub.constants.ENDPOINT}: {type(e).__name__}: {str(e).splitlines()[0]}; without a network, bring its files here "
-                      "and run with --files='*.parquet' --tokenizer=gpt2 --dataset=NAME") from None
+        raise OSError(f"{repo} can't be listed on {hub.constants.ENDPOINT}: {type(e).__name__}: {str(e).splitlines()[0]}; without a network, "
+                      "bring its files here and run with --files='*.parquet' --tokenizer=gpt2 --dataset=NAME") from None
     found = found or (rows if split == "train" else [])
     if not found:
         raise ValueError(f"{repo} has no {' or '.join(ROWS)} file of the split {split!r}" + (f" below {folder!r}" if folder else ""))
@@ -137,7 +138,8 @@ def rows_of(path, skip):
         if total is None:
             docs = ((row[name], row.get("meta")) for row in rows)
         else:
-            groups = (file.iter_batches(1000, row_groups=[g], columns=[name, "meta"] if without else [name]) for g in range(file.num_row_groups))  # one at a time in memory
+            wanted = [name, "meta"] if without else [name]
+            groups = (file.iter_batches(1000, row_groups=[g], columns=wanted) for g in range(file.num_row_groups))  # one at a time in memory
             columns = ([column.to_pylist() for column in batch.columns] for group in groups for batch in group)
             docs = (row for texts, *metas in columns for row in zip(texts, *metas or [repeat(None)]))
         for n, (doc, meta) in enumerate(docs, 1):
@@ -182,7 +184,8 @@ def make_encoder(tokenizer):
     try:
         bpe = tiktoken.get_encoding("gpt2")  # fetched once
     except OSError as e:
-        raise OSError(f"tiktoken can't fetch GPT-2's vocabulary ({type(e).__name__}): fetch it where there is a network, and set TIKTOKEN_CACHE_DIR to its folder") from None
+        raise OSError(f"tiktoken can't fetch GPT-2's vocabulary ({type(e).__name__}): fetch it where there is a network, "
+                      "and set TIKTOKEN_CACHE_DIR to its folder") from None
 
     def encode(doc):  # what encode_ordinary gives, without its list
         return bpe.encode_to_numpy(doc.decode() if isinstance(doc, bytes) else doc, disallowed_special=()).astype("<u2")

@@ -16,7 +16,11 @@ def stats(model, batches):
     stds, ids, sinks = {}, [], []
 
     def note(site):
-        return lambda module, args: stds.setdefault(site, []).append(torch.sqrt(args[0].float().var(-1, unbiased=False) + model.config.ln_eps).cpu().numpy())
+        def hook(module, args):
+            std = torch.sqrt(args[0].float().var(-1, unbiased=False) + model.config.ln_eps)  # (B, T)
+            stds.setdefault(site, []).append(std.cpu().numpy())
+
+        return hook
 
     def note_sinks(attn, args):
         T = args[0].shape[1]
@@ -41,8 +45,12 @@ def stats(model, batches):
     ids = np.concatenate(ids)
     first, eot = np.broadcast_to(np.arange(ids.shape[1]) == 0, ids.shape), ids == model.config.eot
     kinds = dict(position_0=first, eot=eot & ~first, others=~eot & ~first)
-    sites = {site: {kind: dict(mean=std[which].mean(), spread=std[which].std(), tokens=int(which.sum())) if which.any() else None for kind, which in kinds.items()}
-             for site, std in ((site, np.concatenate(parts)) for site, parts in stds.items())}
+
+    def of(std):
+        return dict(mean=std.mean(), spread=std.std(), tokens=std.size) if std.size else None
+
+    stds = {site: np.concatenate(parts) for site, parts in stds.items()}
+    sites = {site: {kind: of(std[which]) for kind, which in kinds.items()} for site, std in stds.items()}
     return dict(sites=sites, sink_rate=float(np.mean(sinks)))
 
 

@@ -225,7 +225,9 @@ def pick_device_and_dtype():
     return name, torch.bfloat16 if has_bf16[name.split(":")[0]]() else torch.float32
 
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "4090": 165e12}  # dense bf16, makers' data sheets
+PEAK_FLOPS = {  # dense bf16, the makers' data sheets
+    "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "4090": 165e12,
+}
 
 
 def peak_flops(where, amp_dtype):
@@ -249,8 +251,10 @@ def flops_per_token(model, T):
 
 
 def check_settings():
-    counts = ("batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head", "n_embd", "eval_interval", "eval_iters", "log_interval", "max_iters")
-    rates = ("seed", "learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "aux_loss_weight")
+    counts = ("batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head", "n_embd", "eval_interval", "eval_iters",
+              "log_interval", "max_iters")
+    rates = ("seed", "learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay", "beta1", "beta2", "grad_clip", "dropout",
+             "aux_loss_weight")
     for name in (*counts, *rates):
         low, high = int(name in counts), dict(beta1=1, beta2=1, dropout=1, seed=2**63).get(name, math.inf)
         if not low <= globals()[name] < high:
@@ -270,7 +274,8 @@ def main():
         where, amp_dtype = pick_device_and_dtype()
         if gradient_accumulation_steps % world:
             divisors = ", ".join(str(n) for n in range(1, gradient_accumulation_steps + 1) if gradient_accumulation_steps % n == 0)
-            raise ValueError(f"gradient_accumulation_steps {gradient_accumulation_steps} is not a multiple of {world} processes: it can be run by {divisors}")
+            raise ValueError(f"gradient_accumulation_steps {gradient_accumulation_steps} is not a multiple of {world} processes: "
+                             f"it can be run by {divisors}")
     if where == "cuda":
         where = f"cuda:{local_rank}"
         torch.cuda.set_device(where)
@@ -301,7 +306,8 @@ def main():
                 print(f"note: end-of-text is {meta['eot']} in data/{dataset}, but {model.config.eot} in {init_from}: was it trained on such tokens?")
             model.config.eot = meta["eot"]
         if block_size > model.config.block_size:
-            raise ValueError(f"block_size {block_size} is beyond the model's {model.config.block_size} positions: --block_size={model.config.block_size}")
+            most = model.config.block_size
+            raise ValueError(f"block_size {block_size} is beyond the model's {most} positions: --block_size={most}")
         train_tokens = open_tokens(dataset, "train", block_size, model.config.vocab_size)
         val_tokens = open_tokens(dataset, "val", block_size, model.config.vocab_size)
         events = timeline(ln_schedule, model.config.n_layer, max_iters)
@@ -340,7 +346,8 @@ def main():
         settings["init_from"] = checkpoint["settings"]["init_from"]
         changed = [key for key, old in checkpoint["settings"].items() if key != "out_dir" and settings.get(key) != old]
         if changed and master:
-            print("note: not as in the checkpoint: " + ", ".join(f"{key} {checkpoint['settings'][key]!r} -> {settings.get(key)!r}" for key in changed))
+            old = checkpoint["settings"]
+            print("note: not as in the checkpoint: " + ", ".join(f"{key} {old[key]!r} -> {settings.get(key)!r}" for key in changed))
     settings |= {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "bias")}
     # events switch the raw model; the wrappers share its tensors
     compiled = torch.compile(model) if compile else model
@@ -402,7 +409,8 @@ def main():
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters from {init_from}, {world} x {where}, {amp_dtype}, "
               f"{tokens_per_step:,} tokens a step, steps {start} to {max_iters}")
         for kind, _, _ in ln_schedule:
-            print(f"  {kind:<7}{'off' if kind in ('bos', 'eot') else 'fake'} before step " + ", ".join(str(k) for k, name, _ in events if name == kind))
+            steps = ", ".join(str(k) for k, name, _ in events if name == kind)
+            print(f"  {kind:<7}{'off' if kind in ('bos', 'eot') else 'fake'} before step {steps}")
         with one_line_errors(), open(os.path.join(out_dir, "settings.json"), "w") as f:
             json.dump(settings, f, indent=2)
 
@@ -433,7 +441,8 @@ def main():
         if due:
             for entry in remove(model, due, batches(step), context):
                 record(entry)
-                say(f"step {step:>6}  {entry['event']} " + (f"fake, std {entry['avg_std']:.4f}, at position 0 {entry['bos_std']:.4f}" if "mode" in entry else "treatment off"))
+                now = f"fake, std {entry['avg_std']:.4f}, at position 0 {entry['bos_std']:.4f}" if "mode" in entry else "treatment off"
+                say(f"step {step:>6}  {entry['event']} {now}")
 
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -456,7 +465,8 @@ def main():
         if not math.isfinite(loss):
             bar.close()
             leave_processes()
-            sys.exit(f"error: the loss is {loss} at step {step}; the last checkpoint stays as it is. Try a lower learning_rate or more steps between events" if master else 1)
+            sys.exit(f"error: the loss is {loss} at step {step}; the last checkpoint stays as it is. "
+                     "Try a lower learning_rate or more steps between events" if master else 1)
         speed = tokens_per_step / (time.perf_counter() - began)
         mfu = speed * flops_per_token(model, block_size) / (peak * world)
         record(dict(step=step, loss=loss, lr=learning_rate_at(step), tokens_per_s=round(speed), mfu=round(mfu, 4)))
@@ -469,7 +479,8 @@ def main():
     if master:
         with one_line_errors():
             model.save_pretrained(os.path.join(out_dir, "model"))
-        print(f"{out_dir}/model: " + ("LN-free" if model.ln_free() else f"{sum(m == 'fake' for m in model.ln_modes().values())} of {len(model.sites())} sites fake"))
+        fake = list(model.ln_modes().values()).count("fake")
+        print(f"{out_dir}/model: " + ("LN-free" if model.ln_free() else f"{fake} of {len(model.sites())} sites fake"))
     leave_processes()
 
 
