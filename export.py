@@ -129,7 +129,8 @@ def to_hooked(model):
     model, c = folded_form(model), model.config
     hooked = HookedTransformer(HookedTransformerConfig(
         n_layers=c.n_layer, d_model=c.n_embd, n_ctx=c.block_size, n_heads=c.n_head, d_head=c.n_embd // c.n_head, d_mlp=4 * c.n_embd,
-        d_vocab=c.vocab_size, act_fn="gelu_new", normalization_type=None, default_prepend_bos=False, init_weights=False, device=str(model.lm_head.weight.device)))
+        d_vocab=c.vocab_size, act_fn="gelu_new", normalization_type=None, default_prepend_bos=False, init_weights=False,
+        device=str(model.lm_head.weight.device)))
 
     def heads(t):  # rows (C, ...) -> (heads, C / heads, ...)
         return t.unflatten(0, (c.n_head, -1))
@@ -157,8 +158,12 @@ def open_source(source):
     """The model of an out_dir, a model directory or a hub repository, eval mode. ValueError: a run that has not finished."""
     if os.path.isdir(os.path.join(source, "model")):
         return GPT.from_pretrained(os.path.join(source, "model")).eval()
-    if os.path.exists(os.path.join(source, "ckpt.pt")):
-        sites = torch.load(os.path.join(source, "ckpt.pt"), map_location="cpu", weights_only=True)["ln_state"]["sites"]
+    path = os.path.join(source, "ckpt.pt")
+    if os.path.exists(path):
+        try:
+            sites = torch.load(path, map_location="cpu", weights_only=True)["ln_state"]["sites"]
+        except Exception as e:  # torch.load raises many kinds
+            raise ValueError(f"{source} is not finished, and {path} is not a whole checkpoint ({type(e).__name__})") from None
         real = [name for name, site in sites.items() if site["mode"] == "real"]
         problem = f"still real are {', '.join(real)}" if real else "it has no model/"
         raise ValueError(f"{source} is not finished: {problem}; go on with --init_from=resume")

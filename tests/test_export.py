@@ -255,6 +255,8 @@ def test_a_run_that_is_not_finished_names_the_sites_that_are_still_real(run, rem
     os.makedirs("broken")
     torch.save(dict(ln_state=removed.ln_state()), "broken/ckpt.pt")
     assert "broken is not finished: still real are h.3.ln_2; go on with --init_from=resume" in run("export.py", "broken").text
+    os.truncate("broken/ckpt.pt", 100)
+    assert "broken/ckpt.pt is not a whole checkpoint" in run("export.py", "broken").text
     assert "still real are h.0.ln_1qk, h.0.ln_1v" in (text := run("export.py", TINY).text) and "and 7 more sites" in text
     removed.set_ln_mode("ln_2", 3, "fake")
     removed.set_treatment("bos", True)
