@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -378,6 +379,7 @@ def main():
         if master:
             save_checkpoint(checkpoint_path, dict(model=model.state_dict(), model_config=vars(model.config), ln_state=model.ln_state(),
                                                   optimizer=optimizer.state_dict(), step=step, settings=settings, rng=get_rng_state(device_type)))
+            shutil.rmtree(os.path.join(out_dir, "model"), ignore_errors=True)  # an earlier run's: eval.py must not take it for this one's
 
     def record(entry):
         if master:
