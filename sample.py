@@ -7,9 +7,12 @@ Text from a model: any source that eval.py takes, GPT-2's tokenizer or bytes. An
 import codecs
 import os
 import sys
+from contextlib import nullcontext
 
 import tiktoken
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from configurator import configure, one_line_errors
 from data import pick_device
@@ -26,20 +29,34 @@ dtype = "float32"  # or bfloat16
 # -----------------------------------------------------------------------------
 
 
+class OneRow(TorchFunctionMode):
+    """Within it F.linear of a single row is addmv, which reads bfloat16 weights about 1.4 times as fast on a CPU (torch 2.13)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.linear or args[0].numel() != args[0].shape[-1]:
+            return function(*args, **(kwargs or {}))
+        x, W, b = args
+        y = W.mv(x.flatten()) if b is None else torch.addmv(b, W, x.flatten())
+        return y.view(*x.shape[:-1], -1)
+
+
 @torch.inference_mode()
 def generate(model, ids, n, temperature, top_k, generator):
     """Yields n token ids after ids, drawn one by one with a cache of keys and values. Where the positions end, it goes on from the last
     half of them. temperature 0: the likeliest."""
     ids, cache = list(ids)[-model.config.block_size :], []
-    device = model.lm_head.weight.device
+    W = model.lm_head.weight
+    device, one_row = W.device, OneRow() if W.is_cpu and W.dtype == torch.bfloat16 else nullcontext()
     for _ in range(n):
         if not cache or len(ids) > model.config.block_size:
             ids = ids[-(model.config.block_size // 2) :] if cache and len(ids) > model.config.block_size else ids
             cache = [[] for _ in model.transformer.h]
             x, use_bos = model.residual(torch.tensor([ids], device=device), cache=cache)
         else:
-            x, use_bos = model.residual(torch.tensor([ids[-1:]], device=device), torch.tensor([[len(ids) - 1]], device=device), cache=cache)
-        logits = model.lm_head(model.normed(x[:, -1:], use_bos[:, -1:]))[0, 0].float()
+            with one_row:
+                x, use_bos = model.residual(torch.tensor([ids[-1:]], device=device), torch.tensor([[len(ids) - 1]], device=device), cache=cache)
+        with one_row:
+            logits = model.lm_head(model.normed(x[:, -1:], use_bos[:, -1:]))[0, 0].float()
         if temperature == 0:
             token = logits.argmax().item()
         else:

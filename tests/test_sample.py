@@ -70,6 +70,28 @@ def test_text_of_bytes_and_of_gpt2s_tokenizer_and_bfloat16(run, ln_free_run, gpt
     assert done.code == 0 and done.text.startswith("Hello, world") and len(done.text) > 30
 
 
+def test_one_row_is_the_same_linear_map():
+    for bias in (None, torch.randn(300).bfloat16()):
+        W, x = torch.randn(300, 64).bfloat16(), torch.randn(1, 2, 64).bfloat16()
+        with sample.OneRow():
+            one, two = torch.nn.functional.linear(x[:, :1], W, bias), torch.nn.functional.linear(x, W, bias)
+        exact = x.double() @ W.double().T + (0 if bias is None else bias.double())
+        assert one.shape == (1, 1, 300) and two.shape == (1, 2, 300)
+        for found, expected in ((one, exact[:, :1]), (two, exact)):
+            torch.testing.assert_close(found.double(), expected, atol=0.03, rtol=0.01)
+
+
+def test_bfloat16_decodes_what_its_logits_say(tmp_path):
+    """Of each token, with a cache and one row at a time, the logit is within rounding of the largest without them."""
+    model = GPT.from_pretrained(TINY).eval().bfloat16()
+    prompt = list(b"def read(self, ")
+    ids = prompt + list(sample.generate(model, prompt, 60, 0, 0, None))
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0][0, len(prompt) - 1 : -1].float()
+    chosen = logits.gather(1, torch.tensor(ids[len(prompt) :]).unsqueeze(1))[:, 0]
+    assert (logits.max(-1).values - chosen).max() < 0.25 and (logits.max(-1).values - logits.median(-1).values).min() > 2
+
+
 def test_bfloat16_weights_are_near_float32_with_and_without_layernorm():
     idx = torch.tensor([list(b"class Reader(Base):")])
     for fake in (False, True):
