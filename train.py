@@ -3,7 +3,7 @@ Train GPT-2, and remove its LayerNorms on a schedule.
 
     python train.py config/remove_ln_tiny.py                        # the LN-free model, on the bundled data and weights
     python train.py config/remove_ln_tiny.py config/control.py      # the same run with its LNs kept: the control
-    torchrun --nproc_per_node=8 train.py config/remove_ln_tiny.py   # data parallel
+    torchrun --nproc_per_node=8 train.py config/remove_ln.py        # GPT-2 small, data parallel
     python train.py config/remove_ln_tiny.py --init_from=resume     # go on after an interruption
 
 How a LayerNorm is removed: `timeline` turns ln_schedule into events, `remove` carries one step's events out on the model, and
