@@ -229,7 +229,7 @@ def test_what_goes_wrong_is_said_in_one_line(hub, prepare, tmp_path):
     hub.repos |= {f"datasets/org/{name}": tmp_path / name for name in ("script", "two", "other", "cut", "large")}
     for args, message in {
         ("--dataset=org/nothing",): "org/nothing can't be listed", ("--dataset=org/script",): "org/script has no .parquet or",
-        ("--dataset=org/two",): "choose one with --folder=a (or b)", ("--dataset=org/other",): "no column 'input_ids': choose one of story, url with --column",
+        ("--dataset=org/two",): "choose one with --folder=a (or b)", ("--dataset=org/other",): "no column 'text': choose one of story, url with --column",
         ("--dataset=org/other", "--split=test"): "of the split 'test'", ("--dataset=org/cut",): "train.parquet can't be read: Parquet magic bytes not found", ("--dataset=org/large",): "holds token ids from 70000 to 70000, but the tokenizer has 50257",
         ("--dataset=org/other", "--tokens=1_000_000_000_000_000"): "are free: ask for less with --tokens",
     }.items():
