@@ -38,7 +38,7 @@ from configurator import configure, one_line_errors
 dataset = ""  # stdlib (the default), owt, pile, pile-filtered, a hub repository (ORG/NAME or ORG/NAME@REVISION), or with --files a name of your own
 files = ""  # comma-separated paths and patterns of local files: text, .jsonl or .parquet
 tokenizer = ""  # bytes (ids 0-255, end-of-text 256) or gpt2 (BPE, end-of-text 50256); by default gpt2 for the hub, else bytes
-tokens = 0  # stop after so many; 0: take all
+tokens = 0  # stop after so many, behind a whole row or text file; 0: take all
 column = ""  # of rows: the text, or lists of token ids; by default text, or input_ids where there is no text
 split = "train"  # of a hub dataset: which files
 folder = ""  # of a hub dataset: only files below this folder, where several hold the split
@@ -53,6 +53,9 @@ OWT_DOCUMENTS = 8_013_769
 ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose rows are documents
 VAL_SHARE = 0.05  # of whole text files
 PIECE = 1_000_000  # characters that a worker takes at a time
+SEAMS = {  # where a text can be cut without a change to its tokens: GPT-2's have no white space behind something else, but for \xa0
+    "bytes": re.compile(b""), "gpt2": re.compile(rb"[^\s\xa0](?=[ \t\n\r])"),
+}
 
 
 # --- sources: [(name, path or a function that fetches it, bytes)]
@@ -161,17 +164,48 @@ def pile_subset(meta):
     return meta.get("pile_set_name") if isinstance(meta, dict) else None
 
 
-def documents(sources, position):
-    """Yields (name, document, position behind it, share of all that is read); position: [source, rows] already taken."""
-    first, skip = position
+def parts_of(path, skip, cut, seam):
+    """Yields (bytes, document ends, val, bytes so far or None at the end) of a text file from byte `skip` on: in parts of about PIECE,
+    so that a file of any size fits into memory, and that begin at seams, so that their tokens are the whole's. With `cut` the last
+    5 % are a document of their own, and val."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        val_from = size - int(size * VAL_SHARE) if cut else size
+        if cut:  # not within a token or, where there is no seam, within a letter
+            f.seek(val_from)
+            ahead = f.read(PIECE)
+            val_from += (seam.search(ahead) or re.match(rb"[\x80-\xbf]*", ahead)).end()
+        for val, begin, end in ((False, 0, val_from), (True, val_from, size))[: 1 + cut]:
+            if begin < skip and end <= skip:
+                continue
+            at, part = max(begin, skip), b""
+            f.seek(at)
+            while more := f.read(min(PIECE, end - at - len(part))):
+                part += more
+                seams = [found.end() for found in seam.finditer(part, max(0, len(part) - 4096))]
+                if seams and at + len(part) < end:
+                    at += seams[-1]
+                    yield part[: seams[-1]], False, val, at
+                    part = part[seams[-1] :]
+            yield part, True, val, None if end == size and val == cut else end
+
+
+def documents(sources, position, is_val, seam):
+    """Yields (name, document or a part of one, whether it ends there, val, position behind it, share of all that is read); position:
+    [source, rows or bytes of it, documents before it] that are already taken."""
+    first, skip, n = position
     for i, (name, path, _) in enumerate(sources[first:], first):
         path = path() if callable(path) else path
         if path.endswith(ROWS):
-            for doc, n, share in rows_of(path, skip):
-                yield name, doc, [i, n], (i + share) / len(sources)
+            for doc, rows, share in rows_of(path, skip):
+                yield name, doc, True, is_val(name, n), [i, rows, n + 1], (i + share) / len(sources)
+                n += 1
         else:
-            with open(path, "rb") as f:
-                yield name, f.read(), [i + 1, 0], (i + 1) / len(sources)
+            val = is_val(name, n)
+            for part, ends, behind, at in parts_of(path, skip, val is None, seam):
+                share = at / os.path.getsize(path) if at else 1
+                yield name, part, ends, behind if val is None else val, [i, at, n] if at else [i + 1, 0, n + 1], (i + share) / len(sources)
+            n += 1
         skip = 0
 
 
@@ -223,35 +257,33 @@ def start_worker(tokenizer):
 
 
 def encode_piece(piece):
-    """[(name, document, val)] -> {split: (bytes, documents)}, in a worker."""
-    out = dict(train=[], val=[])
-    for name, doc, val in piece:
+    """[(name, document or part, ends, val)] -> {split: (bytes, documents that end)}, in a worker."""
+    out, ended = dict(train=[], val=[]), dict(train=0, val=0)
+    for name, doc, ends, val in piece:
+        chosen = "val" if val else "train"
+        ended[chosen] += ends
         if isinstance(doc, list):  # token ids, in windows that hold their own end-of-text
             ids = np.asarray(doc)
             if ids.size and ids.dtype.kind != "i":
                 raise ValueError(f"{name} holds lists that are not token ids: {str(doc)[:40]}")
             if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
                 raise ValueError(f"{name} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}")
-            out["val" if val else "train"].append(ids.astype("<u2"))
+            out[chosen].append(ids.astype("<u2"))
             continue
         try:
             ids = encode(doc)
         except UnicodeDecodeError as e:
             raise ValueError(f"{name} is not UTF-8 text ({e}): use --tokenizer=bytes, or leave it out") from None
-        cut = len(ids) - int(len(ids) * VAL_SHARE) if val is None else 0 if val else len(ids)
-        if val is not True:
-            out["train"].append(np.append(ids[:cut], eot).astype("<u2"))
-        if val is not False:
-            out["val"].append(np.append(ids[cut:], eot).astype("<u2"))
-    return {s: (np.concatenate(docs).tobytes() if docs else b"", len(docs)) for s, docs in out.items()}
+        out[chosen].append(np.append(ids, eot).astype("<u2") if ends else ids)
+    return {s: (np.concatenate(docs).tobytes() if docs else b"", ended[s]) for s, docs in out.items()}
 
 
-def pieces(sources, is_val, position, n):
-    """Yields ([(name, document, val)], position behind them, share read): documents in pieces of about PIECE characters."""
+def pieces(*args):
+    """Yields ([(name, document or part, ends, val)], position behind them, share read) of documents(*args), about PIECE characters at a time."""
     piece, size = [], 0
-    for name, doc, position, share in documents(sources, position):
-        piece.append((name, doc, is_val(name, n)))
-        size, n = size + len(doc), n + 1
+    for *item, position, share in documents(*args):
+        piece.append(item)
+        size += len(item[1])
         if size >= PIECE or len(piece) >= 10_000:
             yield piece, position, share
             piece, size = [], 0
@@ -277,14 +309,18 @@ def write(half, sources, is_val, tokenizer, progress):
     def total():
         return progress["train"]["tokens"] + progress["val"]["tokens"]
 
+    def within_a_text_file():
+        source, taken, _ = progress["position"]
+        return taken > 0 and not sources[source][0].endswith(ROWS)
+
     workers = os.cpu_count() or 1
     bar = tqdm(total=tokens or None, initial=total(), unit="token", unit_scale=True, disable=None)
     noted = time.monotonic()
     waiting = deque()
-    todo = pieces(sources, is_val, progress["position"], progress["documents"])
+    todo = pieces(sources, progress["position"], is_val, SEAMS[tokenizer])
     try:
         with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(tokenizer,)) as pool:
-            while not (tokens and total() >= tokens):
+            while not tokens or total() < tokens or within_a_text_file():
                 while len(waiting) < 2 * workers and (item := next(todo, None)):
                     waiting.append((pool.submit(encode_piece, item[0]), item[1], item[2]))
                 if not waiting:
@@ -365,7 +401,7 @@ def main():
         if need > free:
             raise OSError(f"data/{name} needs about {need / 1e9:.2g} GB and {free / 1e9:.2g} GB are free: ask for less with --tokens")
 
-        progress = dict(meta=meta, position=[0, 0], documents=0, train=dict(tokens=0, documents=0), val=dict(tokens=0, documents=0))
+        progress = dict(meta=meta, position=[0, 0, 0], documents=0, train=dict(tokens=0, documents=0), val=dict(tokens=0, documents=0))
         if os.path.exists(os.path.join(half, "progress.json")) and not force:
             old = read_json(os.path.join(half, "progress.json"))
             if old.get("meta") == meta:

@@ -7,6 +7,9 @@ import sysconfig
 
 import numpy as np
 import pytest
+import tiktoken
+
+import prepare_owt
 
 
 def tokens(split, name="files"):
@@ -89,6 +92,40 @@ def test_gpt2_tokens_are_tiktokens_with_end_of_text_behind_each_document(run, tm
     assert train[:first] + val[:second] == expected
     assert len(train) > first + 4 and train[-1] == 50256 and train.count(50256) == 2
     assert (meta()["tokenizer"], meta()["vocab_size"], meta()["eot"]) == ("gpt2", 50257, 50256)
+
+
+WHITE = [" ", "\t", "\n", "\r\n", "\v", "\f", "\x1c", "\x85", "\xa0", "\u1680", "\u2003", "\u2028", "\u202f", "\u205f", "\u3000", "\u200b", "\ufeff"]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_large_text_file_is_read_in_parts_with_the_tokens_of_the_whole(tmp_path, monkeypatch, gpt2_tokenizer, cut):
+    """Against tiktoken on the whole text, with every kind of white space there is; and a resume behind a part gives the rest."""
+    rng, bpe = np.random.default_rng(0), tiktoken.get_encoding("gpt2")
+    text = "".join(rng.choice([*WHITE, *WHITE[:3] * 5, " \xa0 \xa0", *"ab1!'s”。é漢😀" * 3], 20_000))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    monkeypatch.setattr(prepare_owt, "PIECE", 60)
+    parts = list(prepare_owt.parts_of(tmp_path / "a.txt", 0, cut, prepare_owt.SEAMS["gpt2"]))
+    assert len(parts) > 500 and max(len(part) for part, *_ in parts) < 500
+    documents = ["".join(part.decode() for part, _, val, _ in parts if val == which) for which in (False, True)]
+    assert "".join(documents) == text and (0.95 <= len(documents[0].encode()) / len(text.encode()) < 0.951 if cut else not documents[1])
+    for which, document in enumerate(documents):
+        assert [token for part, _, val, _ in parts if val == which for token in bpe.encode_ordinary(part.decode())] == bpe.encode_ordinary(document)
+    assert not any(prepare_owt.SEAMS["gpt2"].search(bpe.decode_single_token_bytes(token)) for token in range(bpe.eot_token))
+    assert sum(ends for _, ends, *_ in parts) == 1 + cut and parts[-1][3] is None
+    for *_, at in parts[:-1:20]:
+        rest = b"".join(part for part, *_ in prepare_owt.parts_of(tmp_path / "a.txt", at, cut, prepare_owt.SEAMS["gpt2"]))
+        assert rest == text.encode()[at:]
+
+
+def test_a_text_file_of_several_parts_is_prepared_as_one_document(run, tmp_path, gpt2_tokenizer):
+    """A limit on tokens takes it whole, so that its val is there too."""
+    bpe, text = tiktoken.get_encoding("gpt2"), "def f(x):\n    return x  # naïve\n\n" * 90_000
+    (tmp_path / "a.txt").write_text(text)
+    assert len(text) > 2.5 * prepare_owt.PIECE
+    assert run("prepare_owt.py", "--files=a.txt", "--tokenizer=gpt2", "--tokens=1000").code == 0
+    train, val = tokens("train"), tokens("val")
+    assert train[-1] == val[-1] == 50256 and train[:-1].tolist() + val[:-1].tolist() == bpe.encode_ordinary(text)
+    assert abs(len(val) / len(train) - 5 / 95) < 1e-3 and [meta()[split]["documents"] for split in ("train", "val")] == [1, 1]
 
 
 def test_another_source_under_the_same_name_is_refused_unless_forced(run, tmp_path):
