@@ -291,12 +291,16 @@ def pieces(*args):
         yield piece, position, 1.0
 
 
+def written(progress):
+    """Tokens so far."""
+    return progress["train"]["tokens"] + progress["val"]["tokens"]
+
+
 def write(half, sources, is_val, tokenizer, progress):
     """Tokenize on all cores, write in order, and note every few seconds in progress.json how far all is on the disk."""
-    out = {split: open(os.path.join(half, split + ".bin"), "r+b" if progress["documents"] else "wb") for split in ("train", "val")}
+    out = {split: open(os.path.join(half, split + ".bin"), "ab") for split in ("train", "val")}
     for split, f in out.items():  # drop what a kill left behind the last note
         f.truncate(2 * progress[split]["tokens"])
-        f.seek(0, os.SEEK_END)
 
     def note():
         for f in out.values():
@@ -306,21 +310,18 @@ def write(half, sources, is_val, tokenizer, progress):
             json.dump(progress, f)
         os.replace(os.path.join(half, "progress.json.tmp"), os.path.join(half, "progress.json"))
 
-    def total():
-        return progress["train"]["tokens"] + progress["val"]["tokens"]
-
     def within_a_text_file():
         source, taken, _ = progress["position"]
         return taken > 0 and not sources[source][0].endswith(ROWS)
 
     workers = os.cpu_count() or 1
-    bar = tqdm(total=tokens or None, initial=total(), unit="token", unit_scale=True, disable=None)
+    bar = tqdm(total=tokens or None, initial=written(progress), unit="token", unit_scale=True, disable=None)
     noted = time.monotonic()
     waiting = deque()
     todo = pieces(sources, progress["position"], is_val, SEAMS[tokenizer])
     try:
         with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(tokenizer,)) as pool:
-            while not tokens or total() < tokens or within_a_text_file():
+            while not tokens or written(progress) < tokens or within_a_text_file():
                 while len(waiting) < 2 * workers and (item := next(todo, None)):
                     waiting.append((pool.submit(encode_piece, item[0]), item[1], item[2]))
                 if not waiting:
@@ -332,8 +333,8 @@ def write(half, sources, is_val, tokenizer, progress):
                     progress[split]["documents"] += docs
                     progress["documents"] += docs
                 progress["position"] = position
-                bar.total = tokens or int(total() / share)
-                bar.update(total() - bar.n)
+                bar.total = tokens or int(written(progress) / share)
+                bar.update(written(progress) - bar.n)
                 if time.monotonic() - noted > 10:
                     note()
                     noted = time.monotonic()
@@ -406,7 +407,7 @@ def main():
             old = read_json(os.path.join(half, "progress.json"))
             if old.get("meta") == meta:
                 progress = old
-                print(f"going on behind {old['documents']:,} documents")
+                print(f"going on behind {written(old):,} tokens")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last note is written
         try:
             os.makedirs(half, exist_ok=True)
@@ -417,9 +418,9 @@ def main():
             shutil.rmtree(half, ignore_errors=True)
             raise
         except OSError as e:
-            raise OSError(f"{e}; data/{name} is not finished: run the same command to go on behind {progress['documents']:,} documents") from None
+            raise OSError(f"{e}; data/{name} is not finished: run the same command to go on behind {written(progress):,} tokens") from None
         except KeyboardInterrupt:
-            sys.exit(f"interrupted: run the same command to go on behind {progress['documents']:,} documents")
+            sys.exit(f"interrupted: run the same command to go on behind {written(progress):,} tokens")
         os.remove(os.path.join(half, "progress.json"))
         if os.path.exists(os.path.join(half, "val_ordered.bin")):
             os.replace(os.path.join(half, "val_ordered.bin"), os.path.join(half, "val.bin"))

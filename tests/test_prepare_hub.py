@@ -180,12 +180,13 @@ def test_local_jsonl_and_parquet_rows(run, tmp_path, gpt2_tokenizer):
     assert read("train", "rows") == nanogpt([doc for i, doc in enumerate(docs) if i % 200])
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, gpt2_tokenizer, kind):
+@pytest.mark.parametrize("kind, files", [(signal.SIGKILL, "a.parquet,b.parquet"), (signal.SIGTERM, "a.parquet,b.parquet"), (signal.SIGKILL, "c.txt")])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, gpt2_tokenizer, kind, files):
     monkeypatch.chdir(tmp_path)
     docs = texts(20_000)
     write_parquet(tmp_path / "a.parquet", docs[:12_000])
     write_parquet(tmp_path / "b.parquet", docs[12_000:])
+    (tmp_path / "c.txt").write_text("\n".join(docs))
     slow = f"""
 import sys, time
 sys.path.insert(0, {REPO!r})
@@ -193,7 +194,7 @@ import prepare_owt
 prepare_owt.time.monotonic = iter(range(0, 10**9, 20)).__next__  # a note after every piece
 real = prepare_owt.pieces
 prepare_owt.pieces = lambda *args: (time.sleep(0.05) or piece for piece in real(*args))
-sys.argv = ["prepare_owt.py", "--files=a.parquet,b.parquet", "--tokenizer=gpt2", "--dataset=cut"]
+sys.argv = ["prepare_owt.py", "--files={files}", "--tokenizer=gpt2", "--dataset=cut"]
 prepare_owt.main()
 """
     process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -206,13 +207,18 @@ prepare_owt.main()
     assert process.returncode != 0 and not os.path.exists("data/cut")
     if kind == signal.SIGTERM:
         assert "run the same command to go on" in text and "Traceback" not in text
-    noted = json.load(open("data/cut.tmp/progress.json"))["documents"]
-    assert 0 < noted < 20_000
+    noted = prepare_owt.written(json.load(open("data/cut.tmp/progress.json")))
+    assert 0 < noted < 10_000_000
     for name in ("cut", "whole"):
-        done = subprocess.run([sys.executable, os.path.join(REPO, "prepare_owt.py"), "--files=a.parquet,b.parquet", "--tokenizer=gpt2", f"--dataset={name}"],
+        done = subprocess.run([sys.executable, os.path.join(REPO, "prepare_owt.py"), f"--files={files}", "--tokenizer=gpt2", f"--dataset={name}"],
                               capture_output=True, text=True)
-        assert done.returncode == 0 and (f"going on behind {noted:,} documents" in done.stdout) == (name == "cut")
-    assert read("train", "cut") == read("train", "whole") == nanogpt([doc for i, doc in enumerate(docs) if i % 200])
+        assert done.returncode == 0 and (f"going on behind {noted:,} tokens" in done.stdout) == (name == "cut")
+    train, val = (read(split, "cut") for split in ("train", "val"))
+    assert (train, val) == (read("train", "whole"), read("val", "whole"))
+    if files == "c.txt":
+        assert train[:-1] + val == nanogpt(["\n".join(docs)])
+    else:
+        assert train == nanogpt([doc for i, doc in enumerate(docs) if i % 200])
     assert sorted(os.listdir("data")) == ["cut", "whole"]
 
 
