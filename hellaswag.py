@@ -116,7 +116,7 @@ def score(model, examples, encode, device, context, name=""):
         mask = own & torch.ones(T, T, dtype=torch.bool, device=device).tril()
         with context:
             x = model.normed(*model.residual(ids, pos, mask[:, None]))[row, column]  # (M, C): only what is scored is unembedded
-            loss = model.token_losses(x, torch.from_numpy(target).to(device)).double().cpu().numpy()
+            loss = model.token_losses(x, torch.from_numpy(target).to(device)).cpu().double().numpy()
         np.add.at(sums, (example, ending), loss)
         np.add.at(counts, (example, ending), 1)
         bar.update(len(batch))

@@ -278,10 +278,10 @@ def encode_piece(piece):
     return {s: (np.concatenate(docs).tobytes() if docs else b"", ended[s]) for s, docs in out.items()}
 
 
-def pieces(*args):
-    """Yields ([(name, document or part, ends, val)], position behind them, share read) of documents(*args), about PIECE characters at a time."""
+def pieces(items):
+    """What documents yields -> ([(name, document or part, ends, val)], position behind them, share read), about PIECE characters at a time."""
     piece, size = [], 0
-    for *item, position, share in documents(*args):
+    for *item, position, share in items:
         piece.append(item)
         size += len(item[1])
         if size >= PIECE or len(piece) >= 10_000:
@@ -318,7 +318,7 @@ def write(half, sources, is_val, tokenizer, progress):
     bar = tqdm(total=tokens or None, initial=written(progress), unit="token", unit_scale=True, disable=None)
     noted = time.monotonic()
     waiting = deque()
-    todo = pieces(sources, progress["position"], is_val, SEAMS[tokenizer])
+    todo = pieces(documents(sources, progress["position"], is_val, SEAMS[tokenizer]))
     try:
         with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(tokenizer,)) as pool:
             while not tokens or written(progress) < tokens or within_a_text_file():

@@ -198,7 +198,7 @@ sys.argv = ["prepare_owt.py", "--files={files}", "--tokenizer=gpt2", "--dataset=
 prepare_owt.main()
 """
     process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for _ in range(600):
+    for _ in range(6000):
         if os.path.exists("data/cut.tmp/val.bin") and os.path.getsize("data/cut.tmp/train.bin") > 4_000_000:
             break
         time.sleep(0.02)
