@@ -273,7 +273,7 @@ def encode_piece(piece):
         try:
             ids = encode(doc)
         except UnicodeDecodeError as e:
-            raise ValueError(f"{name} is not UTF-8 text ({e}): use --tokenizer=bytes, or leave it out") from None
+            raise ValueError(f"{name} is not UTF-8 text ({e.reason} behind {doc[max(0, e.start - 20) : e.start]!r}): use --tokenizer=bytes, or leave it out") from None
         out[chosen].append(np.append(ids, eot).astype("<u2") if ends else ids)
     return {s: (np.concatenate(docs).tobytes() if docs else b"", ended[s]) for s, docs in out.items()}
 
