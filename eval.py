@@ -3,7 +3,7 @@ What a removal cost: the original, the control and the LN-free model on the same
 
     python eval.py                                            # the last run under out/, on its own val set
     python eval.py --dataset=owt,pile,hellaswag,residual      # what is not there yet is fetched
-    python eval.py --models=gpt2,ORG/NAME@REVISION,out/mine --dataset=pile --json=result.json
+    python eval.py --models=gpt2,ORG/NAME@REVISION,out/mine --dataset=pile --json=result.json   # without --dataset: owt, or stdlib for bytes
     python eval.py --verify                                   # is it really LN-free?
     torchrun --nproc_per_node=8 eval.py --dataset=pile        # the same result, sooner
 
@@ -333,13 +333,14 @@ def main():
             raise FileNotFoundError(f"--json={json}: there is no directory {os.path.dirname(json)}")
         if os.path.isdir(json):
             raise IsADirectoryError(f"--json={json} is a directory: name a file")
-        sources, last_dataset = (items(models), "stdlib") if models else last_run()
+        sources, last_dataset = (items(models), "") if models else last_run()
         if verify:
             sys.exit(show_verify(sources if models else sources[-1:]) if RANK == 0 else 0)
         if reference and reference not in sources:
             sources.insert(0, reference)
-        names = items(dataset or last_dataset)
         opened = [(source, *open_model(source)) for source in sources]
+        last_dataset = last_dataset or ("owt" if opened[0][2].config.vocab_size > 50256 else "stdlib")
+        names = items(dataset or last_dataset)
         for source, _, model in opened:
             if model.config.vocab_size != opened[0][2].config.vocab_size:
                 raise ValueError(f"{opened[0][0]} has a vocabulary of {opened[0][2].config.vocab_size} and {source} one of {model.config.vocab_size}: "
@@ -355,6 +356,10 @@ def main():
         folders = {name: prepared(name, opened[0][2].config.eot) for name in names if name not in ("hellaswag", "residual")}
         for folder in folders.values():
             open_tokens(folder, "val", block_size, opened[0][2].config.vocab_size)  # what is wrong with one is said before hours of the others
+            eot = read_meta(folder)["eot"]
+            for source, _, model in opened if RANK == 0 else ():
+                if model.config.eot != eot:
+                    print(f"note: end-of-text is {eot} in data/{folder}, but {model.config.eot} in {source}: was it trained on such tokens?")
         if "hellaswag" in names:
             path = os.path.join("data", "hellaswag", "hellaswag_val.jsonl")
             hellaswag.download(hellaswag_url, path)

@@ -7,6 +7,7 @@ Text to tokens, once: data/NAME/{train,val}.bin (uint16) and meta.json.
     python prepare_owt.py --dataset=owt                                         # OpenWebText, all of it, nanoGPT's val split
     python prepare_owt.py --dataset=owt --tokens=600_000_000                    # its first 0.6 B tokens, enough for a fine-tune
     python prepare_owt.py --dataset=ORG/NAME --column=text --split=train        # any hub dataset; a column of lists holds token ids
+    python prepare_owt.py --dataset=ORG/NAME --tokenizer=4096:1                 # of another vocabulary: 4,096 ids, end-of-text 1
 
 Each document is followed by the end-of-text id. val is: of whole text files about 5 %, by a hash of their path (of few, the last
 5 % of each); of rows every 200th; of all of OpenWebText nanoGPT's. Run it again after an interruption, and it goes on.
@@ -37,7 +38,7 @@ from configurator import configure, one_line_errors
 # -----------------------------------------------------------------------------
 dataset = ""  # stdlib (the default), owt, pile, pile-filtered, a hub repository (ORG/NAME or ORG/NAME@REVISION), or with --files a name of your own
 files = ""  # comma-separated paths and patterns of local files: text, .jsonl or .parquet
-tokenizer = ""  # bytes (ids 0-255, end-of-text 256) or gpt2 (BPE, end-of-text 50256); by default gpt2 for the hub, else bytes
+tokenizer = ""  # bytes (end-of-text 256), gpt2 (50256) or, for rows of other token ids, VOCAB_SIZE:EOT; by default gpt2 for the hub, else bytes
 tokens = 0  # stop after so many, behind a whole row or text file; 0: take all
 column = ""  # of rows: the text, or lists of token ids; by default text, or input_ids where there is no text
 split = "train"  # of a hub dataset: which files
@@ -53,9 +54,8 @@ OWT_DOCUMENTS = 8_013_769
 ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose rows are documents
 VAL_SHARE = 0.05  # of whole text files
 PIECE = 1_000_000  # characters that a worker takes at a time
-SEAMS = {  # where a text can be cut without a change to its tokens: GPT-2's have no white space behind something else, but for \xa0
-    "bytes": re.compile(b""), "gpt2": re.compile(rb"[^\s\xa0](?=[ \t\n\r])"),
-}
+# Where a text can be cut without a change to its tokens: GPT-2's have no white space behind something else, but for \xa0.
+SEAM = re.compile(rb"[^\s\xa0](?=[ \t\n\r])")
 
 
 # --- sources: [(name, path or a function that fetches it, bytes)]
@@ -210,11 +210,16 @@ def documents(sources, position, is_val, seam):
 
 
 def make_encoder(tokenizer):
-    """(bytes or text -> uint16 array, vocab_size, eot) of a tokenizer by name."""
+    """(bytes or text -> uint16 array, vocab_size, eot) of a tokenizer by name; of VOCAB_SIZE:EOT, None for the first."""
+    if re.fullmatch(r"\d+:\d+", tokenizer):
+        vocab_size, eot = map(int, tokenizer.split(":"))
+        if not eot < vocab_size <= 2**16:
+            raise ValueError(f"--tokenizer={tokenizer}: end-of-text must be below the vocabulary's size, and that at most {2**16:,}, as tokens are uint16")
+        return None, vocab_size, eot
     if tokenizer == "bytes":
         return lambda doc: np.frombuffer(doc if isinstance(doc, bytes) else doc.encode(), dtype=np.uint8).astype("<u2"), 257, 256
     if tokenizer != "gpt2":
-        raise ValueError(f"unknown tokenizer {tokenizer!r}: it is bytes or gpt2")
+        raise ValueError(f"unknown tokenizer {tokenizer!r}: it is bytes, gpt2 or, for rows of token ids, VOCAB_SIZE:EOT as 4096:1")
     try:
         bpe = tiktoken.get_encoding("gpt2")  # fetched once
     except OSError as e:
@@ -267,9 +272,11 @@ def encode_piece(piece):
             if ids.size and ids.dtype.kind != "i":
                 raise ValueError(f"{name} holds lists that are not token ids: {str(doc)[:40]}")
             if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-                raise ValueError(f"{name} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}")
+                raise ValueError(f"{name} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}: give theirs with --tokenizer")
             out[chosen].append(ids.astype("<u2"))
             continue
+        if encode is None:
+            raise ValueError(f"{name} holds text, not token ids: tokenize it first, into rows with a column input_ids")
         try:
             ids = encode(doc)
         except UnicodeDecodeError as e:
@@ -318,7 +325,8 @@ def write(half, sources, is_val, tokenizer, progress):
     bar = tqdm(total=tokens or None, initial=written(progress), unit="token", unit_scale=True, disable=None)
     noted = time.monotonic()
     waiting = deque()
-    todo = pieces(documents(sources, progress["position"], is_val, SEAMS[tokenizer]))
+    seam = SEAM if tokenizer == "gpt2" else re.compile(b"")
+    todo = pieces(documents(sources, progress["position"], is_val, seam))
     try:
         with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(tokenizer,)) as pool:
             while not tokens or written(progress) < tokens or within_a_text_file():

@@ -168,6 +168,14 @@ def test_bfloat16_is_near_float32_and_is_not_float32(run, stdlib):
     assert losses[1] == pytest.approx(losses[0], abs=0.02) and losses[0] != losses[1]
 
 
+def test_tokens_of_another_tokenizer_are_noted(run, tmp_path):
+    random_hf().save_pretrained("other")
+    (tmp_path / "a.txt").write_text("abc " * 200)
+    note = "note: end-of-text is 256 in data/eval_a.txt, but 299 in other: was it trained on such tokens?"
+    assert note in run("eval.py", "--models=other", "--dataset=a.txt").text
+    assert "note" not in run("eval.py", f"--models={TINY}", "--dataset=a.txt").text
+
+
 def test_a_text_file_is_a_data_set(run, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -104,16 +104,16 @@ def test_a_large_text_file_is_read_in_parts_with_the_tokens_of_the_whole(tmp_pat
     text = "".join(rng.choice([*WHITE, *WHITE[:3] * 5, " \xa0 \xa0", *"ab1!'s”。é漢😀" * 3], 20_000))
     (tmp_path / "a.txt").write_bytes(text.encode())
     monkeypatch.setattr(prepare_owt, "PIECE", 60)
-    parts = list(prepare_owt.parts_of(tmp_path / "a.txt", 0, cut, prepare_owt.SEAMS["gpt2"]))
+    parts = list(prepare_owt.parts_of(tmp_path / "a.txt", 0, cut, prepare_owt.SEAM))
     assert len(parts) > 500 and max(len(part) for part, *_ in parts) < 500
     documents = ["".join(part.decode() for part, _, val, _ in parts if val == which) for which in (False, True)]
     assert "".join(documents) == text and (0.95 <= len(documents[0].encode()) / len(text.encode()) < 0.951 if cut else not documents[1])
     for which, document in enumerate(documents):
         assert [token for part, _, val, _ in parts if val == which for token in bpe.encode_ordinary(part.decode())] == bpe.encode_ordinary(document)
-    assert not any(prepare_owt.SEAMS["gpt2"].search(bpe.decode_single_token_bytes(token)) for token in range(bpe.eot_token))
+    assert not any(prepare_owt.SEAM.search(bpe.decode_single_token_bytes(token)) for token in range(bpe.eot_token))
     assert sum(ends for _, ends, *_ in parts) == 1 + cut and parts[-1][3] is None
     for *_, at in parts[:-1:20]:
-        rest = b"".join(part for part, *_ in prepare_owt.parts_of(tmp_path / "a.txt", at, cut, prepare_owt.SEAMS["gpt2"]))
+        rest = b"".join(part for part, *_ in prepare_owt.parts_of(tmp_path / "a.txt", at, cut, prepare_owt.SEAM))
         assert rest == text.encode()[at:]
 
 
@@ -140,6 +140,9 @@ def test_another_source_under_the_same_name_is_refused_unless_forced(run, tmp_pa
 
 @pytest.mark.parametrize("args, message", [
     (["--files=nothing.txt"], "no file matches 'nothing.txt'"), (["--files=a.txt", "--tokenizer=gpt5"], "unknown tokenizer 'gpt5'"),
+    (["--files=ids.jsonl"], "ids from 4 to 4095, but the tokenizer has 257: give theirs with --tokenizer"), (["--files=ids.jsonl", "--tokenizer=4095:1"], "but the tokenizer has 4095"),
+    (["--files=a.txt", "--tokenizer=4096:1"], "a.txt holds text, not token ids"), (["--files=ids.jsonl", "--tokenizer=70000:1"], "at most 65,536"),
+    (["--files=ids.jsonl", "--tokenizer=10:10"], "end-of-text must be below the vocabulary's size"),
     (["--files=bad.txt", "--tokenizer=gpt2"], "bad.txt is not UTF-8 text"), (["--dataset=mytext"], "no source for 'mytext'"),
     (["--files=a.txt", "--dataset=../up"], "has a source of its own"), (["--files=a.txt", "--dataset=stdlib"], "give the files another name"),
     (["--files=number.jsonl"], "row 1 of column 'text' is neither text nor a list of token ids: 5"), (["--files=dict.jsonl"], "neither text nor a list of token ids: {'a': 1}"),
@@ -149,7 +152,7 @@ def test_another_source_under_the_same_name_is_refused_unless_forced(run, tmp_pa
 def test_bad_input_leaves_nothing_behind(run, tmp_path, gpt2_tokenizer, args, message):
     (tmp_path / "a.txt").write_text("a" * 100)
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe" * 50)
-    for name, row in dict(number='{"text": 5}', dict='{"text": {"a": 1}}', words='{"text": ["a", "b"]}', half='{"text": [1.5]}', broken='{"text": "a"').items():
+    for name, row in dict(number='{"text": 5}', dict='{"text": {"a": 1}}', words='{"text": ["a", "b"]}', half='{"text": [1.5]}', ids='{"input_ids": [4, 4095]}', broken='{"text": "a"').items():
         (tmp_path / f"{name}.jsonl").write_text(row + "\n")
     refused = run("prepare_owt.py", *args)
     assert refused.code == 1 and message in refused.text

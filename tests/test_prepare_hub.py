@@ -91,8 +91,9 @@ def test_eval_prepares_the_pile_by_itself_all_of_it_to_evaluate_on(hub, prepare,
 
 def test_eval_without_a_network_says_what_to_do(hub, tmp_path):
     random_hf(vocab_size=50257, n_positions=64, n_embd=16, n_head=2, n_layer=1).save_pretrained("random")
-    done = subprocess.run([sys.executable, os.path.join(REPO, "eval.py"), "--models=random", "--dataset=pile"], env=os.environ | {"HF_HOME": str(tmp_path / "cache")}, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "monology-pile-uncopyrighted-tokenizer-gpt2 can't be listed" in done.stderr
+    for args, repo in (["--dataset=pile"], "monology-pile-uncopyrighted-tokenizer-gpt2"), ([], "Skylion007/openwebtext"):  # of GPT-2's vocabulary: owt
+        done = subprocess.run([sys.executable, os.path.join(REPO, "eval.py"), "--models=random", *args], env=os.environ | {"HF_HOME": str(tmp_path / "cache")}, capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and repo + " can't be listed" in done.stderr
     assert "bring its files here and run with --files='*.parquet'" in done.stderr
 
 
@@ -168,6 +169,20 @@ def test_rows_that_are_tokens_already_are_taken_as_they_are(hub, prepare, tmp_pa
     assert prepare("--dataset=org/tokenized").returncode == 0
     assert read("val", "tokenized") == rows[0] + rows[200]
     assert read("train", "tokenized") == sum((row for i, row in enumerate(rows) if i % 200), [])
+
+
+def test_rows_of_another_tokenizers_ids(run, tmp_path):
+    """A model of its own vocabulary, say of 4,096 tokens with the last one as end-of-text, trains on them."""
+    rows = [[5, 4000, i % 50, 4095] * 4 for i in range(400)]
+    write_parquet(tmp_path / "a.parquet", rows, "input_ids")
+    done = run("prepare_owt.py", "--files=a.parquet", "--tokenizer=4096:4095", "--dataset=own")
+    assert done.code == 0, done.text
+    assert read("val", "own") == rows[0] + rows[200] and len(read("train", "own")) == 398 * 16
+    meta = json.load(open("data/own/meta.json"))
+    assert (meta["vocab_size"], meta["eot"]) == (4096, 4095)
+    random_hf(vocab_size=4096, n_positions=16, n_embd=16, n_head=2, n_layer=1).save_pretrained("random")
+    done = run("train.py", "--init_from=random", "--dataset=own", "--max_iters=2", "--block_size=16", "--compile=False", "--eval_iters=1", "--batch_size=2")
+    assert done.code == 0 and "was it trained on such tokens" not in done.text, done.text
 
 
 def test_local_jsonl_and_parquet_rows(run, tmp_path, gpt2_tokenizer):
