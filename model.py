@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 KINDS = ("ln_1qk", "ln_1v", "ln_2")  # the sites of a block
-LOSS_ROWS = 1024  # tokens whose logits exist at one time in training; on a GPU 8 times as many
+LOSS_ROWS = 1024  # tokens whose logits exist at one time in train.py; on a GPU 8 times as many
 
 
 @dataclass
@@ -192,16 +192,16 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, aux_loss=False):
+    def forward(self, idx, targets=None, aux_loss=False, loss_only=False):
         """idx, targets (B, T) -> logits (B, T, vocab), loss: mean nats per token, or None. Targets of -1 don't count.
 
-        In training the logits are None: they are made, and made again for the gradient, in pieces of LOSS_ROWS tokens.
+        In training, and with loss_only, the logits are None: they are made, and made again for a gradient, in pieces of LOSS_ROWS tokens.
         With aux_loss a third value follows, the mean squared difference between the std before ln_f at each position and its
         mean over ordinary tokens (arXiv 2507.02559). ValueError if T is beyond block_size."""
         x, use_bos = self.residual(idx)
         aux = self.std_spread(x, idx) if aux_loss else None
         x = self.normed(x, use_bos)
-        if targets is not None and self.training:
+        if targets is not None and (self.training or loss_only):
             logits, loss = None, self.loss_in_pieces(x, targets)
         else:
             logits = self.lm_head(x)

@@ -371,7 +371,7 @@ def main():
         for i in range(rank * batch_size, len(starts), world * batch_size):
             x, y = read_windows(val_tokens, starts[i : i + batch_size], block_size, where)
             with context:
-                total += compiled(x, y)[1] * len(x)
+                total += compiled(x, y, loss_only=True)[1] * len(x)
         model.train()
         return (mean_over_processes(total) * world / len(starts)).item()
 

@@ -357,6 +357,9 @@ def test_targets_of_minus_1_do_not_count_in_training_nor_in_evaluation(tiny):
     with torch.no_grad():
         expected = nn.functional.cross_entropy(tiny(idx)[0][:, :40].flatten(0, 1), targets[:, :40].flatten())
         torch.testing.assert_close(tiny(idx, targets)[1], expected, atol=1e-5, rtol=0)
+        logits, loss = tiny(idx, targets, loss_only=True)
+        assert logits is None
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(tiny.train()(idx, targets)[1], expected, atol=1e-5, rtol=0)
 
 
