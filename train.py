@@ -262,6 +262,9 @@ def check_settings():
             raise ValueError(f"{name} is {globals()[name]}, but it must be {low} or more" + f", and below {high}" * (high < math.inf))
     if wandb_log and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb_log needs `pip install wandb`")
+    compilers = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang")  # what inductor and Triton look for
+    if compile and not any(name and shutil.which(name) for name in compilers):
+        raise ValueError("compile needs a C++ compiler, and there is none here: install g++, or run with --compile=False")
 
 
 def main():

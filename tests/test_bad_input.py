@@ -51,6 +51,11 @@ def test_settings(refused, args, message):
     assert message in refused(*args)
 
 
+def test_compiling_without_a_compiler(refused, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "compile needs a C++ compiler, and there is none here" in refused("--compile=True")
+
+
 @pytest.mark.parametrize("content, message", [
     (b"", "train.bin is empty"), (b"abc", "an odd number"), (bytes(1998), "has 999 tokens, but meta.json says 1000"),
     (np.full(1000, 400, "<u2").tobytes(), "holds token ids up to 400, but the model's vocabulary has 320"), (None, "train.bin is not there"),
