@@ -96,13 +96,16 @@ def open_model(source, fold=True):
     return "control" if run else "original", model
 
 
-def prepared(name, eot):
-    """The folder under data/ that holds `name`, made by prepare_owt.py if need be. ValueError: there is no such data set."""
+def prepared(name, config):
+    """The folder under data/ that holds `name`, made by prepare_owt.py if need be. ValueError: there is no such data set, or none for
+    models of this config."""
     if os.path.isfile(name):
         folder = "eval_" + os.path.basename(name)
-        args = [f"--dataset={folder}", f"--files={glob.escape(name)}", f"--tokenizer={'gpt2' if eot == 50256 else 'bytes'}", "--val_every=1", "--force"]
+        args = [f"--dataset={folder}", f"--files={glob.escape(name)}", f"--tokenizer={'gpt2' if config.eot == 50256 else 'bytes'}", "--val_every=1", "--force"]
     elif os.path.exists(os.path.join("data", name)):
         return name
+    elif name in PUBLISHED and config.vocab_size <= 50256:
+        raise ValueError(f"{name} is fetched as GPT-2's 50,257 tokens, but the models have a vocabulary of {config.vocab_size}")
     elif name in (*PUBLISHED, "stdlib"):
         folder = name
         args = [f"--dataset={name}"] + ([f"--tokens={PUBLISHED[name] + 100_000}", "--val_every=1"] if name in PUBLISHED else [])
@@ -353,7 +356,7 @@ def main():
             cast_linear_maps(model)
         block_size = block_size or min(model.config.block_size for _, _, model in opened)
         base = reference or next((s for s, role, _ in opened if role == "original"), sources[0])
-        folders = {name: prepared(name, opened[0][2].config.eot) for name in names if name not in ("hellaswag", "residual")}
+        folders = {name: prepared(name, opened[0][2].config) for name in names if name not in ("hellaswag", "residual")}
         for folder in folders.values():
             open_tokens(folder, "val", block_size, opened[0][2].config.vocab_size)  # what is wrong with one is said before hours of the others
             eot = read_meta(folder)["eot"]
@@ -365,7 +368,7 @@ def main():
             hellaswag.download(hellaswag_url, path)
             examples, encode = hellaswag.read_examples(path), encoder(opened[0][2])
         if "residual" in names:
-            residual_on = next(iter(folders.values()), None) or prepared(last_dataset, opened[0][2].config.eot)
+            residual_on = next(iter(folders.values()), None) or prepared(last_dataset, opened[0][2].config)
     if WORLD > 1 and RANK == 0:
         dist.barrier()
 

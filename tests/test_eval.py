@@ -194,6 +194,7 @@ def test_a_text_file_is_a_data_set(run, tmp_path):
 def test_models_that_can_not_be_compared_are_refused(run, stdlib):
     random_hf().save_pretrained("other")
     random_hf(vocab_size=320, n_positions=64).save_pretrained("short")
+    assert "pile is fetched as GPT-2's 50,257 tokens, but the models have a vocabulary of 320" in run("eval.py", f"--models={TINY}", "--dataset=pile").text
     assert f"{TINY} has a vocabulary of 320 and other one of 300: compare models of one tokenizer" in run("eval.py", f"--models={TINY},other").text
     assert "block_size 128 is beyond the 64 positions of short" in run("eval.py", f"--models={TINY},short", "--block_size=128").text
     done = run("eval.py", f"--models={TINY},short", "--tokens=640", "--json=r.json")
