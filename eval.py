@@ -336,14 +336,14 @@ def main():
             raise FileNotFoundError(f"--json={json}: there is no directory {os.path.dirname(json)}")
         if os.path.isdir(json):
             raise IsADirectoryError(f"--json={json} is a directory: name a file")
-        sources, last_dataset = (items(models), "") if models else last_run()
+        sources, last_dataset = (items(models), "") if items(models) else last_run()
         if verify:
-            sys.exit(show_verify(sources if models else sources[-1:]) if RANK == 0 else 0)
+            sys.exit(show_verify(sources if items(models) else sources[-1:]) if RANK == 0 else 0)
         if reference and reference not in sources:
             sources.insert(0, reference)
         opened = [(source, *open_model(source)) for source in sources]
         last_dataset = last_dataset or ("owt" if opened[0][2].config.vocab_size > 50256 else "stdlib")
-        names = items(dataset or last_dataset)
+        names = items(dataset) or [last_dataset]
         for source, _, model in opened:
             if model.config.vocab_size != opened[0][2].config.vocab_size:
                 raise ValueError(f"{opened[0][0]} has a vocabulary of {opened[0][2].config.vocab_size} and {source} one of {model.config.vocab_size}: "

@@ -420,6 +420,8 @@ def main():
         try:
             os.makedirs(half, exist_ok=True)
             write(half, sources, val_rule(sources, dataset), chosen, progress)
+            if not written(progress):
+                raise ValueError(f"there is no document in {source}")
             if dataset == "owt" and not tokens and progress["documents"] == OWT_DOCUMENTS:
                 order_val_as_nanogpt(half, eot)
         except ValueError:  # bad input: nothing to go on with

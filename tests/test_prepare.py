@@ -6,6 +6,8 @@ import os
 import sysconfig
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiktoken
 
@@ -147,11 +149,12 @@ def test_another_source_under_the_same_name_is_refused_unless_forced(run, tmp_pa
     (["--files=a.txt", "--dataset=../up"], "has a source of its own"), (["--files=a.txt", "--dataset=stdlib"], "give the files another name"),
     (["--files=number.jsonl"], "row 1 of column 'text' is neither text nor a list of token ids: 5"), (["--files=dict.jsonl"], "neither text nor a list of token ids: {'a': 1}"),
     (["--files=words.jsonl"], "holds lists that are not token ids: ['a', 'b']"), (["--files=half.jsonl"], "holds lists that are not token ids: [1.5]"),
-    (["--files=broken.jsonl"], "broken.jsonl can't be read"),
+    (["--files=broken.jsonl"], "broken.jsonl can't be read"), (["--files=,"], "there is no document in ,"), (["--files=none.parquet"], "there is no document in none.parquet"),
 ])
 def test_bad_input_leaves_nothing_behind(run, tmp_path, gpt2_tokenizer, args, message):
     (tmp_path / "a.txt").write_text("a" * 100)
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe" * 50)
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
     for name, row in dict(number='{"text": 5}', dict='{"text": {"a": 1}}', words='{"text": ["a", "b"]}', half='{"text": [1.5]}', ids='{"input_ids": [4, 4095]}', broken='{"text": "a"').items():
         (tmp_path / f"{name}.jsonl").write_text(row + "\n")
     refused = run("prepare_owt.py", *args)
