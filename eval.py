@@ -101,7 +101,8 @@ def prepared(name, config):
     models of this config."""
     if os.path.isfile(name):
         folder = "eval_" + os.path.basename(name)
-        args = [f"--dataset={folder}", f"--files={glob.escape(name)}", f"--tokenizer={'gpt2' if config.eot == 50256 else 'bytes'}", "--val_every=1", "--force"]
+        tokenizer = "gpt2" if config.eot == 50256 else "bytes"
+        args = [f"--dataset={folder}", f"--files={glob.escape(name)}", f"--tokenizer={tokenizer}", "--val_every=1", "--force"]
     elif os.path.exists(os.path.join("data", name)):
         return name
     elif name in PUBLISHED and config.vocab_size <= 50256:

@@ -214,7 +214,8 @@ def make_encoder(tokenizer):
     if re.fullmatch(r"\d+:\d+", tokenizer):
         vocab_size, eot = map(int, tokenizer.split(":"))
         if not eot < vocab_size <= 2**16:
-            raise ValueError(f"--tokenizer={tokenizer}: end-of-text must be below the vocabulary's size, and that at most {2**16:,}, as tokens are uint16")
+            raise ValueError(f"--tokenizer={tokenizer}: end-of-text must be below the vocabulary's size, "
+                             f"and that at most {2**16:,}, as tokens are uint16")
         return None, vocab_size, eot
     if tokenizer == "bytes":
         return lambda doc: np.frombuffer(doc if isinstance(doc, bytes) else doc.encode(), dtype=np.uint8).astype("<u2"), 257, 256
@@ -272,7 +273,8 @@ def encode_piece(piece):
             if ids.size and ids.dtype.kind != "i":
                 raise ValueError(f"{name} holds lists that are not token ids: {str(doc)[:40]}")
             if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-                raise ValueError(f"{name} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}: give theirs with --tokenizer")
+                raise ValueError(f"{name} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}: "
+                                 "give theirs with --tokenizer")
             out[chosen].append(ids.astype("<u2"))
             continue
         if encode is None:
@@ -280,7 +282,8 @@ def encode_piece(piece):
         try:
             ids = encode(doc)
         except UnicodeDecodeError as e:
-            raise ValueError(f"{name} is not UTF-8 text ({e.reason} behind {doc[max(0, e.start - 20) : e.start]!r}): use --tokenizer=bytes, or leave it out") from None
+            before = doc[max(0, e.start - 20) : e.start]
+            raise ValueError(f"{name} is not UTF-8 text ({e.reason} behind {before!r}): use --tokenizer=bytes, or leave it out") from None
         out[chosen].append(np.append(ids, eot).astype("<u2") if ends else ids)
     return {s: (np.concatenate(docs).tobytes() if docs else b"", ended[s]) for s, docs in out.items()}
 
