@@ -32,6 +32,7 @@ from tqdm import tqdm
 import hellaswag
 import residual
 from configurator import configure, one_line_errors
+from files import check_file
 from data import open_tokens, pick_device, read_meta, read_windows, val_starts
 from model import GPT
 
@@ -337,6 +338,8 @@ def main():
             raise FileNotFoundError(f"--json={json}: there is no directory {os.path.dirname(json)}")
         if os.path.isdir(json):
             raise IsADirectoryError(f"--json={json} is a directory: name a file")
+        if json:
+            check_file(json, ["command", "rows"])
         sources, last_dataset = (items(models), "") if items(models) else last_run()
         if verify:
             sys.exit(show_verify(sources if items(models) else sources[-1:]) if RANK == 0 else 0)
@@ -392,7 +395,7 @@ def main():
         result = dict(command=shlex.join(["python", *sys.argv]), versions=versions, dtype=dtype, device=device,
                       data_sha256=hashes, weights_sha256=weights, rows=finite(rows))
         with one_line_errors():
-            with open(json + ".tmp", "w") as f:
+            with open(json + ".tmp", "x") as f:
                 dump(result, f, indent=2)
             os.replace(json + ".tmp", json)
     if WORLD > 1:

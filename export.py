@@ -270,7 +270,8 @@ def main():
         if dtype == "float16":
             check_float16(new)
         half = folder + ".tmp"
-        shutil.rmtree(half, ignore_errors=True)
+        if os.path.lexists(half):
+            raise ValueError(f"{half} is in the way: remove it, or name another directory with --out")
         try:
             new.to(getattr(torch, dtype)).save_pretrained(half)
             with open(os.path.join(half, "generation_config.json"), "w") as f:

@@ -71,7 +71,7 @@ def plot_loss(run, path):
             axis.axvline(step, color=color, linewidth=0.7, alpha=0.6)
         text = names[0] if len(names) == 1 else f"{names[0]} + {len(names) - 1} more" if len(names) > 3 else ", ".join(names)
         top.text(step, 1.01, text, transform=top.get_xaxis_transform(), rotation=90, fontsize=6.5, color=color, ha="center", va="bottom")
-    save(fig, path)
+    save(fig, path, "loss of a run")
 
 
 def plot_residual(source, path):
@@ -100,12 +100,14 @@ def plot_residual(source, path):
         axis.set_xticks(range(0, len(sites), every), sites[::every], rotation=90, fontsize=8)
     axes[0][0].set_ylabel("std before the site (band: spread over tokens)")
     axes[0][-1].legend(fontsize=7, loc="upper left")
-    save(fig, path)
+    save(fig, path, "residual stream")
 
 
-def save(fig, path):
+def save(fig, path, title):
     try:
-        fig.savefig(path, dpi=120)
+        if os.path.lexists(path) and (os.path.islink(path) or title.encode() not in open(path, "rb").read()):
+            sys.exit(f"error: {path} is there already and was not drawn by plot.py: move it away")
+        fig.savefig(path, dpi=120, metadata=dict(Title=title))
     except OSError as e:
         sys.exit(f"error: can't write {path}: {e}")
     print(path)

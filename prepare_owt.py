@@ -34,6 +34,7 @@ import tiktoken
 from tqdm import tqdm
 
 from configurator import configure, one_line_errors
+from files import TOKEN_FILES, check_folder, remove_files
 
 # -----------------------------------------------------------------------------
 dataset = ""  # stdlib (the default), owt, pile, pile-filtered, a hub repository (ORG/NAME or ORG/NAME@REVISION), or with --files a name of your own
@@ -55,6 +56,7 @@ ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose rows are docu
 VAL_SHARE = 0.05  # of whole text files
 PIECE = 1_000_000  # characters that a worker takes at a time
 # Where a text can be cut without a change to its tokens: GPT-2's have no white space behind something else, but for \xa0.
+HALF_FILES = (*TOKEN_FILES, "progress.json", "progress.json.tmp", "val_ordered.bin")  # of an unfinished preparation
 SEAM = re.compile(rb"[^\s\xa0](?=[ \t\n\r])")
 
 
@@ -308,9 +310,7 @@ def written(progress):
 
 def write(half, sources, is_val, tokenizer, progress):
     """Tokenize on all cores, write in order, and note every few seconds in progress.json how far all is on the disk."""
-    out = {split: open(os.path.join(half, split + ".bin"), "ab") for split in ("train", "val")}
-    for split, f in out.items():  # drop what a kill left behind the last note
-        f.truncate(2 * progress[split]["tokens"])
+    out = {}
 
     def note():
         for f in out.values():
@@ -319,6 +319,11 @@ def write(half, sources, is_val, tokenizer, progress):
         with open(os.path.join(half, "progress.json.tmp"), "w") as f:
             json.dump(progress, f)
         os.replace(os.path.join(half, "progress.json.tmp"), os.path.join(half, "progress.json"))
+
+    note()  # first of all: it marks the folder as ours
+    out |= {split: open(os.path.join(half, split + ".bin"), "ab") for split in ("train", "val")}
+    for split, f in out.items():  # drop what a kill left behind the last note
+        f.truncate(2 * progress[split]["tokens"])
 
     def within_a_text_file():
         source, taken, _ = progress["position"]
@@ -405,6 +410,8 @@ def main():
                 raise ValueError(f"{done} holds {differs[0]} {old.get(differs[0])!r}, not {meta[differs[0]]!r}: --force replaces it")
             print(f"{done} is prepared already: {old['train']['tokens']:,} train and {old['val']['tokens']:,} val tokens (--force redoes it)")
             return
+        check_folder(done, TOKEN_FILES, ["meta.json"])
+        check_folder(half, HALF_FILES, ["progress.json", "meta.json"])
         sources = local_files(files) if files else hub_files(HUB.get(dataset, dataset)) if on_hub else stdlib_files()
         os.makedirs("data", exist_ok=True)
         size = sum(size for *_, size in sources)
@@ -428,19 +435,19 @@ def main():
             if dataset == "owt" and not tokens and progress["documents"] == OWT_DOCUMENTS:
                 order_val_as_nanogpt(half, eot)
         except ValueError:  # bad input: nothing to go on with
-            shutil.rmtree(half, ignore_errors=True)
+            remove_files(half, HALF_FILES)
             raise
         except OSError as e:
             raise OSError(f"{e}; data/{name} is not finished: run the same command to go on behind {written(progress):,} tokens") from None
         except KeyboardInterrupt:
             sys.exit(f"interrupted: run the same command to go on behind {written(progress):,} tokens")
-        os.remove(os.path.join(half, "progress.json"))
         if os.path.exists(os.path.join(half, "val_ordered.bin")):
             os.replace(os.path.join(half, "val_ordered.bin"), os.path.join(half, "val.bin"))
         meta |= {s: progress[s] | dict(sha256=sha256(os.path.join(half, s + ".bin"))) for s in ("train", "val")}
         with open(os.path.join(half, "meta.json"), "w") as f:
             json.dump(meta, f, indent=2)
-        shutil.rmtree(done, ignore_errors=True)
+        os.remove(os.path.join(half, "progress.json"))
+        remove_files(done, TOKEN_FILES)
         os.rename(half, done)
     for s in ("train", "val"):
         print(f"{done}/{s}.bin: {meta[s]['tokens']:,} tokens, {meta[s]['documents']:,} documents")

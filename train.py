@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import configure, one_line_errors, stop
+from files import check_out_dir, remove_files
 from data import open_tokens, pick_device, read_meta, read_windows, train_starts, val_starts
 from model import GPT, KINDS, GPTConfig
 
@@ -295,6 +296,7 @@ def main():
     if world > 1 and not master:
         dist.barrier()  # rank 0 goes first, and fetches the weights into the cache
     with one_line_errors():
+        check_out_dir(out_dir, init_from)
         meta = read_meta(dataset)
         checkpoint = load_checkpoint(os.path.join(out_dir, "ckpt.pt")) if init_from == "resume" else None
         if checkpoint:
@@ -327,6 +329,9 @@ def main():
         for kind, on in treatments.items():
             model.set_treatment(kind, on)
         os.makedirs(out_dir, exist_ok=True)
+        if master:
+            with open(os.path.join(out_dir, "settings.json"), "w") as f:  # first of all: it marks the folder as a run's
+                json.dump(settings, f, indent=2)
         log_path, checkpoint_path = os.path.join(out_dir, "log.jsonl"), os.path.join(out_dir, "ckpt.pt")
         lines = []
         if checkpoint and os.path.exists(log_path):  # drop what happened after the checkpoint: it will happen again
@@ -382,7 +387,7 @@ def main():
         if master:
             save_checkpoint(checkpoint_path, dict(model=model.state_dict(), model_config=vars(model.config), ln_state=model.ln_state(),
                                                   optimizer=optimizer.state_dict(), step=step, settings=settings, rng=get_rng_state(device_type)))
-            shutil.rmtree(os.path.join(out_dir, "model"), ignore_errors=True)  # an earlier run's: eval.py must not take it for this one's
+            remove_files(os.path.join(out_dir, "model"), ["config.json", "model.safetensors"])  # an earlier run's: eval.py must not take it for this one's
 
     def record(entry):
         if master:
