@@ -2,7 +2,7 @@
 # make test-tl3: those that need TransformerLens 3, in an environment of their own.
 PYTHON ?= python3
 RUN = out/remove_ln_tiny
-CODE = train.py model.py data.py configurator.py config/remove_ln_tiny.py $(wildcard assets/tiny/*)
+CODE = train.py model.py schedule.py parts/data.py config/remove_ln_tiny.py $(wildcard assets/tiny/*)
 
 demo: $(RUN)/model/config.json $(RUN)_control/model/config.json
 	.venv/bin/python eval.py --models=assets/tiny,$(RUN)_control,$(RUN) --dataset=stdlib --tokens=500_000 --json=$(RUN)/eval.json

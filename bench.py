@@ -1,16 +1,17 @@
 """
 Speed and memory, at GPT-2 small's shape with random weights unless told otherwise.
 
-    python bench.py                         # a training step: each way in a process of its own, in turns
-    python bench.py --what=eval             # the cross-entropy pass, against transformers (which requirements-dev.txt installs)
-    python bench.py --what=hellaswag        # against one forward pass an example, of four padded rows
-    python bench.py --what=sample           # decoding: folded against with LN, and sample.py against transformers' generate
-    python bench.py --what=prepare          # 100 MB of text to tokens, against datasets.map and shards written to a memmap, as nanoGPT does
-    python bench.py --n_layer=4 --n_head=6 --n_embd=192 --vocab_size=320 --batch_size=16
+    python bench.py                   # a training step: each way in a process of its own, in turns
+    python bench.py --what=eval       # the cross-entropy pass, against transformers
+    python bench.py --what=hellaswag  # against one forward pass an example, of four padded rows
+    python bench.py --what=sample     # decoding: folded against with LN, and against transformers' generate
+    python bench.py --what=prepare    # 100 MB of text to tokens, against nanoGPT's way
 
-Of a training step, `nanoGPT's way` is this model as nanoGPT would train it on a CPU: float32, the logits whole, compiled. The other rows
-are train.py's. A row's figures are the median over rounds; tokens a second of a step after the first two, peak memory of the process
-or the GPU. The others compare in one process, in turns, after one unmeasured round.
+Of a training step, `nanoGPT's way` is this model as nanoGPT would train it on a CPU: float32, the
+logits whole, compiled. The other rows are train.py's. A row's figures are the median over rounds:
+tokens a second of a step after the first two, and peak memory of the process or the GPU. The others
+compare in one process, in turns, after one unmeasured round; transformers comes with
+requirements-dev.txt. nanoGPT's way to prepare is datasets.map and shards written to a memmap.
 """
 import glob
 import json
@@ -22,68 +23,61 @@ import sysconfig
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-import hellaswag
-import sample
 from configurator import configure
-from data import read_windows
 from model import GPT, GPTConfig
+from parts import hellaswag
+from parts.compare import cast_linear_maps, measure
+from parts.data import read_windows
+from parts.device import autocast_to
+from parts.errors import UserError
+from sample import generate, use_addmv
 
 # -----------------------------------------------------------------------------
-n_layer = 12
-n_head = 12
-n_embd = 768
-vocab_size = 50304
-batch_size = 4
-block_size = 256
-steps = 6  # timed, in a round
-rounds = 3
-what = "train"  # train, eval, hellaswag, sample or prepare
-way = ""  # one way in this process; empty: all of them, in processes
+n_layer = 12  # >= 1: blocks
+n_head = 12  # >= 1: attention heads
+n_embd = 768  # >= 1: width
+vocab_size = 50304  # >= 1: tokens
+batch_size = 4  # >= 1: sequences
+block_size = 256  # >= 1: tokens in a sequence
+steps = 6  # >= 1: timed, in a round
+rounds = 3  # >= 1: of which the median is shown
+what = "train"  # train, eval, hellaswag, sample or prepare: what to measure
+way = ""  # one way in this process; "": all of them, in processes
 # -----------------------------------------------------------------------------
 
-WAYS = {  # name: (dtype, loss in pieces, compiled)
-    "nanoGPT's way": (torch.float32, False, True),
-    "float32": (torch.float32, True, True),
-    "bfloat16": (torch.bfloat16, True, True),
-    "bfloat16, logits whole": (torch.bfloat16, False, True),
-    "bfloat16, not compiled": (torch.bfloat16, True, False),
+
+@dataclass
+class Way:
+    """Of training."""
+
+    dtype: torch.dtype
+    in_pieces: bool  # the loss, without whole logits
+    compiled: bool
+
+
+WAYS = {
+    "nanoGPT's way": Way(torch.float32, in_pieces=False, compiled=True),
+    "float32": Way(torch.float32, in_pieces=True, compiled=True),
+    "bfloat16": Way(torch.bfloat16, in_pieces=True, compiled=True),
+    "bfloat16, logits whole": Way(torch.bfloat16, in_pieces=False, compiled=True),
+    "bfloat16, not compiled": Way(torch.bfloat16, in_pieces=True, compiled=False),
 }
 
 
-def one(dtype, in_pieces, compiled):
-    """{"tokens_per_s", "memory_GB"} of one way."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def random_model(positions=1024):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, eot=vocab_size - 1)).to(device)
-    model.train(in_pieces)  # no dropout: evaluation differs in the whole logits only
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    forward = torch.compile(model) if compiled else model
-    if compiled:
-        model.summed_loss = torch.compile(model.summed_loss)
-    idx = torch.randint(vocab_size - 1, (batch_size, block_size + 1), device=device)
-    times = []
-    for _ in range(2 + steps):
-        began = time.perf_counter()
-        with torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext():
-            loss = forward(idx[:, :-1], idx[:, 1:])[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()  # waits for the device
-        times.append(time.perf_counter() - began)
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return dict(tokens_per_s=batch_size * block_size * steps / sum(times[2:]), memory_GB=memory / 1e9)
+    return GPT(GPTConfig(positions, vocab_size, n_layer, n_head, n_embd, eot=vocab_size - 1))
 
 
 def compare(theirs, ours, name, unit, amount, width=12):
-    """Time the two functions in turns, and print a line."""
+    """Time the two functions in turns, and print a line: amount a second of each, and the ratio."""
     times = []
     for _ in range(1 + rounds):
         pair = []
@@ -93,173 +87,263 @@ def compare(theirs, ours, name, unit, amount, width=12):
             pair.append(time.perf_counter() - began)
         times.append(pair)
     ratios = [a / b for a, b in times[1:]]
-    a, b = (median(list(column)) for column in zip(*times[1:]))
-    print(f"{name:<{width}}{amount / a:>10,.1f}{amount / b:>10,.1f} {unit:<12}{median(ratios):>8.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+    speeds = [amount / median(column) for column in zip(*times[1:])]
+    spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"{name:<{width}}{speeds[0]:>10,.1f}{speeds[1]:>10,.1f} {unit:<12}{median(ratios):>8.2f}  {spread}")
 
 
-def random_model():
-    torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=1024, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, eot=vocab_size - 1))
+def print_head(about, width=12):
+    print(f"{'':<{width}}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  {about}")
+
+
+# --- training
+
+
+def train_speed(way):
+    """{"tokens_per_s", "memory_GB"} of one way, in this process."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = random_model(block_size).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    forward = model
+    if way.compiled:
+        forward = torch.compile(model)
+        model.summed_loss = torch.compile(model.summed_loss)
+    idx = torch.randint(vocab_size - 1, (batch_size, block_size + 1), device=device)
+    times = []
+    for _ in range(2 + steps):
+        began = time.perf_counter()
+        with autocast_to(way.dtype, device):
+            _, loss = forward(idx[:, :-1], idx[:, 1:], loss_only=way.in_pieces)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()  # waits for the device
+        times.append(time.perf_counter() - began)
+    if device == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return dict(tokens_per_s=batch_size * block_size * steps / sum(times[2:]), memory_GB=memory / 1e9)
+
+
+def compare_train():
+    """Each way in a process of its own, so that its peak memory is its own."""
+    results = {name: [] for name in WAYS}
+    for i in range(rounds):
+        for name in WAYS:
+            command = [sys.executable, __file__, *sys.argv[1:], f"--way={name}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{name} failed:\n{done.stderr}")
+            results[name].append(json.loads(done.stdout.splitlines()[-1]))
+            speed = results[name][-1]["tokens_per_s"]
+            print(f"round {i + 1} of {rounds}, {name}: {speed:,.0f} tokens/s", file=sys.stderr)
+    print(f"{'':<24}{'tokens/s':>10}{'ratio':>8}{'peak memory, GB':>18}")
+    for name, runs in results.items():
+        pairs = zip(runs, results["nanoGPT's way"])
+        ratio = median(run["tokens_per_s"] / base["tokens_per_s"] for run, base in pairs)
+        speed = median(run["tokens_per_s"] for run in runs)
+        memory = median(run["memory_GB"] for run in runs)
+        print(f"{name:<24}{speed:>10,.0f}{ratio:>8.2f}{memory:>18.2f}")
+
+
+# --- evaluation
+
+
+def transformers_twin(model):
+    """transformers' GPT2LMHeadModel with the same weights."""
+    from transformers import GPT2LMHeadModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return GPT2LMHeadModel.from_pretrained(folder).eval()
 
 
 def compare_eval():
-    """eval.py's pass over windows, without faithfulness, against transformers' logits and F.cross_entropy."""
-    from transformers import GPT2LMHeadModel
-
-    import eval as evaluation
-
+    """eval.py's pass over windows, without faithfulness, against transformers' logits and
+    F.cross_entropy."""
     model = random_model().eval()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        hf = GPT2LMHeadModel.from_pretrained(folder).eval()
+    hf = transformers_twin(model)
     data = np.random.default_rng(0).integers(0, vocab_size, steps * batch_size * block_size + 1).astype("<u2")
     starts = np.arange(steps * batch_size) * block_size
-    evaluation.block_size, evaluation.batch_size, evaluation.device = block_size, batch_size, "cpu"
+    print_head(f"{batch_size} x {block_size} tokens at a time")
+    for dtype in (torch.float32, torch.bfloat16):
+        autocast = autocast_to(dtype, "cpu")
+        losses = {}
 
-    @torch.inference_mode()
-    def theirs():
-        for i in range(0, len(starts), batch_size):
-            x, y = read_windows(data, starts[i : i + batch_size], block_size, "cpu")
-            with evaluation.autocast():
-                losses["theirs"] = F.cross_entropy(hf(x).logits.float().flatten(0, 1), y.flatten(), reduction="none")
+        @torch.inference_mode()
+        def theirs():
+            for i in range(0, len(starts), batch_size):
+                x, y = read_windows(data, starts[i : i + batch_size], block_size, "cpu")
+                with autocast:
+                    logits = hf(x).logits.float().flatten(0, 1)
+                losses["theirs"] = F.cross_entropy(logits, y.flatten()).item()  # of the last batch
 
-    def ours():
-        losses["ours"] = evaluation.token_stats([("model", "original", model)], data, starts, None)["model"]["loss"]
+        def ours():
+            found = measure({"model": model}, None, data, starts, block_size, batch_size, "cpu", autocast)
+            losses["ours"] = found["model"]["loss"][-batch_size:].mean()
 
-    losses = {}
-    print(f"{'':<12}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  {batch_size} x {block_size} tokens at a time")
-    for dtype in ("float32", "bfloat16"):
-        evaluation.dtype = dtype
-        if dtype == "bfloat16":
-            evaluation.cast_linear_maps(model)
-        compare(theirs, ours, dtype, "tokens/s", steps * batch_size * block_size)
-        apart = abs(losses["ours"][-batch_size:].mean() - losses["theirs"].mean().item())
-        assert apart < 1e-3, f"the two losses differ by {apart}"
+        if dtype == torch.bfloat16:
+            cast_linear_maps(model)
+        compare(theirs, ours, str(dtype)[6:], "tokens/s", steps * batch_size * block_size)
+        assert abs(losses["ours"] - losses["theirs"]) < 1e-3, losses
 
 
 def compare_hellaswag():
-    """hellaswag.score against a forward pass of our model for each example, its four rows padded to one length (build-nanogpt's way)."""
-    model, rng = random_model().eval(), np.random.default_rng(0)
-    words = lambda n: " ".join(map(str, rng.integers(0, vocab_size - 1, max(3, n))))
-    encode = lambda text: [int(word) for word in text.split()]
-    examples = [(words(int(rng.normal(65, 25))), [words(int(rng.normal(25, 8))) for _ in range(4)], 0) for _ in range(16 * steps)]
+    """hellaswag.score against a forward pass of our model for each example, its four rows padded to
+    one length (build-nanogpt's way). The lengths are made up."""
+    model = random_model().eval()
+    rng = np.random.default_rng(0)
+
+    def words(n):
+        return " ".join(map(str, rng.integers(0, vocab_size - 1, max(3, int(n)))))
+
+    def encode(text):
+        return [int(word) for word in text.split()]
+
+    def example():
+        return hellaswag.Example(words(rng.normal(65, 25)), [words(rng.normal(25, 8)) for _ in range(4)], 0)
+
+    examples = [example() for _ in range(16 * steps)]
+    scores = {}
 
     @torch.inference_mode()
     def theirs():
         scores["theirs"] = []
-        for context, endings, _ in examples:
-            rows = [encode(context) + encode(ending) for ending in endings]
-            ids, scored = torch.zeros(4, max(map(len, rows)), dtype=torch.long), torch.zeros(4, max(map(len, rows)))
+        for example in examples:
+            context = encode(example.context)
+            rows = [context + encode(ending) for ending in example.endings]
+            ids = torch.zeros(4, max(map(len, rows)), dtype=torch.long)
+            scored = torch.zeros(ids.shape)
             for k, row in enumerate(rows):
-                ids[k, : len(row)], scored[k, len(encode(context)) : len(row)] = torch.tensor(row), 1
-            losses = F.cross_entropy(model(ids)[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(4, -1) * scored[:, 1:]
+                ids[k, : len(row)] = torch.tensor(row)
+                scored[k, len(context) : len(row)] = 1
+            logits = model(ids)[0][:, :-1].flatten(0, 1)
+            losses = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(4, -1) * scored[:, 1:]
             scores["theirs"].append((losses.sum(1) / scored.sum(1)).tolist())
 
     def ours():
         sums, counts = hellaswag.score(model, examples, encode, "cpu", nullcontext())
         scores["ours"] = sums / counts
 
-    scores = {}
-    print(f"{'':<12}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  contexts of 65 ± 25 tokens, endings of 25 ± 8")
+    print_head("contexts of 65 ± 25 tokens, endings of 25 ± 8")
     compare(theirs, ours, "float32", "examples/s", len(examples))
     assert np.allclose(scores["theirs"], scores["ours"], atol=1e-3), "the scores differ"
 
 
+# --- decoding
+
+
 def compare_sample(n=256):
-    """The likeliest n tokens after a prompt of 16, one sequence: the folded model against the same one with its LayerNorms, and that
-    one against transformers' generate with its cache."""
-    from transformers import GPT2LMHeadModel
-
+    """The likeliest n tokens after a prompt of 16, one sequence: the folded model against the same
+    one with its LayerNorms, and that one against transformers' generate with its cache."""
     model = random_model().eval()
+    hf = transformers_twin(model)
     free = random_model().eval()
-    for name, site in free.sites().items():
-        site.set_mode("fake")
-    folded, ids = free.fold().eval(), list(range(100, 116))
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        hf = GPT2LMHeadModel.from_pretrained(folder).eval()
-    decode = lambda model: list(sample.generate(model, ids, n, 0, 0, None))
-    theirs = lambda: hf.generate(torch.tensor([ids]), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)[0, len(ids) :].tolist()
+    for site in free.sites().values():
+        site.ln_mode = "fake"
+    folded = free.fold()
+    ids = list(range(100, 116))
+
+    def decode(model):
+        return list(generate(model, ids, n, 0, 0, None))
+
+    def theirs():
+        out = hf.generate(torch.tensor([ids]), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+        return out[0, len(ids) :].tolist()
+
     assert decode(model) == theirs(), "the two decode otherwise"
-    print(f"{'':<28}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  {n} tokens")
+    print_head(f"{n} tokens", 28)
     for dtype in (torch.float32, torch.bfloat16):
-        model.to(dtype), folded.to(dtype), hf.to(dtype)
-        compare(lambda: decode(model), lambda: decode(folded), f"folded to LN, {str(dtype)[6:]}", "tokens/s", n, 28)
-        compare(theirs, lambda: decode(model), f"to transformers, {str(dtype)[6:]}", "tokens/s", n, 28)
+        for m in (model, folded, hf):
+            m.to(dtype)
+        if dtype == torch.bfloat16:
+            use_addmv(model)
+            use_addmv(folded)
+        name = str(dtype)[6:]
+        compare(lambda: decode(model), lambda: decode(folded), f"folded to LN, {name}", "tokens/s", n, 28)
+        compare(theirs, lambda: decode(model), f"to transformers, {name}", "tokens/s", n, 28)
 
 
-def compare_prepare(megabytes=100):
-    """prepare_owt.py on a parquet file of source code in documents of 4,000 characters, against nanoGPT's prepare.py on the same."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import tiktoken
-    from datasets import load_dataset
+# --- preparation
 
+
+def source_texts(megabytes):
+    """Python files of this machine, in documents of 4,000 characters."""
     texts, size = [], 0
-    for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "**", "*.py"), recursive=True)):  # site-packages among them
+    stdlib = sysconfig.get_path("stdlib")
+    for path in sorted(glob.glob(os.path.join(stdlib, "**", "*.py"), recursive=True)):  # site-packages among them
         with open(path, encoding="utf-8", errors="replace") as f:
             text = f.read()
         texts += [text[i : i + 4000] for i in range(0, len(text), 4000)]
         size += len(text)
         if size > megabytes * 1e6:
             break
-    bpe, workers, here = tiktoken.get_encoding("gpt2"), os.cpu_count(), os.path.dirname(os.path.abspath(__file__))
+    return texts, size
+
+
+def nanogpt_prepare(parquet, workers):
+    """As nanoGPT's prepare.py does: datasets.map, then shards into a memmap."""
+    import tiktoken
+    from datasets import load_dataset
+
+    bpe = tiktoken.get_encoding("gpt2")
 
     def process(row):
         ids = [*bpe.encode_ordinary(row["text"]), bpe.eot_token]
         return dict(ids=ids, len=len(ids))
 
-    def theirs():
-        with tempfile.TemporaryDirectory() as cache:
-            rows = load_dataset("parquet", data_files="text.parquet", split="train", cache_dir=cache)
-            for split, part in rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True).items():
-                part = part.map(process, remove_columns=["text"], num_proc=workers)
-                n, at = sum(part["len"]), 0
-                out = np.memmap(split + ".bin", dtype=np.uint16, mode="w+", shape=(n,))
-                for k in range(shards := min(1024, len(part))):
-                    ids = np.concatenate(part.shard(shards, k, contiguous=True).with_format("numpy")["ids"])
-                    out[at : at + len(ids)] = ids
-                    at += len(ids)
-                out.flush()
+    with tempfile.TemporaryDirectory() as cache:
+        rows = load_dataset("parquet", data_files=parquet, split="train", cache_dir=cache)
+        for split, part in rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True).items():
+            part = part.map(process, remove_columns=["text"], num_proc=workers)
+            out = np.memmap(split + ".bin", dtype=np.uint16, mode="w+", shape=(sum(part["len"]),))
+            at, shards = 0, min(1024, len(part))
+            for k in range(shards):
+                ids = np.concatenate(part.shard(shards, k, contiguous=True).with_format("numpy")["ids"])
+                out[at : at + len(ids)] = ids
+                at += len(ids)
+            out.flush()
+
+
+def compare_prepare(megabytes=100):
+    """prepare_owt.py on a parquet file of source code, against nanoGPT's way on the same."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    here = os.path.dirname(os.path.abspath(__file__))
+    workers = os.cpu_count()
+    texts, size = source_texts(megabytes)
+    args = ["--dataset=text", "--files=text.parquet", "--tokenizer=gpt2", "--force"]
 
     def ours():
-        command = [sys.executable, os.path.join(here, "prepare_owt.py"), "--dataset=text", "--files=text.parquet", "--tokenizer=gpt2", "--force"]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run([sys.executable, os.path.join(here, "prepare_owt.py"), *args], check=True, capture_output=True)
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         pq.write_table(pa.table(dict(text=texts)), "text.parquet", row_group_size=1000)
-        print(f"{'':<12}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  {size / 1e6:.0f} MB, {len(texts):,} documents, {workers} processes")
-        compare(theirs, ours, "prepare", "MB/s", size / 1e6)
+        print_head(f"{size / 1e6:.0f} MB, {len(texts):,} documents, {workers} processes")
+        compare(lambda: nanogpt_prepare("text.parquet", workers), ours, "prepare", "MB/s", size / 1e6)
         os.chdir(here)
 
 
 def main():
-    for name, value in configure(globals(), sys.argv[1:], __doc__).items():
-        if type(value) is int and value < 1:
-            sys.exit(f"error: {name} is {value}, but it must be 1 or more")
-    others = dict(eval=compare_eval, hellaswag=compare_hellaswag, sample=compare_sample, prepare=compare_prepare)
-    if what in others:
-        return others[what]()
-    if what != "train":
-        sys.exit(f"error: unknown --what={what}: it is train, {', '.join(others)}")
+    configure(globals(), sys.argv[1:], __doc__)
     if way:
         if way not in WAYS:
-            sys.exit(f"error: unknown way {way!r}: it is one of {', '.join(WAYS)}")
-        print(json.dumps(one(*WAYS[way])))
-        return
-    results = {name: [] for name in WAYS}
-    for i in range(rounds):
-        for name in WAYS:
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--way={name}"], capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"error: {name} failed: {done.stderr.strip().splitlines()[-1]}")
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {i + 1} of {rounds}, {name}: {results[name][-1]['tokens_per_s']:,.0f} tokens/s", file=sys.stderr)
-    print(f"{'':<24}{'tokens/s':>10}{'ratio':>8}{'peak memory, GB':>18}")
-    for name, runs in results.items():
-        ratio = median([run["tokens_per_s"] / base["tokens_per_s"] for run, base in zip(runs, results["nanoGPT's way"])])
-        print(f"{name:<24}{median([r['tokens_per_s'] for r in runs]):>10,.0f}{ratio:>8.2f}{median([r['memory_GB'] for r in runs]):>18.2f}")
+            raise UserError(f"unknown way {way!r}: it is one of {', '.join(WAYS)}")
+        print(json.dumps(train_speed(WAYS[way])))
+    elif what == "train":
+        compare_train()
+    elif what == "eval":
+        compare_eval()
+    elif what == "hellaswag":
+        compare_hellaswag()
+    elif what == "sample":
+        compare_sample()
+    elif what == "prepare":
+        compare_prepare()
 
 
 if __name__ == "__main__":

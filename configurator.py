@@ -1,44 +1,42 @@
 """
-Settings: a script's globals are the defaults; a config file, then `--key=value` or `--key value`, change them, in order.
+Settings: a script's globals are the defaults; a config file, then `--key=value` or `--key value`,
+change them, in order.
 
     python train.py config/remove_ln_tiny.py config/control.py --seed=2 --dtype float32
 
-A config file is Python that only assigns, and it may read what was set before it (`out_dir = out_dir + "_control"`).
+A config file is Python that only assigns, and it may read what was set before it (`out_dir =
+out_dir + "_control"`).
+
+A setting is one line: its default, and a comment that says what it means. Where the comment begins
+with a bound, the bound is checked:
+
+    batch_size = 16  # >= 1: sequences in a micro-batch
+    dropout = 0.0  # >= 0 and < 1: share of activations
+    dtype = "auto"  # auto, float32 or bfloat16: of autocast
 """
 import ast
 import difflib
 import math
 import os
+import re
 import sys
-import time
-from contextlib import contextmanager
 
-
-@contextmanager
-def one_line_errors():
-    """Around what touches the user's files: a ValueError or OSError ends the script with its one line, not with a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as e:
-        stop(e)
-
-
-def stop(problem):
-    """End the script with one line and a non-zero exit; under torchrun, with one line for all processes."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)  # what all processes meet, rank 0 says, and torchrun ends the others before they repeat it
-    sys.exit(f"error: {problem}")
+from parts.errors import UserError, show_user_errors_in_one_line
 
 
 def configure(settings, argv, doc):
-    """Apply argv to the dict `settings` (a script's globals()) in place, and return the settings alone. Exits with one line
-    on a file, a key or a value that it can't take; `--help` prints doc and the settings."""
-    names = [k for k, v in settings.items() if not k.startswith("_") and isinstance(v, (bool, int, float, str, list))]
+    """Apply argv to the dict `settings` (a script's globals()) in place, check it, and return the
+    settings alone. UserError on a file, a key or a value that it can't take; `--help` prints doc
+    and the settings."""
+    show_user_errors_in_one_line()
+    kinds = (bool, int, float, str, list)
+    names = [k for k, v in settings.items() if k[0].islower() and isinstance(v, kinds)]  # not _x, nor X
+    comments = read_comments(settings.get("__file__"))
     argv = list(argv)
     if "--help" in argv or "-h" in argv:
         print(doc.strip(), "\n\nsettings:")
         for name in names:
-            print(f"  --{name}={settings[name]!r}")
+            print(f"  --{name}={settings[name]!r}".ljust(36), comments.get(name, ""))
         sys.exit()
     while argv:
         arg = argv.pop(0)
@@ -51,22 +49,34 @@ def configure(settings, argv, doc):
             value = "True"  # --force alone
         elif not equals:
             if not argv:
-                stop(f"--{key} needs a value, as in --{key}={settings[key]!r}")
+                raise UserError(f"--{key} needs a value, as in --{key}={settings[key]!r}")
             value = argv.pop(0)
         settings[key] = check_type(f"--{key}", parse(value, settings[key]), settings[key])
+    for name in names:
+        check_bound(name, settings[name], comments.get(name, ""))
     return {name: settings[name] for name in names}
+
+
+def take_source(usage):
+    """The first argument of a script that needs one beside its settings; it is taken out of sys.argv."""
+    if len(sys.argv) > 1 and sys.argv[1] in ("--help", "-h"):
+        return ""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        show_user_errors_in_one_line()
+        raise UserError(f"usage: {usage}")
+    return sys.argv.pop(1).rstrip("/")
 
 
 def apply_file(settings, names, path):
     if not os.path.isfile(path):
-        stop(f"no config file {path}; settings are given as --key=value")
+        raise UserError(f"no config file {path}; settings are given as --key=value")
     before = {name: settings[name] for name in names}
     after = dict(before)
     try:
         with open(path) as f:
             exec(compile(f.read(), path, "exec"), {"__builtins__": {}}, after)
     except Exception as e:
-        stop(f"{path} is not a config file: {type(e).__name__}: {e}")
+        raise UserError(f"{path} is not a config file: {type(e).__name__}: {e}") from None
     for key, value in after.items():
         check_name(names, key, f"{key} in {path}")
         settings[key] = check_type(f"{key} in {path}", value, before[key])
@@ -75,11 +85,12 @@ def apply_file(settings, names, path):
 def check_name(names, key, where):
     if key not in names:
         near = difflib.get_close_matches(key, names, 1, 0.5)
-        stop(f"unknown setting {where}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+        raise UserError(f"unknown setting {where}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
 
 
 def parse(text, default):
-    """The text of a flag as a value of the default's type; as it stands where it is none, for check_type to refuse."""
+    """The text of a flag as a value of the default's type; as it stands where it is none, for
+    check_type to refuse."""
     if isinstance(default, str):
         return text
     try:
@@ -94,7 +105,29 @@ def check_type(where, value, default):
     if type(default) is list and type(value) is tuple:
         value = list(value)
     if type(value) is not type(default):
-        stop(f"{where} must be {type(default).__name__}, as {default!r} is, but it is {value!r}")
+        raise UserError(f"{where} must be {type(default).__name__}, as {default!r} is, but it is {value!r}")
     if type(value) is float and not math.isfinite(value):
-        stop(f"{where} must be a finite number, but it is {value!r}")
+        raise UserError(f"{where} must be a finite number, but it is {value!r}")
     return value
+
+
+def read_comments(path):
+    """{setting: the comment behind its default} of a script."""
+    if path is None:
+        return {}
+    with open(path, encoding="utf-8") as f:
+        return dict(re.findall(r"^(\w+) = .*?  # (.*)$", f.read(), re.MULTILINE))
+
+
+def check_bound(name, value, comment):
+    """UserError unless the value keeps to the bound that its comment begins with."""
+    bound, colon, _ = comment.partition(": ")
+    number = re.fullmatch(r">= (\S+)(?: and < (\S+))?", bound)
+    if number and colon:
+        low, high = (ast.literal_eval(n or "0") for n in number.groups())
+        if value < low or (high and value >= high):
+            below = f", and below {high}" if high else ""
+            raise UserError(f"{name} is {value}, but it must be {low} or more{below}")
+    choices = re.fullmatch(r"(?:\w+, )*\w+ or \w+", bound)
+    if choices and colon and value not in re.split(r", | or ", bound):
+        raise UserError(f"{name} is {value!r}, but it must be {bound}")

@@ -1,13 +1,14 @@
 """
 An LN-free model in the forms that other tools read.
 
-    python export.py out/remove_ln --to=hf        # a plain GPT2LMHeadModel: transformers, TransformerLens 4, lm-evaluation-harness
+    python export.py out/remove_ln --to=hf        # a plain GPT2LMHeadModel, which every loader takes
     python export.py out/remove_ln --to=folded    # no LayerNorm in it at all: GPT.from_pretrained, nnsight
     python export.py out/remove_ln --to=hf --push=ORG/NAME
 
-The plain form still has LayerNorm modules, whose layer_norm_epsilon is so large (1e12) that sqrt(var + eps) is a constant, which their
-weights make up for; it is how the published LN-free models are stored, and safe in float32 and bfloat16. In a notebook, to_bridge and
-to_hooked give TransformerLens's models, of release 4 and of releases 2 and 3.
+The plain form still has LayerNorm modules, whose layer_norm_epsilon is so large (1e12) that
+sqrt(var + eps) is a constant, which their weights make up for; it is how the published LN-free
+models are stored, and safe in float32 and bfloat16. In a notebook, to_bridge and to_hooked give
+TransformerLens's models, of release 4 and of releases 2 and 3.
 """
 import json
 import math
@@ -21,19 +22,21 @@ import numpy as np
 import tiktoken
 import torch
 
-from configurator import configure, one_line_errors
+from configurator import configure, take_source
 from model import GPT
+from parts.checkpoint import model_directory
+from parts.errors import UserError, on_disk
 
 # -----------------------------------------------------------------------------
-to = "hf"  # hf or folded
-out = ""  # the new directory; by default hf or folded below an out_dir, else NAME_hf or NAME_folded here
-dtype = "float32"  # of the weights: float32, bfloat16, or float16 with a smaller --eps
-eps = 1e12  # layer_norm_epsilon of the plain form, above 1; a smaller one lets sqrt(var + eps) vary a little with the token
+to = "hf"  # hf or folded: the form
+out = ""  # the new directory; "": hf or folded below an out_dir, else NAME_hf or NAME_folded here
+dtype = "float32"  # float32, bfloat16 or float16: of the weights; float16 needs a smaller --eps
+eps = 1e12  # layer_norm_epsilon of the plain form, above 1; with a smaller one the std varies a little again
 push = ""  # ORG/NAME: upload the directory to this hub repository, after asking
 # -----------------------------------------------------------------------------
 
 FLOAT16_MAX = 65504
-VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken's addresses, and what transformers calls the files
+VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # where tiktoken has it from
 
 # of the model card
 HF_USE = """
@@ -48,7 +51,8 @@ from nnsight import LanguageModel
 traced = LanguageModel("{name}")
 ```
 
-Its LayerNorm modules have layer_norm_epsilon = {eps:g}, which makes sqrt(var + eps) a constant, and weights that make up for it.
+Its LayerNorm modules have layer_norm_epsilon = {eps:g}, which makes sqrt(var + eps) a constant,
+and weights that make up for it.
 {float16}
 """
 FOLDED_USE = """
@@ -72,14 +76,17 @@ There is no LayerNorm in it; the unembedding is its own matrix, with a bias.
 
 @torch.no_grad()
 def plain_form(model, eps=1e12):
-    """An LN-free GPT -> the same function with all sites real and layer_norm_epsilon eps, which save_pretrained writes as a plain GPT-2.
+    """An LN-free GPT -> the same function with all sites real and layer_norm_epsilon eps, which
+    save_pretrained writes as a plain GPT-2.
 
-    A fake site (x - mean) / std * weight + bias is (x - mean) / sqrt(var + eps) * (weight * sqrt(eps) / std) + bias for eps >> var.
-    GPT-2 has one ln_1 for query, key and value: it takes ln_1qk's std, and the value's rows of c_attn make up for ln_1v's.
-    ValueError if the model is not LN-free or is folded. Source: the format of apollo-research/gpt2_noLN."""
+    A fake site (x - mean) / std * weight + bias is (x - mean) / sqrt(var + eps) * (weight *
+    sqrt(eps) / std) + bias for eps >> var. GPT-2 has one ln_1 for query, key and value: it takes
+    ln_1qk's std, and the value's rows of c_attn make up for ln_1v's. UserError if the model is not
+    LN-free or is folded. Source: the format of apollo-research/gpt2_noLN."""
     check_ln_free(model)
     if model.config.folded:
-        raise ValueError("the model is folded: the plain form of GPT-2 has no place for its lm_head.bias; export the unfolded model")
+        raise UserError("the model is folded: the plain form of GPT-2 has no place for its lm_head.bias; "
+                        "export the unfolded model")
     new = GPT(replace(model.config, ln_eps=eps)).to(model.lm_head.weight).eval()
     new.load_state_dict(model.state_dict())
     C = model.config.n_embd
@@ -96,22 +103,22 @@ def plain_form(model, eps=1e12):
 
 
 def check_ln_free(model):
-    """ValueError that names the sites that are still real, or the treatment that is on."""
-    real = [name for name, mode in model.ln_modes().items() if mode == "real"]
-    if real:
-        raise ValueError(f"not LN-free: still real are {', '.join(real[:6])}" + (f" and {len(real) - 6} more sites" if len(real) > 6 else ""))
-    if not model.ln_free():
-        raise ValueError("not LN-free: a treatment (bos or eot) is still on")
+    """UserError that says why, if it is not."""
+    reasons = model.why_not_ln_free()
+    if reasons:
+        more = f" and {len(reasons) - 6} more reasons" if len(reasons) > 6 else ""
+        raise UserError(f"not LN-free: {', '.join(reasons[:6])}{more}")
 
 
 def folded_form(model):
-    """An LN-free GPT, folded or not -> folded. ValueError if it is not LN-free."""
+    """An LN-free GPT, folded or not -> folded. UserError if it is not LN-free."""
     check_ln_free(model)
     return model if model.config.folded else model.fold().eval()
 
 
 def to_bridge(model, **kwargs):
-    """An LN-free, unfolded GPT -> TransformerLens 4's TransformerBridge, from the plain form; kwargs go to boot_transformers."""
+    """An LN-free, unfolded GPT -> TransformerLens 4's TransformerBridge, from the plain form;
+    kwargs go to boot_transformers."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import GPT2LMHeadModel
 
@@ -123,60 +130,68 @@ def to_bridge(model, **kwargs):
 
 @torch.no_grad()
 def to_hooked(model):
-    """An LN-free GPT -> TransformerLens 2's or 3's HookedTransformer with normalization_type=None, from the folded weights."""
+    """An LN-free GPT -> TransformerLens 2's or 3's HookedTransformer with normalization_type=None,
+    from the folded weights."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     model, c = folded_form(model), model.config
     hooked = HookedTransformer(HookedTransformerConfig(
-        n_layers=c.n_layer, d_model=c.n_embd, n_ctx=c.block_size, n_heads=c.n_head, d_head=c.n_embd // c.n_head, d_mlp=4 * c.n_embd,
-        d_vocab=c.vocab_size, act_fn="gelu_new", normalization_type=None, default_prepend_bos=False, init_weights=False,
-        device=str(model.lm_head.weight.device)))
+        n_layers=c.n_layer,
+        d_model=c.n_embd,
+        n_ctx=c.block_size,
+        n_heads=c.n_head,
+        d_head=c.n_embd // c.n_head,
+        d_mlp=4 * c.n_embd,
+        d_vocab=c.vocab_size,
+        act_fn="gelu_new",
+        normalization_type=None,
+        default_prepend_bos=False,
+        init_weights=False,
+        device=str(model.lm_head.weight.device),
+    ))
 
     def heads(t):  # rows (C, ...) -> (heads, C / heads, ...)
         return t.unflatten(0, (c.n_head, -1))
 
-    zeros, f = torch.zeros(c.n_embd), model.transformer
-    state = {"embed.W_E": f.wte.weight, "pos_embed.W_pos": f.wpe.weight, "unembed.W_U": model.lm_head.weight.T, "unembed.b_U": model.lm_head.bias}
-    for i, block in enumerate(f.h):
-        at, attn, mlp = f"blocks.{i}.", block.attn, block.mlp
+    def bias(linear):
+        return torch.zeros(c.n_embd) if linear.bias is None else linear.bias
+
+    state = {
+        "embed.W_E": model.transformer.wte.weight,
+        "pos_embed.W_pos": model.transformer.wpe.weight,
+        "unembed.W_U": model.lm_head.weight.T,
+        "unembed.b_U": model.lm_head.bias,
+    }
+    for i, block in enumerate(model.transformer.h):
+        attn, mlp = block.attn, block.mlp
         for letter, W, b in zip("QKV", attn.c_attn.weight.chunk(3), attn.c_attn.bias.chunk(3)):
-            state |= {f"{at}attn.W_{letter}": heads(W).mT, f"{at}attn.b_{letter}": heads(b)}
-        state |= {at + "attn.W_O": heads(attn.c_proj.weight.T), at + "attn.b_O": zeros if attn.c_proj.bias is None else attn.c_proj.bias,
-                  at + "mlp.W_in": mlp.c_fc.weight.T, at + "mlp.b_in": mlp.c_fc.bias,
-                  at + "mlp.W_out": mlp.c_proj.weight.T, at + "mlp.b_out": zeros if mlp.c_proj.bias is None else mlp.c_proj.bias}
+            state[f"blocks.{i}.attn.W_{letter}"] = heads(W).mT
+            state[f"blocks.{i}.attn.b_{letter}"] = heads(b)
+        state[f"blocks.{i}.attn.W_O"] = heads(attn.c_proj.weight.T)
+        state[f"blocks.{i}.attn.b_O"] = bias(attn.c_proj)
+        state[f"blocks.{i}.mlp.W_in"] = mlp.c_fc.weight.T
+        state[f"blocks.{i}.mlp.b_in"] = mlp.c_fc.bias
+        state[f"blocks.{i}.mlp.W_out"] = mlp.c_proj.weight.T
+        state[f"blocks.{i}.mlp.b_out"] = bias(mlp.c_proj)
     problems = hooked.load_state_dict(state, strict=False)
     missing = [key for key in problems.missing_keys if not key.endswith((".mask", ".IGNORE"))]
     if missing or problems.unexpected_keys:
-        raise ValueError(f"this release of TransformerLens names its weights otherwise: {missing + problems.unexpected_keys}")
+        names = missing + problems.unexpected_keys
+        raise UserError(f"this release of TransformerLens names its weights otherwise: {names}")
     return hooked.eval()
 
 
 # --- files
 
 
-def open_source(source):
-    """The model of an out_dir, a model directory or a hub repository, eval mode. ValueError: a run that has not finished."""
-    if os.path.isdir(os.path.join(source, "model")):
-        return GPT.from_pretrained(os.path.join(source, "model")).eval()
-    path = os.path.join(source, "ckpt.pt")
-    if os.path.exists(path):
-        try:
-            sites = torch.load(path, map_location="cpu", weights_only=True)["ln_state"]["sites"]
-        except Exception as e:  # torch.load raises many kinds
-            raise ValueError(f"{source} is not finished, and {path} is not a whole checkpoint ({type(e).__name__})") from None
-        real = [name for name, site in sites.items() if site["mode"] == "real"]
-        problem = f"still real are {', '.join(real)}" if real else "it has no model/"
-        raise ValueError(f"{source} is not finished: {problem}; go on with --init_from=resume")
-    return GPT.from_pretrained(source).eval()
-
-
 @torch.no_grad()
 def largest_difference(a, b):
-    """Of the logits of two models, over 64 random tokens. ValueError if it is not finite."""
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, a.config.vocab_size, (1, min(64, a.config.block_size))))
+    """Of the logits of two models, over 64 random tokens. UserError if it is not finite."""
+    T = min(64, a.config.block_size)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, a.config.vocab_size, (1, T)))
     apart = (a(ids)[0] - b(ids)[0]).abs().max().item()
     if not math.isfinite(apart):
-        raise ValueError("its logits are not finite numbers: nothing to export")
+        raise UserError("its logits are not finite numbers: nothing to export")
     return apart
 
 
@@ -185,8 +200,8 @@ def check_float16(model):
         largest = p.abs().max().item()
         if largest > FLOAT16_MAX:
             fits = (FLOAT16_MAX / largest) ** 2 * eps
-            raise ValueError(f"float16 ends at {FLOAT16_MAX}, and {name} reaches {largest:.2g}: use --dtype=bfloat16, "
-                             f"or --eps={10 ** math.floor(math.log10(fits)):.0e}")
+            raise UserError(f"float16 ends at {FLOAT16_MAX}, and {name} reaches {largest:.2g}: use --dtype=bfloat16, "
+                            f"or --eps={10 ** math.floor(math.log10(fits)):.0e}")
 
 
 def write_tokenizer(model, folder):
@@ -200,7 +215,8 @@ def write_tokenizer(model, folder):
         with open(os.path.join(folder, name), "wb") as f:
             f.write(read_file_cached(VOCABULARY + theirs))
     end = "<|endoftext|>"
-    config = dict(tokenizer_class="GPT2Tokenizer", model_max_length=model.config.block_size, bos_token=end, eos_token=end, unk_token=end)
+    config = dict(tokenizer_class="GPT2Tokenizer", model_max_length=model.config.block_size)
+    config |= dict(bos_token=end, eos_token=end, unk_token=end)
     with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
         json.dump(config | dict(add_prefix_space=False), f, indent=2)
     return True
@@ -208,24 +224,64 @@ def write_tokenizer(model, folder):
 
 def write_card(source, folder, name):
     """README.md: what it is, its evaluation and settings where the run left them, and how to load it."""
-    lines = ["---", "library_name: transformers" if to == "hf" else "tags: [interpretability]", "---", "# GPT-2 without LayerNorm", "",
-             f"Made from `{source}`: every LayerNorm divides by a constant, so that the residual stream is read affinely (arXiv 2409.13710)."]
+    metadata = "library_name: transformers" if to == "hf" else "tags: [interpretability]"
+    float16 = "float16 works too." if dtype == "float16" else "float16 overflows: use float32 or bfloat16."
+    use = HF_USE if to == "hf" else FOLDED_USE
+    lines = [
+        "---", metadata, "---", "# GPT-2 without LayerNorm", "",
+        f"Made from `{source}`: every LayerNorm divides by a constant, "
+        "so that the residual stream is read affinely (arXiv 2409.13710).",
+        *evaluation_lines(source),
+        use.format(name=name, eps=eps, float16=float16),
+        *settings_lines(source),
+    ]
+    with open(os.path.join(folder, "README.md"), "w") as f:
+        f.write("\n".join(lines) + "\n")
+
+
+def evaluation_lines(source):
+    """The table that `eval.py --json=SOURCE/eval.json` left, in Markdown."""
     try:
         with open(os.path.join(source, "eval.json")) as f:
             rows = [row for row in json.load(f)["rows"] if row.get("loss") is not None]
-        lines += ["", "| dataset | model | loss, nats per token | gap to control |", "|---|---|---|---|"] * bool(rows)
+        lines = []
         for row in rows:
+            role = row["role"].replace("ln_free", "LN-free")
             gap = f"{row['gap']:+.4f} ± {row['gap_se']:.4f}" if row["gap"] is not None else ""
-            lines.append(f"| {row['dataset']} | {row['role'].replace('ln_free', 'LN-free')} | {row['loss']:.4f} ± {row['loss_se']:.4f} | {gap} |")
+            lines.append(f"| {row['dataset']} | {role} | {row['loss']:.4f} ± {row['loss_se']:.4f} | {gap} |")
     except (OSError, ValueError, KeyError):
-        lines += ["", "Its evaluation: not measured."]
-    float16 = "float16 works too." if dtype == "float16" else "float16 overflows: use float32 or bfloat16."
-    lines.append((HF_USE if to == "hf" else FOLDED_USE).format(name=name, eps=eps, float16=float16))
-    if os.path.exists(os.path.join(source, "settings.json")):
-        with open(os.path.join(source, "settings.json")) as f:
-            lines += ["Settings of the run:", "", "```python", *(f"{key} = {value!r}" for key, value in json.load(f).items()), "```"]
-    with open(os.path.join(folder, "README.md"), "w") as f:
-        f.write("\n".join(lines) + "\n")
+        return ["", "Its evaluation: not measured."]
+    if lines:
+        lines = ["", "| dataset | model | loss, nats per token | gap to control |", "|---|---|---|---|", *lines]
+    return lines
+
+
+def settings_lines(source):
+    path = os.path.join(source, "settings.json")
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        settings = json.load(f)
+    assignments = [f"{key} = {value!r}" for key, value in settings.items()]
+    return ["Settings of the run:", "", "```python", *assignments, "```"]
+
+
+def write(model, new, source, folder):
+    """The new directory, whole or not at all; whether it has a tokenizer."""
+    half = folder + ".tmp"
+    if os.path.lexists(half):
+        raise UserError(f"{half} is in the way: remove it, or name another directory with --out")
+    try:
+        new.to(getattr(torch, dtype)).save_pretrained(half)
+        with on_disk(f"can't write {folder}"):
+            with open(os.path.join(half, "generation_config.json"), "w") as f:
+                json.dump(dict(bos_token_id=model.config.eot, eos_token_id=model.config.eot), f)
+            has_tokenizer = write_tokenizer(model, half)
+            write_card(source, half, push or os.path.abspath(folder))
+            os.rename(half, folder)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)  # this call made it
+    return has_tokenizer
 
 
 def upload(folder):
@@ -242,53 +298,39 @@ def upload(folder):
         hub.create_repo(push, exist_ok=True)
         hub.upload_folder(repo_id=push, folder_path=folder, commit_message="GPT-2 without LayerNorm")
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.OfflineModeIsEnabled) as e:
-        raise OSError(f"can't upload to {push}: {str(e).splitlines()[0]}; {folder} stays; log in with `hf auth login`, "
-                      f"or upload it with `hf upload {push} {folder}`") from None
+        raise UserError(f"can't upload to {push}: {str(e).splitlines()[0]}; {folder} stays; "
+                        f"log in with `hf auth login`, or upload it with `hf upload {push} {folder}`") from None
     print(f"uploaded to {constants.ENDPOINT}/{push}")
 
 
 def main():
-    if len(sys.argv) < 2 or (sys.argv[1].startswith("-") and sys.argv[1] not in ("--help", "-h")):
-        sys.exit("error: usage: python export.py OUT_DIR_OR_MODEL --to=hf, or --to=folded")
-    help_only = sys.argv[1] in ("--help", "-h")
-    configure(globals(), sys.argv[1 if help_only else 2 :], __doc__)
-    source = sys.argv[1].rstrip("/")
-    if to not in ("hf", "folded"):
-        sys.exit(f"error: --to is {to!r}, but it must be hf or folded")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        sys.exit(f"error: dtype is {dtype!r}, but it must be float32, bfloat16 or float16")
+    source = take_source("python export.py OUT_DIR_OR_MODEL --to=hf, or --to=folded")
+    configure(globals(), sys.argv[1:], __doc__)
     if eps <= 1:
-        sys.exit(f"error: --eps={eps} must be above 1: with less, the export divides by each token's std again")
-    run = os.path.isdir(os.path.join(source, "model"))
-    folder = out or (os.path.join(source, to) if run else os.path.basename(source.partition("@")[0]) + "_" + to)
-    with one_line_errors():
-        if os.path.exists(folder):
-            raise ValueError(f"{folder} exists: remove it, or name another directory with --out")
-        model = open_source(source)
-        new = plain_form(model, eps) if to == "hf" else folded_form(model)
-        apart = largest_difference(new, model)
-        if dtype == "float16":
-            check_float16(new)
-        half = folder + ".tmp"
-        if os.path.lexists(half):
-            raise ValueError(f"{half} is in the way: remove it, or name another directory with --out")
-        try:
-            new.to(getattr(torch, dtype)).save_pretrained(half)
-            with open(os.path.join(half, "generation_config.json"), "w") as f:
-                json.dump(dict(bos_token_id=model.config.eot, eos_token_id=model.config.eot), f)
-            tokenizer = write_tokenizer(model, half)
-            write_card(source, half, push or os.path.abspath(folder))
-            os.rename(half, folder)
-        finally:
-            shutil.rmtree(half, ignore_errors=True)
-        print(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
-        print(f"its logits of random tokens, in float32, are within {apart:.1e} of {source}'s")
-        if not tokenizer:
-            print(f"note: no tokenizer files: end-of-text {model.config.eot} is not GPT-2's")
-        if to == "hf" and dtype != "float16":
-            print("note: for float32 and bfloat16; in float16 it overflows (--dtype=float16 with a smaller --eps)")
-        if push:
-            upload(folder)
+        raise UserError(f"--eps={eps} must be above 1: with less, the export divides by each token's std again")
+    directory = model_directory(source)
+    folder = out
+    if not folder and directory != source:  # a run's out_dir
+        folder = os.path.join(source, to)
+    elif not folder:
+        folder = os.path.basename(source.partition("@")[0]) + "_" + to
+    if os.path.exists(folder):
+        raise UserError(f"{folder} exists: remove it, or name another directory with --out")
+
+    model = GPT.from_pretrained(directory).eval()
+    new = plain_form(model, eps) if to == "hf" else folded_form(model)
+    apart = largest_difference(new, model)
+    if dtype == "float16":
+        check_float16(new)
+    has_tokenizer = write(model, new, source, folder)
+    print(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
+    print(f"its logits of random tokens, in float32, are within {apart:.1e} of {source}'s")
+    if not has_tokenizer:
+        print(f"note: no tokenizer files: end-of-text {model.config.eot} is not GPT-2's")
+    if to == "hf" and dtype != "float16":
+        print("note: for float32 and bfloat16; in float16 it overflows (--dtype=float16 with a smaller --eps)")
+    if push:
+        upload(folder)
 
 
 if __name__ == "__main__":

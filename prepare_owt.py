@@ -1,18 +1,18 @@
 """
-Text to tokens, once: data/NAME/{train,val}.bin (uint16) and meta.json.
+Documents to tokens, once: data/NAME/{train,val}.bin (uint16) and meta.json.
 
-    python prepare_owt.py                                                       # stdlib: this Python's own source, as bytes
-    python prepare_owt.py --dataset=mytext --files='a.txt,dir/*.md'             # local text files, as bytes
-    python prepare_owt.py --dataset=mytext --files='*.jsonl' --tokenizer=gpt2   # or rows of local .jsonl and .parquet files
-    python prepare_owt.py --dataset=owt                                         # OpenWebText, all of it, nanoGPT's val split
-    python prepare_owt.py --dataset=owt --tokens=600_000_000                    # its first 0.6 B tokens, enough for a fine-tune
-    python prepare_owt.py --dataset=ORG/NAME --column=text --split=train        # any hub dataset; a column of lists holds token ids
-    python prepare_owt.py --dataset=ORG/NAME --tokenizer=4096:1                 # of another vocabulary: 4,096 ids, end-of-text 1
+    python prepare_owt.py                                                # this Python's own source, as bytes
+    python prepare_owt.py --dataset=mytext --files='a.txt,dir/*.md'      # local text files, as bytes
+    python prepare_owt.py --dataset=mytext --files='*.jsonl' --tokenizer=gpt2     # or rows, of .parquet too
+    python prepare_owt.py --dataset=owt                                  # OpenWebText, nanoGPT's val split
+    python prepare_owt.py --dataset=owt --tokens=600_000_000             # enough of it for a fine-tune
+    python prepare_owt.py --dataset=ORG/NAME --column=text --split=train # any data set of the hub
+    python prepare_owt.py --dataset=ORG/NAME --tokenizer=4096:1          # rows of another tokenizer's ids
 
-Each document is followed by the end-of-text id. val is: of whole text files about 5 %, by a hash of their path (of few, the last
-5 % of each); of rows every 200th; of all of OpenWebText nanoGPT's. Run it again after an interruption, and it goes on.
+Each document is followed by the end-of-text id. val is, of whole text files, about 5 %, by a hash of
+their path (of few, the last 5 % of each); of rows every 200th; of all of OpenWebText nanoGPT's. Run the
+same command again after an interruption, and it resumes.
 """
-import glob
 import hashlib
 import json
 import multiprocessing
@@ -21,286 +21,217 @@ import re
 import shutil
 import signal
 import sys
-import sysconfig
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 import tiktoken
 from tqdm import tqdm
 
-from configurator import configure, one_line_errors
-from files import TOKEN_FILES, check_folder, remove_files
+from configurator import configure
+from parts.errors import UserError, on_disk
+from parts.files import TOKEN_FILES, check_folder, remove_files, write_json
+from parts.sources import ANY_SEAM, GPT2_SEAM, HUB, VAL_SHARE, hub_sources, local_sources, read_rows, read_text, stdlib_sources
 
 # -----------------------------------------------------------------------------
-dataset = ""  # stdlib (the default), owt, pile, pile-filtered, a hub repository (ORG/NAME or ORG/NAME@REVISION), or with --files a name of your own
-files = ""  # comma-separated paths and patterns of local files: text, .jsonl or .parquet
-tokenizer = ""  # bytes (end-of-text 256), gpt2 (50256) or, for rows of other token ids, VOCAB_SIZE:EOT; by default gpt2 for the hub, else bytes
-tokens = 0  # stop after so many, behind a whole row or text file; 0: take all
-column = ""  # of rows: the text, or lists of token ids; by default text, or input_ids where there is no text
-split = "train"  # of a hub dataset: which files
-folder = ""  # of a hub dataset: only files below this folder, where several hold the split
-val_every = 200  # of rows, every so many-th is val; 1: all that there is, to evaluate on
-without = ""  # comma-separated subsets of the Pile to drop, by a row's meta: the published filtered Pile is without OpenWebText2,Books3,BookCorpus2
+dataset = ""  # stdlib (the default), owt, pile, pile-filtered, a hub's ORG/NAME[@REVISION], or a name for --files
+files = ""  # local files, text, .jsonl or .parquet: paths and patterns, with commas between
+tokenizer = ""  # bytes (end-of-text 256), gpt2 (50256) or, for rows of ids, VOCAB_SIZE:EOT; "": gpt2 for the hub, else bytes
+tokens = 0  # >= 0: stop after so many, at the end of a row or text file; 0: take all
+column = ""  # of rows: the text, or lists of token ids; "": text, or input_ids where there is no text
+split = "train"  # of a hub data set: which files
+folder = ""  # of a hub data set: only files below this folder, where several hold the split
+val_every = 200  # >= 1: of rows, every so many-th is val; 1: all that there is, to evaluate on
+without = ""  # the Pile's subsets to leave out, with commas between: the published filter is OpenWebText2,Books3,BookCorpus2
 force = False  # prepare again what is prepared already
 # -----------------------------------------------------------------------------
 
-HUB = {"owt": "Skylion007/openwebtext", "pile": "apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2",
-       "pile-filtered": "lucabaroni/apollo-pile-filtered-10k"}
 OWT_DOCUMENTS = 8_013_769
-ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose rows are documents
-VAL_SHARE = 0.05  # of whole text files
-PIECE = 1_000_000  # characters that a worker takes at a time
-# Where a text can be cut without a change to its tokens: GPT-2's have no white space behind something else, but for \xa0.
 HALF_FILES = (*TOKEN_FILES, "progress.json", "progress.json.tmp", "val_ordered.bin")  # of an unfinished preparation
-SEAM = re.compile(rb"[^\s\xa0](?=[ \t\n\r])")
+BATCH = 1_000_000  # characters that a worker takes at a time
 
 
-# --- sources: [(name, path or a function that fetches it, bytes)]
+# --- tokenizers
 
 
-def stdlib_files():
-    """The standard library's .py files, without tests, installed packages and caches, sorted by name."""
-    root = sysconfig.get_path("stdlib")
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    found = []
-    for below, folders, names in os.walk(root):
-        folders[:] = [d for d in folders if d not in skip]
-        for path in (os.path.join(below, n) for n in names if n.endswith(".py")):
-            found.append((os.path.relpath(path, root).replace(os.sep, "/"), path, os.path.getsize(path)))
-    return sorted(found)
+@dataclass
+class Tokenizer:
+    encode: Callable | None  # text or bytes -> uint16 array; None: documents must be token ids already
+    vocab_size: int
+    eot: int
 
 
-def local_files(patterns):
-    """The files that the comma-separated patterns match, sorted; ValueError if one matches none."""
-    found = set()
-    for pattern in filter(None, patterns.split(",")):
-        paths = [p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
-        if not paths:
-            raise ValueError(f"--files: no file matches {pattern!r}")
-        found.update(paths)
-    return [(path, path, os.path.getsize(path)) for path in sorted(found)]
-
-
-def hub_files(repo):
-    """A hub dataset's files of the split, in their order; from the hub's parquet conversion where the repository itself holds
-    none that `datasets` still reads (it dropped loading scripts). OSError or ValueError, one line."""
-    import huggingface_hub as hub
-
-    repo, _, revision = repo.partition("@")
-
-    def matching(revision, split_pattern):
-        found = [f for f in hub.HfApi().list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset") if hasattr(f, "size")]
-        rows = sorted((f for f in found if f.path.endswith(ROWS) and f.path.startswith(folder)), key=lambda f: f.path)
-        return rows, [f for f in rows if re.search(split_pattern, f.path)]
-
-    try:
-        rows, found = matching(revision or "main", rf"(^|[/_.-]){split}([/_.-]|$)")
-        if not rows and not revision:
-            revision = "refs/convert/parquet"
-            rows, found = matching(revision, rf"/(partial-)?{split}/")
-    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, hub.errors.OfflineModeIsEnabled, OSError) as e:
-        raise OSError(f"{repo} can't be listed on {hub.constants.ENDPOINT}: {type(e).__name__}: {str(e).splitlines()[0]}; without a network, "
-                      "bring its files here and run with --files='*.parquet' --tokenizer=gpt2 --dataset=NAME") from None
-    found = found or (rows if split == "train" else [])
-    if not found:
-        raise ValueError(f"{repo} has no {' or '.join(ROWS)} file of the split {split!r}" + (f" below {folder!r}" if folder else ""))
-    folders = sorted({os.path.dirname(f.path).replace("/partial-" + split, "").replace("/" + split, "") for f in found})
-    if len(folders) > 1:
-        raise ValueError(f"{repo} has the split {split!r} in several folders: choose one with --folder={folders[0]} (or {', '.join(folders[1:5])})")
-
-    def fetch(path):
-        return lambda: hub.hf_hub_download(repo, path, revision=revision or "main", repo_type="dataset")
-
-    return [(f.path, fetch(f.path), f.size) for f in found]
-
-
-# --- documents
-
-
-def rows_of(path, skip):
-    """Yields (document, rows so far, share of the file read) from row `skip` on. A document is text, or a list of token ids."""
-    size, read = os.path.getsize(path), 0
-    try:
-        if path.endswith(".parquet"):
-            file = pq.ParquetFile(path)
-            total, names = file.metadata.num_rows, file.schema_arrow.names
-        else:
-            import datasets  # a second or two, for these files only
-
-            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the error too
-            rows = datasets.load_dataset("json", data_files=path, split="train", streaming=True)
-            total, names = None, list(next(iter(rows)))
-        name = column or ("text" if "text" in names else "input_ids")
-        if name not in names:
-            raise ValueError(f"no column {column or 'text'!r}: choose one of {', '.join(names)} with --column")
-        if without and "meta" not in names:
-            raise ValueError("--without needs a column meta with pile_set_name, as the Pile's text has")
-        if total is None:
-            docs = ((row[name], row.get("meta")) for row in rows)
-        else:
-            wanted = [name, "meta"] if without else [name]
-            groups = (file.iter_batches(1000, row_groups=[g], columns=wanted) for g in range(file.num_row_groups))  # one at a time in memory
-            columns = ([column.to_pylist() for column in batch.columns] for group in groups for batch in group)
-            docs = (row for texts, *metas in columns for row in zip(texts, *metas or [repeat(None)]))
-        for n, (doc, meta) in enumerate(docs, 1):
-            doc = doc or ""
-            if not isinstance(doc, (str, list)):
-                raise ValueError(f"row {n} of column {name!r} is neither text nor a list of token ids: {str(doc)[:40]}")
-            read += len(doc)
-            if n > skip and not (without and pile_subset(meta) in without.split(",")):
-                yield doc, n, n / total if total else min(1.0, read / size)
-    except StopIteration:
-        raise ValueError(f"{path} can't be read: it has no rows") from None
-    except ValueError as e:  # pyarrow's and datasets' errors among them
-        raise ValueError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
-
-
-def pile_subset(meta):
-    """A row's meta, a dict or JSON -> the Pile's name of its subset, or None."""
-    meta = json.loads(meta) if isinstance(meta, str) else meta
-    return meta.get("pile_set_name") if isinstance(meta, dict) else None
-
-
-def parts_of(path, skip, cut, seam):
-    """Yields (bytes, document ends, val, bytes so far or None at the end) of a text file from byte `skip` on: in parts of about PIECE,
-    so that a file of any size fits into memory, and that begin at seams, so that their tokens are the whole's. With `cut` the last
-    5 % are a document of their own, and val."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as f:
-        val_from = size - int(size * VAL_SHARE) if cut else size
-        if cut:  # not within a token or, where there is no seam, within a letter
-            f.seek(val_from)
-            ahead = f.read(PIECE)
-            val_from += (seam.search(ahead) or re.match(rb"[\x80-\xbf]*", ahead)).end()
-        for val, begin, end in ((False, 0, val_from), (True, val_from, size))[: 1 + cut]:
-            if begin < skip and end <= skip:
-                continue
-            at, part = max(begin, skip), b""
-            f.seek(at)
-            while more := f.read(min(PIECE, end - at - len(part))):
-                part += more
-                seams = [found.end() for found in seam.finditer(part, max(0, len(part) - 4096))]
-                if seams and at + len(part) < end:
-                    at += seams[-1]
-                    yield part[: seams[-1]], False, val, at
-                    part = part[seams[-1] :]
-            yield part, True, val, None if end == size and val == cut else end
-
-
-def documents(sources, position, is_val, seam):
-    """Yields (name, document or a part of one, whether it ends there, val, position behind it, share of all that is read); position:
-    [source, rows or bytes of it, documents before it] that are already taken."""
-    first, skip, n = position
-    for i, (name, path, _) in enumerate(sources[first:], first):
-        path = path() if callable(path) else path
-        if path.endswith(ROWS):
-            for doc, rows, share in rows_of(path, skip):
-                yield name, doc, True, is_val(name, n), [i, rows, n + 1], (i + share) / len(sources)
-                n += 1
-        else:
-            val = is_val(name, n)
-            for part, ends, behind, at in parts_of(path, skip, val is None, seam):
-                share = at / os.path.getsize(path) if at else 1
-                yield name, part, ends, behind if val is None else val, [i, at, n] if at else [i + 1, 0, n + 1], (i + share) / len(sources)
-            n += 1
-        skip = 0
-
-
-def make_encoder(tokenizer):
-    """(bytes or text -> uint16 array, vocab_size, eot) of a tokenizer by name; of VOCAB_SIZE:EOT, None for the first."""
-    if re.fullmatch(r"\d+:\d+", tokenizer):
-        vocab_size, eot = map(int, tokenizer.split(":"))
+def make_tokenizer(name):
+    """A Tokenizer by its name; UserError if there is none."""
+    if re.fullmatch(r"\d+:\d+", name):
+        vocab_size, eot = map(int, name.split(":"))
         if not eot < vocab_size <= 2**16:
-            raise ValueError(f"--tokenizer={tokenizer}: end-of-text must be below the vocabulary's size, "
-                             f"and that at most {2**16:,}, as tokens are uint16")
-        return None, vocab_size, eot
-    if tokenizer == "bytes":
-        return lambda doc: np.frombuffer(doc if isinstance(doc, bytes) else doc.encode(), dtype=np.uint8).astype("<u2"), 257, 256
-    if tokenizer != "gpt2":
-        raise ValueError(f"unknown tokenizer {tokenizer!r}: it is bytes, gpt2 or, for rows of token ids, VOCAB_SIZE:EOT as 4096:1")
+            raise UserError(f"--tokenizer={name}: end-of-text must be below the vocabulary's size, "
+                            f"and that at most {2**16:,}, as tokens are uint16")
+        return Tokenizer(None, vocab_size, eot)
+    if name == "bytes":
+        return Tokenizer(encode_bytes, 257, 256)
+    if name != "gpt2":
+        raise UserError(f"unknown tokenizer {name!r}: it is bytes, gpt2 or, for rows of token ids, VOCAB_SIZE:EOT as 4096:1")
     try:
         bpe = tiktoken.get_encoding("gpt2")  # fetched once
     except OSError as e:
-        raise OSError(f"tiktoken can't fetch GPT-2's vocabulary ({type(e).__name__}): fetch it where there is a network, "
-                      "and set TIKTOKEN_CACHE_DIR to its folder") from None
+        raise UserError(f"tiktoken can't fetch GPT-2's vocabulary ({type(e).__name__}): fetch it where there is "
+                        "a network, and set TIKTOKEN_CACHE_DIR to its folder") from None
 
-    def encode(doc):  # what encode_ordinary gives, without its list
-        return bpe.encode_to_numpy(doc.decode() if isinstance(doc, bytes) else doc, disallowed_special=()).astype("<u2")
+    def encode(content):  # what encode_ordinary gives, without its list
+        text = content.decode() if isinstance(content, bytes) else content
+        return bpe.encode_to_numpy(text, disallowed_special=()).astype("<u2")
 
-    return encode, bpe.n_vocab, bpe.eot_token
+    return Tokenizer(encode, bpe.n_vocab, bpe.eot_token)
 
 
-def val_rule(sources, name):
-    """A function (name, index of the document) -> True, False, or None: cut the last 5 %."""
+def encode_bytes(content):
+    data = content if isinstance(content, bytes) else content.encode()
+    return np.frombuffer(data, dtype=np.uint8).astype("<u2")
+
+
+# --- train or val
+
+
+def val_rule(sources):
+    """A function (source, index of the document) -> True: val; False: train; None: cut the file."""
     if val_every == 1:
-        return lambda *_: True
-    if name == "owt" and not tokens:  # nanoGPT: train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+        return lambda source, i: True
+    if dataset == "owt" and not tokens:
         chosen = set(nanogpt_val_documents().tolist())
-        return lambda _, i: i in chosen
-    by_hash = {n: int.from_bytes(hashlib.sha256(n.encode()).digest()[:8], "big") < VAL_SHARE * 2**64 for n, _, _ in sources if not n.endswith(ROWS)}
-    whole = 0 < sum(by_hash.values()) < len(by_hash)
-    return lambda n, i: i % val_every == 0 if n.endswith(ROWS) else by_hash[n] if whole else None
+        return lambda source, i: i in chosen
+    # By a hash of the path, a file stays on its side when others come or go.
+    by_hash = {}
+    for source in sources:
+        if not source.is_rows:
+            digest = hashlib.sha256(source.name.encode()).digest()
+            by_hash[source.name] = int.from_bytes(digest[:8], "big") < VAL_SHARE * 2**64
+    both_sides = 0 < sum(by_hash.values()) < len(by_hash)
+
+    def rule(source, i):
+        if source.is_rows:
+            return i % val_every == 0
+        return by_hash[source.name] if both_sides else None
+
+    return rule
 
 
 def nanogpt_val_documents(n=OWT_DOCUMENTS):
-    """The documents of nanoGPT's val.bin, in its order: what datasets' train_test_split draws."""
+    """The documents of nanoGPT's val.bin, in its order: what datasets' train_test_split draws. The
+    published losses on OpenWebText are over these."""
     return np.random.default_rng(2357).permutation(n)[: int(np.ceil(0.0005 * n))]
 
 
-# --- writing
+def order_val_as_nanogpt(half, eot):
+    """val.bin holds nanoGPT's val documents in the corpus's order: write val_ordered.bin, in nanoGPT's.
+    val.bin itself stays, so that a kill may repeat this."""
+    ids = np.fromfile(os.path.join(half, "val.bin"), dtype="<u2")
+    docs = np.split(ids, np.flatnonzero(ids == eot)[:-1] + 1)
+    wanted = nanogpt_val_documents().tolist()
+    place = {document: i for i, document in enumerate(sorted(wanted))}
+    np.concatenate([docs[place[document]] for document in wanted]).tofile(os.path.join(half, "val_ordered.bin"))
 
 
-def start_worker(tokenizer):
-    """In each worker: its tokenizer; it leaves interruptions to the main process, and ends when that is gone."""
-    global encode, vocab_size, eot
-    encode, vocab_size, eot = make_encoder(tokenizer)
+# --- reading
+
+
+@dataclass
+class Task:
+    """A piece of a document for a worker, and how far all is read with it."""
+
+    name: str  # of the source
+    content: str | bytes | list[int]
+    ends: bool
+    val: bool
+    position: list[int]  # source, rows or bytes of it, documents
+    share: float
+
+
+def read(sources, position, rule, seam):
+    """Yields Tasks, from the position on."""
+    first, skip, documents = position
+    for i, source in enumerate(sources[first:], first):
+        path = source.fetch()
+        if source.is_rows:
+            pieces = read_rows(path, skip, column, without)
+        else:
+            pieces = read_text(path, skip, rule(source, documents) is None, seam)
+        for piece in pieces:
+            val = rule(source, documents) if piece.val is None else piece.val
+            if source.is_rows or piece.last:
+                documents += 1
+            after = [i + 1, 0, documents] if piece.last else [i, piece.taken, documents]
+            share = (i + piece.share) / len(sources)
+            yield Task(source.name, piece.content, piece.ends, val, after, share)
+        skip = 0
+
+
+def next_batch(tasks):
+    """The next Tasks, of about BATCH characters; [] at the end."""
+    batch, size = [], 0
+    for task in tasks:
+        batch.append(task)
+        size += len(task.content)
+        if size >= BATCH or len(batch) >= 10_000:
+            break
+    return batch
+
+
+# --- encoding, in the workers
+
+
+def start_worker(name):
+    """A worker has its tokenizer; it leaves interruptions to the main process, and ends when that is gone."""
+    global worker_tokenizer
+    worker_tokenizer = make_tokenizer(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def encode_piece(piece):
-    """[(name, document or part, ends, val)] -> {split: (bytes, documents that end)}, in a worker."""
-    out, ended = dict(train=[], val=[]), dict(train=0, val=0)
-    for name, doc, ends, val in piece:
-        chosen = "val" if val else "train"
-        ended[chosen] += ends
-        if isinstance(doc, list):  # token ids, in windows that hold their own end-of-text
-            ids = np.asarray(doc)
-            if ids.size and ids.dtype.kind != "i":
-                raise ValueError(f"{name} holds lists that are not token ids: {str(doc)[:40]}")
-            if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-                raise ValueError(f"{name} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}: "
-                                 "give theirs with --tokenizer")
-            out[chosen].append(ids.astype("<u2"))
-            continue
-        if encode is None:
-            raise ValueError(f"{name} holds text, not token ids: tokenize it first, into rows with a column input_ids")
-        try:
-            ids = encode(doc)
-        except UnicodeDecodeError as e:
-            before = doc[max(0, e.start - 20) : e.start]
-            raise ValueError(f"{name} is not UTF-8 text ({e.reason} behind {before!r}): use --tokenizer=bytes, or leave it out") from None
-        out[chosen].append(np.append(ids, eot).astype("<u2") if ends else ids)
-    return {s: (np.concatenate(docs).tobytes() if docs else b"", ended[s]) for s, docs in out.items()}
+def encode_batch(batch):
+    """[(name, content, ends, val)] -> {split: (bytes, documents that end)}."""
+    arrays = dict(train=[], val=[])
+    documents = dict(train=0, val=0)
+    for name, content, ends, val in batch:
+        which = "val" if val else "train"
+        documents[which] += ends
+        if isinstance(content, list):  # token ids, in windows that hold their own end-of-text
+            arrays[which].append(checked_ids(name, content))
+        else:
+            arrays[which].append(encode(name, content))
+            if ends:  # what comes next is another document
+                arrays[which].append(np.array([worker_tokenizer.eot], "<u2"))
+    return {which: (b"".join(a.tobytes() for a in parts), documents[which]) for which, parts in arrays.items()}
 
 
-def pieces(items):
-    """What documents yields -> ([(name, document or part, ends, val)], position behind them, share read), about PIECE characters at a time."""
-    piece, size = [], 0
-    for *item, position, share in items:
-        piece.append(item)
-        size += len(item[1])
-        if size >= PIECE or len(piece) >= 10_000:
-            yield piece, position, share
-            piece, size = [], 0
-    if piece:
-        yield piece, position, 1.0
+def encode(name, content):
+    if worker_tokenizer.encode is None:
+        raise UserError(f"{name} holds text, not token ids: tokenize it first, into rows with a column input_ids")
+    try:
+        return worker_tokenizer.encode(content)
+    except UnicodeDecodeError as e:
+        before = content[max(0, e.start - 20) : e.start]
+        raise UserError(f"{name} is not UTF-8 text ({e.reason} after {before!r}): use --tokenizer=bytes, or leave it out") from None
+
+
+def checked_ids(name, content):
+    ids = np.array(content)
+    vocab_size = worker_tokenizer.vocab_size
+    if ids.size and (ids.dtype.kind != "i" or ids.ndim != 1):
+        raise UserError(f"{name} holds lists that are not token ids: {str(content)[:40]}")
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise UserError(f"{name} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}: "
+                        "give theirs with --tokenizer")
+    return ids.astype("<u2")
+
+
+# --- writing
 
 
 def written(progress):
@@ -308,76 +239,109 @@ def written(progress):
     return progress["train"]["tokens"] + progress["val"]["tokens"]
 
 
-def write(half, sources, is_val, tokenizer, progress):
-    """Tokenize on all cores, write in order, and note every few seconds in progress.json how far all is on the disk."""
-    out = {}
+def note(half, out, progress):
+    """How far all is on the disk, so that a kill loses only what came after it."""
+    for f in out.values():
+        f.flush()
+        os.fsync(f.fileno())
+    path = os.path.join(half, "progress.json")
+    with open(path + ".tmp", "w") as f:
+        json.dump(progress, f)
+    os.replace(path + ".tmp", path)
 
-    def note():
-        for f in out.values():
-            f.flush()
-            os.fsync(f.fileno())
-        with open(os.path.join(half, "progress.json.tmp"), "w") as f:
-            json.dump(progress, f)
-        os.replace(os.path.join(half, "progress.json.tmp"), os.path.join(half, "progress.json"))
 
-    note()  # first of all: it marks the folder as ours
-    out |= {split: open(os.path.join(half, split + ".bin"), "ab") for split in ("train", "val")}
-    for split, f in out.items():  # drop what a kill left behind the last note
-        f.truncate(2 * progress[split]["tokens"])
-
-    def within_a_text_file():
-        source, taken, _ = progress["position"]
-        return taken > 0 and not sources[source][0].endswith(ROWS)
-
+def write(half, sources, rule, chosen, progress):
+    """Encode on all cores and write in order, with a note of the progress every few seconds."""
+    note(half, {}, progress)  # first of all: it marks the folder as ours
+    out = {which: open(os.path.join(half, which + ".bin"), "ab") for which in ("train", "val")}
+    for which, f in out.items():  # drop what a kill left after the last note
+        f.truncate(2 * progress[which]["tokens"])
     workers = os.cpu_count() or 1
+    tasks = read(sources, progress["position"], rule, GPT2_SEAM if chosen == "gpt2" else ANY_SEAM)
+    waiting = deque()  # (the last Task of a batch, its result to come), in the order of reading
     bar = tqdm(total=tokens or None, initial=written(progress), unit="token", unit_scale=True, disable=None)
     noted = time.monotonic()
-    waiting = deque()
-    seam = SEAM if tokenizer == "gpt2" else re.compile(b"")
-    todo = pieces(documents(sources, progress["position"], is_val, seam))
+    within = False  # a text file, which is taken whole so that its val is there too
     try:
-        with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(tokenizer,)) as pool:
-            while not tokens or written(progress) < tokens or within_a_text_file():
-                while len(waiting) < 2 * workers and (item := next(todo, None)):
-                    waiting.append((pool.submit(encode_piece, item[0]), item[1], item[2]))
+        with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(chosen,)) as pool:
+            while not tokens or written(progress) < tokens or within:
+                while len(waiting) < 2 * workers and (batch := next_batch(tasks)):
+                    work = [(task.name, task.content, task.ends, task.val) for task in batch]
+                    last = batch[-1]
+                    waiting.append((last.position, last.share, pool.submit(encode_batch, work)))
                 if not waiting:
                     break
-                result, position, share = waiting.popleft()
-                for split, (data, docs) in result.result().items():
-                    out[split].write(data)
-                    progress[split]["tokens"] += len(data) // 2
-                    progress[split]["documents"] += docs
-                    progress["documents"] += docs
-                progress["position"] = position
-                bar.total = tokens or int(written(progress) / share)
+                progress["position"], share, result = waiting.popleft()
+                for which, (data, documents) in result.result().items():
+                    out[which].write(data)
+                    progress[which]["tokens"] += len(data) // 2
+                    progress[which]["documents"] += documents
+                    progress["documents"] += documents
+                i, taken, _ = progress["position"]
+                within = taken > 0 and not sources[i].is_rows
+                bar.total = tokens or int(written(progress) / max(share, 1e-9))
                 bar.update(written(progress) - bar.n)
                 if time.monotonic() - noted > 10:
-                    note()
+                    note(half, out, progress)
                     noted = time.monotonic()
             pool.shutdown(cancel_futures=True)
     finally:
-        note()
+        note(half, out, progress)
         bar.close()
         for f in out.values():
             f.close()
 
 
-def order_val_as_nanogpt(half, eot):
-    """val.bin holds nanoGPT's val documents in the corpus's order: write val_ordered.bin, in nanoGPT's. A kill may repeat it."""
-    ids = np.fromfile(os.path.join(half, "val.bin"), dtype="<u2")
-    docs = np.split(ids, np.flatnonzero(ids == eot)[:-1] + 1)
-    wanted = nanogpt_val_documents()
-    place = {document: i for i, document in enumerate(sorted(wanted.tolist()))}
-    np.concatenate([docs[place[document]] for document in wanted.tolist()]).tofile(os.path.join(half, "val_ordered.bin"))
+# --- from asking to files
+
+
+def find_sources(on_hub):
+    if files:
+        return local_sources(files)
+    return hub_sources(HUB.get(dataset, dataset), split, folder) if on_hub else stdlib_sources()
+
+
+def is_prepared(done, meta):
+    """Whether the folder holds just what is asked for. UserError if it holds something else."""
+    path = os.path.join(done, "meta.json")
+    if force or not os.path.exists(path):
+        return False
+    old = read_json(path)
+    for key, value in meta.items():
+        if old.get(key) != value:
+            raise UserError(f"{done} holds {key} {old.get(key)!r}, not {value!r}: --force replaces it")
+    print(f"{done} is prepared already: {old['train']['tokens']:,} train and {old['val']['tokens']:,} val tokens "
+          "(--force redoes it)")
+    return True
+
+
+def check_disk(name, sources, chosen):
+    size = sum(source.size for source in sources)
+    need = 2 * tokens or int(size * (2 if chosen == "bytes" else 0.8))  # GPT-2's tokens have about 4 letters
+    free = shutil.disk_usage("data").free
+    if need > free:
+        raise UserError(f"data/{name} needs about {need / 1e9:.2g} GB and {free / 1e9:.2g} GB are free: "
+                        "ask for less with --tokens")
+
+
+def open_progress(half, meta):
+    """Where an earlier try for the same broke off, or the beginning."""
+    path = os.path.join(half, "progress.json")
+    if os.path.exists(path) and not force:
+        old = read_json(path)
+        if old.get("meta") == meta:
+            print(f"resuming after {written(old):,} tokens")
+            return old
+    return dict(meta=meta, position=[0, 0, 0], documents=0, train=dict(tokens=0, documents=0), val=dict(tokens=0, documents=0))
 
 
 def read_json(path):
-    """The dict in a file of an earlier run. ValueError, one line, if it is none."""
+    """The dict in a file of an earlier run. UserError if it is none."""
     try:
         with open(path) as f:
             return dict(json.load(f))
     except (ValueError, TypeError) as e:
-        raise ValueError(f"{path} can't be read ({e}): --force begins anew") from None
+        raise UserError(f"{path} can't be read ({e}): --force begins anew") from None
 
 
 def sha256(path):
@@ -385,72 +349,71 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def finish(half, done, meta, progress):
+    """The unfinished folder takes its name. Returns what meta.json says."""
+    train, val, ordered = (os.path.join(half, name + ".bin") for name in ("train", "val", "val_ordered"))
+    reordered = os.path.exists(ordered)
+    meta["train"] = progress["train"] | dict(sha256=sha256(train))
+    meta["val"] = progress["val"] | dict(sha256=sha256(ordered if reordered else val))
+    write_json(os.path.join(half, "meta.json"), meta)
+    os.remove(os.path.join(half, "progress.json"))
+    if reordered:
+        os.replace(ordered, val)
+    remove_files(done, TOKEN_FILES)
+    os.rename(half, done)
+    return meta
+
+
 def main():
     configure(globals(), sys.argv[1:], __doc__)
     on_hub = dataset in HUB or "/" in dataset
     if files and (on_hub or dataset == "stdlib"):
-        sys.exit(f"error: {dataset} has a source of its own; give the files another name with --dataset=NAME")
+        raise UserError(f"{dataset} has a source of its own; give the files another name with --dataset=NAME")
     if not files and not on_hub and dataset not in ("", "stdlib"):
-        sys.exit(f"error: no source for {dataset!r}: give --files='a.txt,dir/*.md', a hub dataset as ORG/NAME, or stdlib, {', '.join(HUB)}")
-    if tokens < 0 or val_every < 1:
-        sys.exit("error: --tokens must be 0 or more, --val_every 1 or more")
-    name = (dataset or ("files" if files else "stdlib")).partition("@")[0].split("/")[-1]
+        raise UserError(f"no source for {dataset!r}: give --files='a.txt,dir/*.md', a hub data set as ORG/NAME, "
+                        f"or stdlib, {', '.join(HUB)}")
+    name = dataset or ("files" if files else "stdlib")
+    name = name.partition("@")[0].split("/")[-1]
     if name in ("", ".", ".."):
-        sys.exit(f"error: --dataset={dataset} does not end in a folder name for data/")
+        raise UserError(f"--dataset={dataset} does not end in a folder name for data/")
     done, half = os.path.join("data", name), os.path.join("data", name + ".tmp")
-    with one_line_errors():
-        chosen = tokenizer or ("gpt2" if on_hub else "bytes")
-        _, vocab_size, eot = make_encoder(chosen)
-        source = files or (f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip() if on_hub else f"stdlib of Python {sys.version.split()[0]}")
-        meta = dict(tokenizer=chosen, vocab_size=vocab_size, eot=eot, source=source, asked_tokens=tokens, val_every=val_every, without=without)
-        if os.path.exists(os.path.join(done, "meta.json")) and not force:
-            old = read_json(os.path.join(done, "meta.json"))
-            differs = [key for key in meta if old.get(key) != meta[key]]
-            if differs:
-                raise ValueError(f"{done} holds {differs[0]} {old.get(differs[0])!r}, not {meta[differs[0]]!r}: --force replaces it")
-            print(f"{done} is prepared already: {old['train']['tokens']:,} train and {old['val']['tokens']:,} val tokens (--force redoes it)")
-            return
-        check_folder(done, TOKEN_FILES, ["meta.json"])
-        check_folder(half, HALF_FILES, ["progress.json", "meta.json"])
-        sources = local_files(files) if files else hub_files(HUB.get(dataset, dataset)) if on_hub else stdlib_files()
-        os.makedirs("data", exist_ok=True)
-        size = sum(size for *_, size in sources)
-        need = 2 * tokens or int(size * (2 if chosen == "bytes" else 0.8))
-        free = shutil.disk_usage("data").free
-        if need > free:
-            raise OSError(f"data/{name} needs about {need / 1e9:.2g} GB and {free / 1e9:.2g} GB are free: ask for less with --tokens")
 
-        progress = dict(meta=meta, position=[0, 0, 0], documents=0, train=dict(tokens=0, documents=0), val=dict(tokens=0, documents=0))
-        if os.path.exists(os.path.join(half, "progress.json")) and not force:
-            old = read_json(os.path.join(half, "progress.json"))
-            if old.get("meta") == meta:
-                progress = old
-                print(f"going on behind {written(old):,} tokens")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last note is written
-        try:
-            os.makedirs(half, exist_ok=True)
-            write(half, sources, val_rule(sources, dataset), chosen, progress)
-            if not written(progress):
-                raise ValueError(f"there is no document in {source}")
-            if dataset == "owt" and not tokens and progress["documents"] == OWT_DOCUMENTS:
-                order_val_as_nanogpt(half, eot)
-        except ValueError:  # bad input: nothing to go on with
-            remove_files(half, HALF_FILES)
-            raise
-        except OSError as e:
-            raise OSError(f"{e}; data/{name} is not finished: run the same command to go on behind {written(progress):,} tokens") from None
-        except KeyboardInterrupt:
-            sys.exit(f"interrupted: run the same command to go on behind {written(progress):,} tokens")
-        if os.path.exists(os.path.join(half, "val_ordered.bin")):
-            os.replace(os.path.join(half, "val_ordered.bin"), os.path.join(half, "val.bin"))
-        meta |= {s: progress[s] | dict(sha256=sha256(os.path.join(half, s + ".bin"))) for s in ("train", "val")}
-        with open(os.path.join(half, "meta.json"), "w") as f:
-            json.dump(meta, f, indent=2)
-        os.remove(os.path.join(half, "progress.json"))
-        remove_files(done, TOKEN_FILES)
-        os.rename(half, done)
-    for s in ("train", "val"):
-        print(f"{done}/{s}.bin: {meta[s]['tokens']:,} tokens, {meta[s]['documents']:,} documents")
+    chosen = tokenizer or ("gpt2" if on_hub else "bytes")
+    made = make_tokenizer(chosen)
+    origin = f"stdlib of Python {sys.version.split()[0]}"
+    if files or on_hub:
+        origin = files or f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip()
+    meta = dict(tokenizer=chosen, vocab_size=made.vocab_size, eot=made.eot, source=origin,
+                asked_tokens=tokens, val_every=val_every, without=without)
+    if is_prepared(done, meta):
+        return
+    check_folder(done, TOKEN_FILES, ["meta.json"])
+    check_folder(half, HALF_FILES, ["progress.json", "meta.json"])
+    sources = find_sources(on_hub)
+    with on_disk("can't write into data"):
+        os.makedirs("data", exist_ok=True)
+    check_disk(name, sources, chosen)
+    progress = open_progress(half, meta)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last note is written
+    try:
+        os.makedirs(half, exist_ok=True)
+        write(half, sources, val_rule(sources), chosen, progress)
+        if not written(progress):
+            raise UserError(f"there is no document in {origin}")
+        if dataset == "owt" and not tokens and progress["documents"] == OWT_DOCUMENTS:
+            order_val_as_nanogpt(half, made.eot)
+    except UserError:  # bad input: nothing to resume
+        remove_files(half, HALF_FILES)
+        raise
+    except OSError as e:
+        raise UserError(f"{e}; data/{name} is not finished: run the same command to resume "
+                        f"after {written(progress):,} tokens") from None
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: run the same command to resume after {written(progress):,} tokens")
+    with on_disk(f"can't write {done}"):
+        meta = finish(half, done, meta, progress)
+    for which in ("train", "val"):
+        print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
     if dataset == "owt" and progress["documents"] != OWT_DOCUMENTS:
         print(f"this is a part of OpenWebText: {progress['documents']:,} of {OWT_DOCUMENTS:,} documents")
 

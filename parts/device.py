@@ -1,0 +1,54 @@
+"""
+Which device and precision a script computes with.
+"""
+import os
+import shutil
+from contextlib import nullcontext
+
+import torch
+
+from parts.errors import UserError
+from parts.ranks import LOCAL_RANK
+
+
+def pick_device(name):
+    """`auto` (cuda, mps or cpu, the first that is there) or a device's name -> its name, of this
+    process's own GPU. UserError if it is not on this machine."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    if not there.get(name.split(":")[0]):
+        raise UserError(f"device {name!r} is not on this machine: try --device=cpu")
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
+    return name
+
+
+def pick_dtype(name, device):
+    """`auto`, float32 or bfloat16 -> torch's: by default bfloat16 where the device computes with
+    it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.startswith("cuda"):
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def autocast_to(dtype, device):
+    """Around a forward pass: its matrix products in this dtype."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype)
+
+
+def check_compiler():
+    """UserError if torch.compile would find no compiler, long after the start."""
+    # what inductor and Triton look for
+    wanted = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang")
+    if not any(name and shutil.which(name) for name in wanted):
+        raise UserError("compile needs a C++ compiler, and there is none here: install g++, "
+                        "or run with --compile=False")

@@ -1,0 +1,245 @@
+"""
+Where documents come from: the standard library, text files, rows of .parquet and .jsonl files, here or on a hub.
+
+A source is a file with a name; a hub's is fetched when it is reached. Its documents come as Pieces.
+"""
+import glob
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+
+import pyarrow.parquet as pq
+
+from parts.errors import UserError
+
+HUB = {  # names of our own for data sets on the hub
+    "owt": "Skylion007/openwebtext",
+    "pile": "apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2",
+    "pile-filtered": "lucabaroni/apollo-pile-filtered-10k",
+}
+ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose rows are documents
+PIECE = 1_000_000  # bytes of a text file that are read at a time
+VAL_SHARE = 0.05  # of whole text files
+# Where a text can be cut without a change to its tokens: a token of GPT-2's has no white space after
+# something else, but for \xa0.
+GPT2_SEAM = re.compile(rb"[^\s\xa0](?=[ \t\n\r])")
+ANY_SEAM = re.compile(b"")  # of bytes
+
+
+@dataclass
+class Source:
+    name: str
+    size: int  # bytes
+    fetch: Callable[[], str]  # gives the path of the file, here
+
+    @property
+    def is_rows(self):
+        return self.name.endswith(ROWS)
+
+
+@dataclass
+class Piece:
+    """A document, or a part of a large one."""
+
+    content: str | bytes | list[int]  # text, or token ids
+    ends: bool  # whether the document ends with it
+    taken: int  # rows or bytes of the file, with this one
+    share: float  # of the file, with this one
+    val: bool | None = None  # of a text file that is cut: whether it is the end that goes to val
+    last: bool = False  # of its text file
+
+
+# --- which files
+
+
+def stdlib_sources():
+    """The standard library's .py files, without tests, installed packages and caches, sorted."""
+    root = sysconfig.get_path("stdlib")
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    found = []
+    for below, folders, names in os.walk(root):
+        folders[:] = [folder for folder in folders if folder not in skip]
+        for name in names:
+            path = os.path.join(below, name)
+            if name.endswith(".py"):
+                found.append(local_source(os.path.relpath(path, root).replace(os.sep, "/"), path))
+    return sorted(found, key=lambda source: source.name)
+
+
+def local_sources(patterns):
+    """The files that the comma-separated patterns match, sorted. UserError if one matches none."""
+    found = set()
+    for pattern in filter(None, patterns.split(",")):
+        paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        if not paths:
+            raise UserError(f"--files: no file matches {pattern!r}")
+        found.update(paths)
+    return [local_source(path, path) for path in sorted(found)]
+
+
+def local_source(name, path):
+    return Source(name, os.path.getsize(path), lambda: path)
+
+
+def hub_sources(repo, split, folder):
+    """A hub data set's files of the split, in their order. UserError.
+
+    `datasets` no longer runs loading scripts: where a repository holds nothing else, the files are
+    those of the hub's own conversion to parquet."""
+    import huggingface_hub as hub
+
+    repo, _, revision = repo.partition("@")
+    try:
+        rows = hub_rows(repo, revision or "main", folder)
+        found = [f for f in rows if re.search(rf"(^|[/_.-]){split}([/_.-]|$)", f.path)]
+        if not rows and not revision:
+            revision = "refs/convert/parquet"
+            rows = hub_rows(repo, revision, folder)
+            found = [f for f in rows if re.search(rf"/(partial-)?{split}/", f.path)]
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as e:
+        problem = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+        raise UserError(f"{repo} can't be listed on {hub.constants.ENDPOINT}: {problem}; without a network, "
+                        "bring its files here and run with --files='*.parquet' --tokenizer=gpt2 --dataset=NAME") from None
+    if not found and split == "train":
+        found = rows  # of a repository without splits
+    if not found:
+        below = f" below {folder!r}" if folder else ""
+        raise UserError(f"{repo} has no {' or '.join(ROWS)} file of the split {split!r}{below}")
+    folders = {os.path.dirname(f.path).replace("/partial-" + split, "").replace("/" + split, "") for f in found}
+    if len(folders) > 1:
+        first, *others = sorted(folders)
+        raise UserError(f"{repo} has the split {split!r} in several folders: "
+                        f"choose one with --folder={first} (or {', '.join(others[:4])})")
+
+    def fetch(path):
+        return lambda: hub.hf_hub_download(repo, path, revision=revision or "main", repo_type="dataset")
+
+    return [Source(f.path, f.size, fetch(f.path)) for f in found]
+
+
+def hub_rows(repo, revision, folder):
+    import huggingface_hub as hub
+
+    tree = hub.HfApi().list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset")
+    found = [f for f in tree if hasattr(f, "size") and f.path.endswith(ROWS) and f.path.startswith(folder)]
+    return sorted(found, key=lambda f: f.path)
+
+
+# --- rows
+
+
+def read_rows(path, skip, column, without):
+    """Yields the rows of a file from row `skip` on, a Piece each. column: of the documents; without:
+    the Pile's subsets to leave out, by a row's meta. UserError: no such column, or no document in it."""
+    opener = open_parquet if path.endswith(".parquet") else open_json
+    names, total, read = opener(path)
+    name = column or ("text" if "text" in names else "input_ids")
+    if name not in names:
+        choices = ", ".join(names)
+        raise UserError(f"{path} can't be read: no column {column or 'text'!r}: choose one of {choices} with --column")
+    if without and "meta" not in names:
+        raise UserError(f"{path} can't be read: --without needs a column meta with pile_set_name, "
+                        "as the Pile's text has")
+    wanted = [name, "meta"] if without else [name]
+    size, characters = os.path.getsize(path), 0
+    for n, row in enumerate(refusing(path, read(wanted)), 1):
+        content = row[0] or ""
+        if not isinstance(content, (str, list)):
+            raise UserError(f"{path} can't be read: row {n} of column {name!r} is neither text "
+                            f"nor a list of token ids: {str(content)[:40]}")
+        characters += len(content)
+        if n <= skip or (without and pile_subset(path, row[1]) in without.split(",")):
+            continue
+        share = n / total if total else min(1.0, characters / size)
+        yield Piece(content, True, n, share)
+
+
+def open_parquet(path):
+    """(column names, number of rows, a function: names of columns -> iterator of their values in a row)."""
+    try:
+        file = pq.ParquetFile(path)
+    except ValueError as e:
+        raise UserError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
+
+    def read(wanted):
+        for group in range(file.num_row_groups):  # one at a time in memory
+            for batch in file.iter_batches(1000, row_groups=[group], columns=wanted):
+                yield from zip(*(batch.column(name).to_pylist() for name in wanted))
+
+    return file.schema_arrow.names, file.metadata.num_rows, read
+
+
+def open_json(path):
+    """As open_parquet, of a file of JSON rows, whose number is not known: None."""
+    import datasets  # a second or two, for these files only
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the error too
+    rows = refusing(path, datasets.load_dataset("json", data_files=path, split="train", streaming=True))
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path} can't be read: it has no rows")
+
+    def read(wanted):
+        for row in chain([first], rows):
+            yield tuple(row.get(name) for name in wanted)
+
+    return list(first), None, read
+
+
+def refusing(path, rows):
+    """The same rows; what pyarrow and datasets say of a file that they can't read is the user's to mend."""
+    try:
+        yield from rows
+    except ValueError as e:
+        raise UserError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
+
+
+def pile_subset(path, meta):
+    """A row's meta, a dict or JSON -> the Pile's name of its subset, or None."""
+    if isinstance(meta, str):
+        try:
+            meta = json.loads(meta)
+        except ValueError:
+            raise UserError(f"{path} can't be read: its column meta is not JSON: {meta[:40]}") from None
+    return meta.get("pile_set_name") if isinstance(meta, dict) else None
+
+
+# --- text files
+
+
+def read_text(path, skip, cut, seam):
+    """Yields a text file from byte `skip` on, in Pieces of about PIECE bytes, so that a file of any size
+    fits into memory. They begin at seams, so that their tokens are the whole's. With cut, the last
+    VAL_SHARE is a document of its own, for val."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        documents = [(0, size, None)]
+        if cut:
+            border = val_border(f, size, seam)
+            documents = [(0, border, False), (border, size, True)]
+        for begin, end, val in documents:
+            if begin < skip and end <= skip:
+                continue
+            at, part = max(begin, skip), b""
+            f.seek(at)
+            while more := f.read(min(PIECE, end - at - len(part))):
+                part += more
+                cuts = [found.end() for found in seam.finditer(part, max(0, len(part) - 4096))]
+                if cuts and at + len(part) < end:
+                    at += cuts[-1]
+                    yield Piece(part[: cuts[-1]], False, at, at / size, val)
+                    part = part[cuts[-1] :]
+            yield Piece(part, True, end, end / max(1, size), val, last=(begin, end, val) == documents[-1])
+
+
+def val_border(f, size, seam):
+    """Where the last VAL_SHARE begins: not within a token or, where there is no seam, within a letter."""
+    border = size - int(size * VAL_SHARE)
+    f.seek(border)
+    ahead = f.read(PIECE)
+    found = seam.search(ahead) or re.match(rb"[\x80-\xbf]*", ahead)
+    return border + found.end()

@@ -1,0 +1,193 @@
+"""
+The removal schedule: what happens at which step. Rows of numbers to events, the state at a step,
+and carrying events out.
+
+    ln_schedule = [                      # sites, first step, steps between layers
+        ("ln_2", 200, 20),               # layer 0 before step 200, layer 1 before step 220, ... up to the last
+        ("ln_1qk", 440, 20, "down"),     # the last layer first
+        ("ln_1v", 680, 30, [3, 0, -1]),  # these layers in this order; -1 is the last
+        ("ln_1v", 900, 0, [1, 2]),       # others, all at one time
+        ("h.5.ln_2", 700, None),         # a single site
+        ("ln_f", 1040, None),
+        ("eot", 1060, None),             # a treatment ends; one without a row is never on
+        ("bos", 1160, None),
+    ]
+
+For a model of any depth and a run of any length, a row can say where in the run it begins, as a
+fraction of max_iters, and a pair of such says from where to where its layers are spread evenly:
+("ln_2", (0.1, 0.3), None).
+"""
+import math
+
+import torch
+
+from model import KINDS
+from parts.errors import UserError
+
+TREATMENTS = ("eot", "bos")
+
+
+def timeline(ln_schedule, n_layer, max_iters):
+    """The removal events [(step, kind, layer or None), ...] in the order they happen. UserError on
+    a schedule that can't run."""
+    events = [event for row in ln_schedule for event in row_events(row, n_layer, max_iters)]
+    events.sort(key=lambda event: event[0])  # stable: events of one step keep the schedule's order
+    seen = set()
+    for step, kind, layer in events:
+        name = site_name(kind, layer)
+        if name in seen:
+            raise UserError(f"ln_schedule: {name} has two rows")
+        if step >= max_iters:
+            raise UserError(f"ln_schedule: {name} at step {step} never happens: max_iters is {max_iters}")
+        seen.add(name)
+    return events
+
+
+def row_events(row, n_layer, max_iters):
+    """One row's events [(step, kind, layer or None), ...]. UserError if it is not a row."""
+    if not isinstance(row, (list, tuple)) or len(row) not in (3, 4):
+        raise UserError(f"ln_schedule: {row!r} is not a row (kind, first step, steps between layers), "
+                        "or one with an order as its fourth")
+    name, first, gap = row[:3]
+    if len(row) == 4 and name not in KINDS:
+        raise UserError(f"ln_schedule: in {row!r} there is one event, and no layers to order")
+    if name in KINDS:
+        sites = [(name, layer) for layer in layers_in_order(row, n_layer)]
+    elif name in ("ln_f", *TREATMENTS):
+        sites = [(name, None)]
+    else:
+        sites = [named_site(name, n_layer)]
+
+    if isinstance(first, (list, tuple)) and len(first) == 2 and gap is None:
+        begin, end = step_of(row, first[0], max_iters), step_of(row, first[1], max_iters)
+        if end < begin:
+            raise UserError(f"ln_schedule: in {row!r} the end is before the beginning")
+        steps = [begin + (end - begin) * i // len(sites) for i in range(len(sites))]
+    elif name in KINDS:
+        if type(gap) is not int or gap < 0:
+            raise UserError(f"ln_schedule: in {row!r} the first step must be 0 or more, "
+                            "and the steps between layers 0 or more")
+        steps = [step_of(row, first, max_iters) + gap * i for i in range(len(sites))]
+    else:
+        if gap is not None:
+            raise UserError(f"ln_schedule: in {row!r} there is one event, and the steps between layers None")
+        steps = [step_of(row, first, max_iters)]
+    return [(step, kind, layer) for step, (kind, layer) in zip(steps, sites)]
+
+
+def step_of(row, at, max_iters):
+    """A step, or a fraction of max_iters -> the step."""
+    if type(at) is float and 0 <= at <= 1:
+        return int(at * max_iters)
+    if type(at) is not int or at < 0:
+        raise UserError(f"ln_schedule: in {row!r} the first step must be 0 or more, "
+                        "or as a fraction of max_iters from 0.0 to 1.0")
+    return at
+
+
+def layers_in_order(row, n_layer):
+    """The layers of a row of a kind, in the order in which they go."""
+    order = row[3] if len(row) == 4 else "up"
+    if order in ("up", "down"):
+        layers = list(range(n_layer))
+        return layers if order == "up" else layers[::-1]
+    listed = isinstance(order, (list, tuple))
+    if not listed or not all(type(n) is int and -n_layer <= n < n_layer for n in order):
+        raise UserError(f"ln_schedule: in {row!r} the order must be 'up', 'down' or a list of layers "
+                        f"from 0 to {n_layer - 1}")
+    return [n % n_layer for n in order]
+
+
+def named_site(name, n_layer):
+    """"h.3.ln_2" -> ("ln_2", 3)."""
+    for kind in KINDS:
+        for layer in range(n_layer):
+            if name == site_name(kind, layer):
+                return kind, layer
+    raise UserError(f"ln_schedule: unknown kind {name!r}: it is one of {', '.join(KINDS)}, ln_f, eot, bos, "
+                    f"or one site, from h.0.ln_2 to h.{n_layer - 1}.ln_2")
+
+
+def site_name(kind, layer):
+    return kind if layer is None else f"h.{layer}.{kind}"
+
+
+def state_at(events, step, sites):
+    """({site: mode}, {treatment: on}) after the events of all steps before `step`: a pure function
+    of the schedule, so that a resumed run finds the same model."""
+    past = {site_name(kind, layer) for k, kind, layer in events if k < step}
+    scheduled = {kind for _, kind, _ in events}
+    modes = {name: "fake" if name in past else "real" for name in sites}
+    treatments = {name: name in scheduled and name not in past for name in ("bos", "eot")}
+    return modes, treatments
+
+
+def set_state(model, events, step, resumed):
+    """Put the treatments of a model that begins at `step` as the schedule has them there. UserError
+    if its modes are others."""
+    if events and model.config.folded:
+        raise UserError("the model is folded: it has no LayerNorm that ln_schedule could remove")
+    modes, treatments = state_at(events, step, model.sites())
+    if events or resumed:
+        for name, mode in model.ln_modes().items():
+            if mode != modes[name]:
+                raise UserError(f"{name} is {mode} at step {step}, but by ln_schedule it should be {modes[name]}")
+    for kind, on in treatments.items():
+        model.set_treatment(kind, on)
+
+
+def remove(model, events, batches, mean=lambda t: t):
+    """Carry out one step's events on the raw model, and return a log entry for each.
+
+    batches: idx (B, T) each, the step's own micro-batches; mean averages a tensor over processes."""
+    if any(kind not in TREATMENTS for _, kind, _ in events):
+        measure(model, batches, mean)
+    entries = []
+    for step, kind, layer in events:
+        name = site_name(kind, layer)
+        if kind in TREATMENTS:
+            model.set_treatment(kind, False)
+            entries.append(dict(step=step, event=name, treatment="off"))
+        else:
+            model.set_ln_mode(kind, layer, "fake")
+            site = model.sites()[name]
+            std = dict(avg_std=site.avg_std.item(), bos_std=site.bos_std.item())
+            entries.append(dict(step=step, event=name, mode="fake", **std))
+    return entries
+
+
+@torch.no_grad()
+def measure(model, batches, mean):
+    """Set the constants of all sites that are still real. A constant must fit the weights of this
+    moment, and the tokens that come next: so it is measured at the event, on the step's own batch."""
+    model.eval()  # without dropout
+    observed = [model.observe_std(idx) for idx in batches]
+    model.train()
+    for name in observed[0]:
+        std = torch.stack([stds[name] for stds in observed]).mean(0)  # [avg std, bos std]
+        model.set_std({name: mean(std)})
+
+
+def describe(ln_schedule, events):
+    """A line for each row: what happens before which steps."""
+    lines = []
+    for name, *_ in ln_schedule:
+        steps = [str(step) for step, kind, layer in events if name in (kind, site_name(kind, layer))]
+        change = "off" if name in TREATMENTS else "fake"
+        lines.append(f"  {name:<7}{change} before step {', '.join(steps)}")
+    return list(dict.fromkeys(lines))
+
+
+def describe_event(entry):
+    """A log entry of remove -> "h.0.ln_2 fake, std 0.2205, at position 0 0.2928"."""
+    if "treatment" in entry:
+        return f"{entry['event']} treatment off"
+    return f"{entry['event']} fake, std {entry['avg_std']:.4f}, at position 0 {entry['bos_std']:.4f}"
+
+
+def learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters):
+    """Linear warm-up, then a cosine down to min_lr: nanoGPT's."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    done = min(1.0, (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
+    return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
