@@ -461,19 +461,14 @@ class GPT(nn.Module):
         return {"sites": sites, "bos": self.bos_on.item(), "eot": self.eot_on.item()}
 
     def load_ln_state(self, state):
-        """Set what ln_state returned. ValueError if a site is missing or not whole."""
-        try:
-            for name, site in self.sites().items():
-                saved = state["sites"][name]
-                if not (0 < saved["avg_std"] < math.inf and 0 < saved["bos_std"] < math.inf):
-                    raise ValueError(f"{name} has the constants {saved['avg_std']} and {saved['bos_std']}")
-                site.ln_mode = saved["mode"]
-                site.avg_std.fill_(saved["avg_std"])
-                site.bos_std.fill_(saved["bos_std"])
-            self.set_treatment("bos", state["bos"])
-            self.set_treatment("eot", state["eot"])
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise ValueError(f"ln_state is not whole: {e!r}") from None
+        """Set what ln_state returned."""
+        for name, site in self.sites().items():
+            saved = state["sites"][name]
+            site.ln_mode = saved["mode"]
+            site.avg_std.fill_(saved["avg_std"])
+            site.bos_std.fill_(saved["bos_std"])
+        self.set_treatment("bos", state["bos"])
+        self.set_treatment("eot", state["eot"])
 
     # --------------------------------------------------------------------------------------------
     # names and shapes in the Hugging Face format
@@ -488,9 +483,8 @@ class GPT(nn.Module):
         directory = hub.fetch(source)
         hf = hub.read_config(directory)
         model = cls(config_from_hf(hf, dropout))
-        tensors = hub.read_tensors(directory, model.hf_tensors())
-        with hub.naming(directory):
-            model.load_hf(hf, tensors)
+        hub.check_ln_state(directory, hf, model.ln_modes())
+        model.load_hf(hf, hub.read_tensors(directory, model.hf_tensors()))
         return model
 
     def save_pretrained(self, directory):
@@ -569,7 +563,7 @@ class GPT(nn.Module):
             for site in self.sites().values():
                 site.ln_mode = "fake"  # by 1, as the weights have been divided
         if hf["model_type"] == "gpt2_ln_mode":
-            self.load_ln_state(hf.get("ln_state"))
+            self.load_ln_state(hf["ln_state"])
 
 
 def config_from_hf(hf, dropout=0.0):

@@ -5,7 +5,6 @@ What a model is, is model.py's.
 import json
 import math
 import os
-from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError
@@ -80,15 +79,6 @@ def shards(index):
         raise UserError(f"{index} is not an index of shards") from None
 
 
-@contextmanager
-def naming(directory):
-    """Around what a config.json holds: what is wrong with it is said with its name."""
-    try:
-        yield
-    except ValueError as e:
-        raise UserError(f"{os.path.join(directory, 'config.json')}: {e}") from None
-
-
 def read_config(directory):
     """config.json, as a dict that model.config_from_hf takes. UserError if it is none, or of
     something else than a GPT-2."""
@@ -133,6 +123,28 @@ def check_plain(path, hf):
     for key, value in ours.items():
         if hf.get(key) not in (None, value):
             raise UserError(f"{path}: {key} is {hf[key]!r}, but model.py has {value!r}")
+
+
+def check_ln_state(directory, hf, sites):
+    """UserError unless a config.json of LayerNorm modes says of each of these sites its mode and
+    constants, and of both treatments whether they are on."""
+    if hf["model_type"] != "gpt2_ln_mode":
+        return
+    path = os.path.join(directory, "config.json")
+    state = hf.get("ln_state")
+    if not isinstance(state, dict) or not isinstance(state.get("sites"), dict):
+        raise UserError(f"{path}: ln_state is not whole: it has no sites")
+    for name in sites:
+        site = state["sites"].get(name)
+        if not isinstance(site, dict) or site.get("mode") not in ("real", "fake"):
+            raise UserError(f"{path}: ln_state is not whole: {name} has no mode, real or fake")
+        for key in ("avg_std", "bos_std"):
+            constant = site.get(key)
+            if not isinstance(constant, (int, float)) or not 0 < constant < math.inf:
+                raise UserError(f"{path}: ln_state is not whole: {name} has the {key} {constant!r}")
+    for treatment in ("bos", "eot"):
+        if not isinstance(state.get(treatment), bool):
+            raise UserError(f"{path}: ln_state is not whole: it does not say whether {treatment} is on")
 
 
 def read_tensors(directory, expected):
