@@ -139,16 +139,16 @@ wandb = checkpoint.start_wandb(wandb_project, out_dir, settings) if wandb_log el
 checkpoint.open_run(out_dir, settings, resumed)
 log = checkpoint.Log(out_dir, start, wandb)
 
-# --- optimizer
+# --- optimizers: one; another can take some of the parameters
 model.to(device)
 model.gradient_checkpointing = gradient_checkpointing
 matrices = [p for p in model.parameters() if p.dim() >= 2]  # and embeddings
 vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and LNs
 groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)]
 torch.manual_seed(seed + ranks.RANK)  # another dropout on every process
 if resumed:
-    checkpoint.load_optimizer(optimizer, resumed)
+    checkpoint.load_optimizers(optimizers, resumed)
     checkpoint.set_rng_state(resumed["rng"])
     changed = checkpoint.changed_settings(settings, resumed)
     if changed:
@@ -195,7 +195,7 @@ model.train()
 
 for step in range(start, max_iters + 1):
     if interruption.on_any_rank(device):
-        checkpoint.save(out_dir, step, model, optimizer, settings)
+        checkpoint.save(out_dir, step, model, optimizers, settings)
         bar.close()
         ranks.say(f"stopped at step {step}, saved to {out_dir}/ckpt.pt; "
                   f"go on with: {checkpoint.resume_command()}")
@@ -207,7 +207,7 @@ for step in range(start, max_iters + 1):
         log.write(dict(step=step, val_loss=val_loss))
         ranks.say(f"step {step:>6}  val loss {val_loss:.4f}")
         if step > start:
-            checkpoint.save(out_dir, step, model, optimizer, settings)
+            checkpoint.save(out_dir, step, model, optimizers, settings)
     if step == max_iters:
         break
 
@@ -222,8 +222,9 @@ for step in range(start, max_iters + 1):
     # the step
     began = time.perf_counter()
     lr = learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
     step_loss = torch.zeros((), device=device)
     for i, (x, y) in enumerate(batches(step)):
         if ranks.WORLD > 1:  # gradients are averaged once, with the last micro-batch
@@ -239,7 +240,8 @@ for step in range(start, max_iters + 1):
         step_loss += loss.detach() / micro_steps
     if grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     model.zero_grad(set_to_none=True)
 
     # the log

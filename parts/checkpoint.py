@@ -14,7 +14,7 @@ from parts import ranks
 from parts.errors import UserError, on_disk
 from parts.files import remove_files, whole_file, write_json
 
-KEYS = {"model", "model_config", "ln_state", "optimizer", "step", "settings", "rng"}  # of a checkpoint
+KEYS = {"model", "model_config", "ln_state", "optimizers", "step", "settings", "rng"}  # of a checkpoint
 
 
 def open_run(out_dir, settings, resumed):
@@ -29,7 +29,7 @@ def open_run(out_dir, settings, resumed):
     write_json(os.path.join(out_dir, "settings.json"), settings)
 
 
-def save(out_dir, step, model, optimizer, settings):
+def save(out_dir, step, model, optimizers, settings):
     """ckpt.pt before step `step`, on rank 0: all that a resume needs. The old one stays until the
     new one is whole. UserError."""
     if ranks.RANK > 0:
@@ -38,7 +38,7 @@ def save(out_dir, step, model, optimizer, settings):
         model=model.state_dict(),
         model_config=vars(model.config),
         ln_state=model.ln_state(),
-        optimizer=optimizer.state_dict(),
+        optimizers=[optimizer.state_dict() for optimizer in optimizers],
         step=step,
         settings=settings,
         rng=rng_state(),
@@ -80,10 +80,11 @@ def load_model(checkpoint, dropout):
     return model
 
 
-def load_optimizer(optimizer, checkpoint):
-    """Its momenta; the learning rate, decay and betas stay those of today's settings."""
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(dict(state=checkpoint["optimizer"]["state"], param_groups=groups))
+def load_optimizers(optimizers, checkpoint):
+    """Their momenta; the learning rate, decay and betas stay those of today's settings."""
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
 
 
 def changed_settings(settings, checkpoint):
