@@ -38,6 +38,7 @@ from parts.device import autocast_to, pick_device, pick_dtype
 from parts.errors import UserError
 from parts.files import check_file, is_run, read_dict, write_json
 from parts.residual import residual_stats
+from parts.sources import HUB
 from parts.verify import why_not_ln_free
 
 # -----------------------------------------------------------------------------
@@ -134,18 +135,19 @@ def prepare(name, config):
         args += ["--val_every=1", "--force"]
     elif os.path.exists(os.path.join("data", name)):
         return name
-    elif name in PUBLISHED:
+    elif name in HUB:
         if config.vocab_size <= 50256:
             raise UserError(f"{name} is fetched as GPT-2's 50,257 tokens, "
                             f"but the models have a vocabulary of {config.vocab_size}")
         folder = name
-        args = [f"--dataset={name}", f"--tokens={PUBLISHED[name] + 100_000}", "--val_every=1"]
+        enough = PUBLISHED.get(name, 10_000_000) + 100_000
+        args = [f"--dataset={name}", f"--tokens={enough}", "--val_every=1"]
     elif name == "stdlib":
         folder = name
         args = ["--dataset=stdlib"]
     else:
         there = sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob("data/*/meta.json"))
-        known = ", ".join(dict.fromkeys([*there, "stdlib", *PUBLISHED, "hellaswag", "residual"]))
+        known = ", ".join(dict.fromkeys([*there, "stdlib", *HUB, "hellaswag", "residual"]))
         raise UserError(f"unknown data set {name!r}: there is {known}, or a text file's path; for text of your own run "
                         f"`python prepare_owt.py --dataset={name} --files=...`")
     if ranks.RANK == 0:
