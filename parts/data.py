@@ -57,7 +57,8 @@ def check_size(path, expected, block_size, dataset):
     if expected is not None and size != 2 * expected:
         raise UserError(f"{path} has {size // 2} tokens, but meta.json says {expected}: {again(dataset)}")
     if size // 2 < block_size + 1:
-        raise UserError(f"{path} has {size // 2} tokens, fewer than block_size + 1 = {block_size + 1}: lower block_size, or prepare more text")
+        raise UserError(f"{path} has {size // 2} tokens, fewer than block_size + 1 = {block_size + 1}: "
+                        "lower block_size, or prepare more text")
 
 
 def train_starts(tokens, seed, step, n, block_size):
