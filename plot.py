@@ -159,9 +159,12 @@ def save(fig, path, title):
 
 def main():
     show_user_errors_in_one_line()
-    source = take_source("python plot.py OUT_DIR, or a .json file of eval.py")
+    usage = "python plot.py OUT_DIR, or a .json file of eval.py"
+    source = take_source(usage)
     if not source:
         print(__doc__.strip())
+    elif len(sys.argv) > 1:
+        raise UserError(f"usage: {usage}")
     elif source.endswith(".json"):
         plot_residual(source)
     else:

@@ -57,12 +57,13 @@ def download(url, path):
     half = path + ".tmp"
     with on_disk(f"can't write {path}"):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-    try:
-        fetch_rest(url, half)
-    except requests.RequestException as e:
-        problem = f"the server answers {e.response.status_code}" if e.response is not None else type(e).__name__
-        raise UserError(f"can't fetch {url} ({problem}): run it again to go on, "
-                        f"or download it by hand to {path}") from None
+    with on_disk(f"can't write {half}"):
+        try:
+            fetch_rest(url, half)
+        except requests.RequestException as e:  # an OSError too, but the network's
+            problem = f"the server answers {e.response.status_code}" if e.response is not None else type(e).__name__
+            raise UserError(f"can't fetch {url} ({problem}): run it again to go on, "
+                            f"or download it by hand to {path}") from None
     try:
         n = len(read_examples(half))
         if url == URL and n != EXAMPLES:
@@ -74,7 +75,7 @@ def download(url, path):
 
 
 def fetch_rest(url, half):
-    """Append to the file what it does not hold yet. requests.RequestException."""
+    """Append to the file what it does not hold yet. requests.RequestException, or OSError of the disk."""
     have = os.path.getsize(half) if os.path.exists(half) else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
     with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
@@ -82,7 +83,7 @@ def fetch_rest(url, half):
             return
         answer.raise_for_status()
         mode = "ab" if answer.status_code == 206 else "wb"
-        with on_disk(f"can't write {half}"), open(half, mode) as f:
+        with open(half, mode) as f:
             for part in answer.iter_content(4096):
                 f.write(part)
 

