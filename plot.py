@@ -29,18 +29,23 @@ def read_log(run):
     """{"loss": {step: train loss}, "val": {step: val loss}, "events": [(step, name)]} of a run's
     log.jsonl."""
     path = os.path.join(run, "log.jsonl")
+    loss, val, events = {}, {}, []
     try:
         with open(path) as f:
-            entries = [json.loads(line) for line in f]
+            for line in f:
+                entry = json.loads(line)
+                step = entry["step"]
+                if "loss" in entry:
+                    loss[step] = entry["loss"]
+                if "val_loss" in entry:
+                    val[step] = entry["val_loss"]
+                if "event" in entry:
+                    events.append((step, entry["event"]))
     except OSError:
         raise UserError(f"{path} is not there: {run} is not the out_dir of a run") from None
-    except ValueError as e:
-        raise UserError(f"{path} is not a log of train.py: {e}") from None
-    return dict(
-        loss={e["step"]: e["loss"] for e in entries if "loss" in e},
-        val={e["step"]: e["val_loss"] for e in entries if "val_loss" in e},
-        events=[(e["step"], e["event"]) for e in entries if "event" in e],
-    )
+    except (ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{path} is not a log of train.py: {type(e).__name__}: {e}") from None
+    return dict(loss=loss, val=val, events=events)
 
 
 def plot_run(run):
@@ -136,7 +141,7 @@ def read_rows(source):
     advice = f"write it with `python eval.py --dataset=residual --json={source}`"
     try:
         with open(source) as f:
-            rows = [row for row in json.load(f)["rows"] if row["dataset"] == "residual"]
+            rows = [row for row in json.load(f)["rows"] if row["dataset"] == "residual" and row["sites"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{source} has no row of --dataset=residual ({type(e).__name__}): {advice}") from None
     if not rows:

@@ -37,9 +37,11 @@ def timeline(ln_schedule, n_layer, max_iters):
         name = site_name(kind, layer)
         if name in seen:
             raise UserError(f"ln_schedule: {name} has two rows")
-        if step >= max_iters:
-            raise UserError(f"ln_schedule: {name} at step {step} never happens: max_iters is {max_iters}")
         seen.add(name)
+    if events and events[-1][0] >= max_iters:  # the last one tells how many steps are needed
+        step, kind, layer = events[-1]
+        name = site_name(kind, layer)
+        raise UserError(f"ln_schedule: {name} at step {step} never happens: max_iters is {max_iters}")
     return events
 
 
@@ -92,7 +94,7 @@ def layers_in_order(row, n_layer):
         layers = list(range(n_layer))
         return layers if order == "up" else layers[::-1]
     listed = isinstance(order, (list, tuple))
-    if not listed or not all(type(n) is int and -n_layer <= n < n_layer for n in order):
+    if not listed or not order or not all(type(n) is int and -n_layer <= n < n_layer for n in order):
         raise UserError(f"ln_schedule: in {row!r} the order must be 'up', 'down' or a list of layers "
                         f"from 0 to {n_layer - 1}")
     return [n % n_layer for n in order]
@@ -126,7 +128,7 @@ def set_state(model, events, step, resumed):
     """Put the treatments of a model that begins at `step` as the schedule has them there. UserError
     if its modes are others."""
     if events and model.config.folded:
-        raise UserError("the model is folded: it has no LayerNorm that ln_schedule could remove")
+        raise UserError("init_from is a folded model: it has no LayerNorm that ln_schedule could remove")
     modes, treatments = state_at(events, step, model.sites())
     if events or resumed:
         for name, mode in model.ln_modes().items():
@@ -174,7 +176,7 @@ def describe(ln_schedule, events):
     for name, *_ in ln_schedule:
         steps = [str(step) for step, kind, layer in events if name in (kind, site_name(kind, layer))]
         change = "off" if name in TREATMENTS else "fake"
-        lines.append(f"  {name:<7}{change} before step {', '.join(steps)}")
+        lines.append(f"  {name:<6} {change} before step {', '.join(steps)}")
     return list(dict.fromkeys(lines))
 
 

@@ -112,6 +112,8 @@ with ranks.rank_0_first():  # it fetches the weights, and the others find them i
 if block_size > model.config.block_size:
     most = model.config.block_size
     raise UserError(f"block_size {block_size} is beyond the model's {most} positions: --block_size={most}")
+if ln_schedule and block_size == 1:
+    raise UserError("block_size 1 has position 0 alone, and ln_schedule needs the std of others too")
 settings |= {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "bias")}
 
 # --- data: a batch is a function of seed and step, whatever the number of processes

@@ -124,7 +124,8 @@ class Log:
         lines = lines_before(path, start)  # a resume repeats what came after its checkpoint
         with whole_file(path) as f:
             f.writelines(line.encode() for line in lines)
-        self.file = open(path, "a")
+        with on_disk(f"can't write {path}"):
+            self.file = open(path, "a")
 
     def write(self, entry):
         if self.file is None:
@@ -140,12 +141,12 @@ def lines_before(path, start):
     """The whole lines of a log.jsonl that are of steps before `start`. UserError if it is not a log."""
     if start == 0 or not os.path.exists(path):
         return []
-    try:
-        with open(path) as f:
+    with on_disk(f"can't read {path}"), open(path) as f:
+        try:
             return [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
-    except (ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path} is not a log of train.py ({type(e).__name__}: {e}): "
-                        "move it away to go on without it") from None
+        except (ValueError, TypeError, KeyError) as e:
+            raise UserError(f"{path} is not a log of train.py ({type(e).__name__}: {e}): "
+                            "move it away to go on without it") from None
 
 
 def resume_command():

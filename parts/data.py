@@ -8,7 +8,7 @@ import os
 import numpy as np
 import torch
 
-from parts.errors import UserError
+from parts.errors import UserError, on_disk
 
 
 def read_meta(dataset):
@@ -21,6 +21,8 @@ def read_meta(dataset):
         raise UserError(f"{path} is not there: run `python prepare_owt.py --dataset={dataset}` first") from None
     except ValueError as e:
         raise UserError(f"{path} is not JSON ({e}): {again(dataset)}") from None
+    except OSError as e:
+        raise UserError(f"can't read {path}: {e.strerror}") from None
     kinds = dict(vocab_size=int, eot=int, train=dict, val=dict)
     if not isinstance(meta, dict) or not all(isinstance(meta.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path} has no vocab_size, eot, train or val: {again(dataset)}")
@@ -38,7 +40,8 @@ def open_tokens(dataset, split, block_size, vocab_size):
     meta = read_meta(dataset)
     path = os.path.join("data", dataset, split + ".bin")
     check_size(path, meta[split].get("tokens"), block_size, dataset)
-    tokens = np.memmap(path, dtype="<u2", mode="r")
+    with on_disk(f"can't read {path}"):
+        tokens = np.memmap(path, dtype="<u2", mode="r")
     largest = max(int(tokens.max()), meta["vocab_size"] - 1)
     if largest >= vocab_size:
         raise UserError(f"{path} holds token ids up to {largest}, but the model's vocabulary has {vocab_size}: "

@@ -2,6 +2,7 @@
 Which device and precision a script computes with.
 """
 import os
+import re
 import shutil
 from contextlib import nullcontext
 
@@ -17,7 +18,7 @@ def pick_device(name):
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
-    if not there.get(name.split(":")[0]):
+    if not re.fullmatch(r"\w+(:\d+)?", name) or not there.get(name.split(":")[0]):
         raise UserError(f"device {name!r} is not on this machine: try --device=cpu")
     if name == "cuda":
         name = f"cuda:{LOCAL_RANK}"

@@ -31,6 +31,8 @@ def check_folder(folder, names, marks):
 def check_out_dir(out_dir, init_from):
     """UserError unless a run may write into out_dir: it is new, empty or an earlier run's, and the
     model it starts from is elsewhere."""
+    if not out_dir:
+        raise UserError("out_dir is empty: name a folder for what the run leaves")
     places = os.path.realpath(out_dir), os.path.realpath(os.path.join(out_dir, "model"))
     if os.path.realpath(init_from) in places:
         raise UserError(f"init_from {init_from} is in out_dir {out_dir}, where this run's own model would replace it: "

@@ -7,6 +7,7 @@ import hashlib
 import importlib.resources
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -101,14 +102,10 @@ def run_alone(script, *args, launcher=(), env=None, **kwargs):
 
 
 def default_settings(script="train.py"):
-    """{name: value} of the settings at the top of a script, which are plain assignments."""
+    """{name: value} of the settings that stand between the first two rulers of a script."""
     with open(os.path.join(REPO, script)) as f:
-        lines = ast.parse(f.read()).body
-    settings = {}
-    for line in lines:
-        if isinstance(line, ast.Assign) and isinstance(line.value, (ast.Constant, ast.List)):
-            settings[line.targets[0].id] = ast.literal_eval(line.value)
-    return settings
+        block = re.split(r"^# -{70,}$", f.read(), flags=re.MULTILINE)[1]
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(block).body}
 
 
 # --- what they leave

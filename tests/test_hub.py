@@ -1,4 +1,7 @@
-"""Weights from a hub: a tiny one on 127.0.0.1."""
+"""
+Weights from a hub, a tiny one on 127.0.0.1: fetched once, in all their forms, and each refusal is one
+line.
+"""
 import json
 import os
 import subprocess
@@ -11,6 +14,26 @@ from tiny_hub import COMMIT, serve
 
 from model import GPT
 
+IDX = torch.arange(20)[None]
+
+# for each source of argv the logits of tokens 0 to 19, or the line that refuses it
+LOAD = """
+import json, sys, torch
+from model import GPT
+from parts.errors import UserError
+for source in sys.argv[1:]:
+    try:
+        print(json.dumps(GPT.from_pretrained(source).eval()(torch.arange(20)[None])[0].tolist()))
+    except UserError as e:
+        print(json.dumps(str(e)))
+"""
+SMALL_DISK = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+"""
+
+
 @pytest.fixture
 def hub(tmp_path):
     """A hub with org/tiny: a random GPT-2 in transformers' format."""
@@ -22,36 +45,30 @@ def hub(tmp_path):
 
 @pytest.fixture
 def load(hub, tmp_path):
-    """load(sources...) in a process of its own: for each the logits of tokens 0 to 19, or the error's text."""
+    """load(sources...) in a process of its own, as huggingface_hub reads its environment once: what
+    LOAD prints."""
 
-    def load(*sources, code=None, **env):
-        code = code or """
-import json, sys, torch
-from model import GPT
-for source in sys.argv[1:]:
-    try:
-        print(json.dumps(GPT.from_pretrained(source).eval()(torch.arange(20)[None])[0].tolist()))
-    except (OSError, ValueError) as e:
-        print(json.dumps(str(e)))
-"""
+    def load(*sources, code=LOAD, **env):
         env = os.environ | hub.env | {"HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": REPO} | env
-        done = subprocess.run([sys.executable, "-c", code, *sources], env=env, capture_output=True, text=True, cwd=tmp_path)
+        command = [sys.executable, "-c", code, *sources]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines() if line[0] in '["']
 
     return load
 
 
-def expected(hub):
-    with torch.no_grad():
-        return hub.hf(torch.arange(20)[None]).logits
+@torch.no_grad()
+def assert_logits_of(hf, logits):
+    torch.testing.assert_close(torch.tensor(logits), hf(IDX).logits, atol=1e-4, rtol=0)
 
 
 def test_a_model_is_fetched_once_and_then_read_from_the_cache(hub, load):
     first, at_revision, at_commit = load("org/tiny", "org/tiny@v2", f"org/tiny@{COMMIT}")
     for logits in (first, at_revision, at_commit):
-        torch.testing.assert_close(torch.tensor(logits), expected(hub), atol=1e-4, rtol=0)
-    assert [r[2] for r in hub.requests if r[0] == "GET" and r[2].endswith(".safetensors")] == ["model.safetensors"]
+        assert_logits_of(hub.hf, logits)
+    gets = [file for command, _, file, _ in hub.requests if command == "GET"]
+    assert [file for file in gets if file.endswith(".safetensors")] == ["model.safetensors"]
     (offline,) = load("org/tiny", HF_HUB_OFFLINE="1")
     assert offline == first
 
@@ -62,9 +79,9 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub, load, tmp_path):
     hub.repos["org/large"] = tmp_path / "large"
     hub.cut["model.safetensors"] = 15_000_000
     (logits,) = load("org/large")
-    with torch.no_grad():
-        torch.testing.assert_close(torch.tensor(logits), hf(torch.arange(20)[None]).logits, atol=1e-4, rtol=0)
-    assert [r[3] for r in hub.requests if r[0] == "GET" and r[2] == "model.safetensors"] == [None, f"bytes={10 * 2**20}-"]
+    assert_logits_of(hf, logits)
+    gets = [(file, part) for command, _, file, part in hub.requests if command == "GET"]
+    assert [part for file, part in gets if file == "model.safetensors"] == [None, f"bytes={10 * 2**20}-"]
 
 
 def test_sharded_safetensors_and_pytorch_model_bin(hub, load, tmp_path):
@@ -74,52 +91,58 @@ def test_sharded_safetensors_and_pytorch_model_bin(hub, load, tmp_path):
     torch.save(hub.hf.state_dict(), tmp_path / "bin/pytorch_model.bin")
     hub.repos |= {"org/sharded": tmp_path / "sharded", "bin": tmp_path / "bin"}
     for logits in load("org/sharded", "bin"):
-        torch.testing.assert_close(torch.tensor(logits), expected(hub), atol=1e-4, rtol=0)
+        assert_logits_of(hub.hf, logits)
 
 
 def test_what_the_hub_refuses_is_said_in_one_line(hub, load, tmp_path):
-    (tmp_path / "empty").mkdir()
-    hub.hf.config.save_pretrained(tmp_path / "no_weights")
-    (tmp_path / "shard_missing").mkdir()
-    hub.hf.config.save_pretrained(tmp_path / "shard_missing")
-    (tmp_path / "shard_missing/model.safetensors.index.json").write_text('{"weight_map": {"a": "lost.safetensors"}}')
-    (tmp_path / "other").mkdir()
+    for name in ("no_weights", "shard_missing", "pickle"):
+        hub.hf.config.save_pretrained(tmp_path / name)
+    for name in ("empty", "other"):
+        (tmp_path / name).mkdir()
+    index = tmp_path / "shard_missing/model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "lost.safetensors"}}')
     (tmp_path / "other/config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "other/model.safetensors").write_bytes(b"")
-    (tmp_path / "pickle").mkdir()
-    hub.hf.config.save_pretrained(tmp_path / "pickle")
     torch.save(torch.nn.Linear(1, 1), tmp_path / "pickle/pytorch_model.bin")
-    hub.repos |= {f"org/{name}": tmp_path / name for name in ("empty", "no_weights", "shard_missing", "other", "pickle")}
-    cases = {
-        "org/nothing": "has no such repository; for a private one", "org/private": "401 Unauthorized'",
-        "org/gated": "accept its terms", "org/tiny@v9": "no revision v9", "org/empty": "not the file config.json",
-        "org/no_weights": "without model.safetensors or pytorch_model.bin", "org/shard_missing": "not the file lost.safetensors",
-        "org/other": "model_type is 'llama'", "org/pickle": "not plain tensors", "a/b/c": "has no repositories of such names", "org/broken": "can't be asked (Client error '418",
+    for name in ("empty", "no_weights", "shard_missing", "other", "pickle"):
+        hub.repos[f"org/{name}"] = tmp_path / name
+
+    messages = {
+        "org/nothing": "has no such repository; for a private one",
+        "org/private": "401 Unauthorized'",
+        "org/gated": "accept its terms",
+        "org/tiny@v9": "no revision v9",
+        "org/empty": "not the file config.json",
+        "org/no_weights": "without model.safetensors or pytorch_model.bin",
+        "org/shard_missing": "not the file lost.safetensors",
+        "org/other": "model_type is 'llama'",
+        "org/pickle": "not plain tensors",
+        "a/b/c": "has no repositories of such names",
+        "org/broken": "can't be asked (Client error '418",
     }
-    for (source, message), text in zip(cases.items(), load(*(f"./{s}"[2:] for s in cases))):
-        assert isinstance(text, str) and message in text and "\n" not in text, (source, text)
-    assert "set HF_TOKEN" in load("org/private")[0]
+    texts = load(*messages)
+    assert len(texts) == len(messages)
+    for message, text in zip(messages.values(), texts):
+        assert isinstance(text, str)
+        assert message in text
+        assert "\n" not in text
+
+
+def test_a_private_model_needs_a_token(hub, load):
+    (text,) = load("org/private")
+    assert "set HF_TOKEN" in text
     (logits,) = load("org/private", HF_TOKEN="secret")
     assert not isinstance(logits, str)
 
 
-def test_a_hub_that_can_not_be_reached_and_a_full_disk(hub, load, tmp_path):
+def test_a_hub_that_can_not_be_reached_and_a_full_disk(hub, load):
     (text,) = load("org/tiny", HF_HUB_OFFLINE="1")
     assert "nor is it in the cache" in text
-    limited = """
-import json, resource, signal, sys
-from model import GPT
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    GPT.from_pretrained("org/tiny")
-except OSError as e:
-    print(json.dumps(str(e)))
-"""
-    (text,) = load(code=limited)
-    assert "File too large" in text and "\n" not in text
-    (logits,) = load("org/tiny")  # and nothing is left in the cache that a second try would take for whole
-    torch.testing.assert_close(torch.tensor(logits), expected(hub), atol=1e-4, rtol=0)
+    (text,) = load("org/tiny", code=SMALL_DISK + LOAD)
+    assert "File too large" in text
+    assert "\n" not in text
+    (logits,) = load("org/tiny")  # nothing is left in the cache that a second try would take for whole
+    assert_logits_of(hub.hf, logits)
 
 
 def test_a_published_ln_free_model_loads_as_ln_free(tmp_path):
@@ -135,8 +158,9 @@ def test_a_published_ln_free_model_loads_as_ln_free(tmp_path):
             module.eps = 1e12
     hf.save_pretrained(tmp_path / "free")
     model = GPT.from_pretrained(tmp_path / "free").eval()
-    assert model.ln_free() and set(model.ln_modes().values()) == {"fake"}
-    idx = torch.arange(20)[None]
+    assert model.ln_free()
+    assert set(model.ln_modes().values()) == {"fake"}
     with torch.no_grad():
-        torch.testing.assert_close(model(idx)[0], hf(idx).logits, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(model.fold()(idx)[0], hf(idx).logits, atol=1e-4, rtol=1e-4)
+        expected = hf(IDX).logits
+        torch.testing.assert_close(model(IDX)[0], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.fold()(IDX)[0], expected, atol=1e-4, rtol=1e-4)

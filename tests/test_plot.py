@@ -4,6 +4,7 @@ plot.py: a picture of a run, with each of its events named, and one of a residua
 import os
 
 import numpy as np
+import pytest
 from conftest import read_log
 
 PNG = b"\x89PNG"
@@ -61,3 +62,11 @@ def test_a_picture_of_what_is_not_a_run_is_refused(run, tmp_path):
     assert "usage: python plot.py" in run("plot.py").error
     assert "usage: python plot.py" in run("plot.py", "out/one", "out/two").error
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("line", ["5", "{}", "not JSON"])
+def test_a_log_that_is_none_is_named(run, line):
+    os.makedirs("out/run")
+    with open("out/run/log.jsonl", "w") as f:
+        f.write(line + "\n")
+    assert "out/run/log.jsonl is not a log of train.py" in run("plot.py", "out/run").error
