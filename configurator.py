@@ -4,8 +4,8 @@ change them, in order.
 
     python train.py config/remove_ln_tiny.py config/control.py --seed=2 --dtype float32
 
-A config file is Python that only assigns, and it may read what was set before it (`out_dir =
-out_dir + "_control"`).
+A config file is Python whose assignments are settings, but for names that begin with `_`. It may read
+what was set before it (`out_dir = out_dir + "_control"`).
 
 A setting is one line: its default, and a comment that says what it means. Where the comment begins
 with a bound, the bound is checked:
@@ -74,10 +74,12 @@ def apply_file(settings, names, path):
     after = dict(before)
     try:
         with open(path) as f:
-            exec(compile(f.read(), path, "exec"), {"__builtins__": {}}, after)
+            exec(compile(f.read(), path, "exec"), after)
     except Exception as e:
         raise UserError(f"{path} is not a config file: {type(e).__name__}: {e}") from None
     for key, value in after.items():
+        if key.startswith("_"):
+            continue
         check_name(names, key, f"{key} in {path}")
         settings[key] = check_type(f"{key} in {path}", value, before[key])
 
@@ -124,8 +126,8 @@ def check_bound(name, value, comment):
     bound, colon, _ = comment.partition(": ")
     number = re.fullmatch(r">= (\S+)(?: and < (\S+))?", bound)
     if number and colon:
-        low, high = (ast.literal_eval(n or "0") for n in number.groups())
-        if value < low or (high and value >= high):
+        low, high = (eval(n or "None") for n in number.groups())  # of our own source, as 2**63
+        if value < low or (high is not None and value >= high):
             below = f", and below {high}" if high else ""
             raise UserError(f"{name} is {value}, but it must be {low} or more{below}")
     choices = re.fullmatch(r"(?:\w+, )*\w+ or \w+", bound)

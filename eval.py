@@ -39,7 +39,7 @@ from parts.errors import UserError
 from parts.files import check_file, is_run, read_dict, write_json
 from parts.residual import residual_stats
 from parts.sources import HUB
-from parts.verify import why_not_ln_free
+from parts.verify import problems
 
 # -----------------------------------------------------------------------------
 # what takes several takes them with commas between
@@ -59,7 +59,7 @@ hellaswag_url = hellaswag.URL  # where its file is fetched from
 
 # val tokens behind the published figures
 PUBLISHED = {"owt": 4_500_000, "pile": 10_200_000, "pile-filtered": 10_200_000}
-TITLES = dict(original="original", control="control", ln_free="LN-free", part="part removed")  # of the roles
+TITLES = dict(original="original", control="control", ln_free="LN-free", part="part removed")  # in the table
 
 
 @dataclass
@@ -282,6 +282,12 @@ def show_residual(candidates, rows):
 # --- HellaSwag
 
 
+def open_hellaswag():
+    path = os.path.join("data", "hellaswag", "hellaswag_val.jsonl")
+    hellaswag.download(hellaswag_url, path)
+    return hellaswag.read_examples(path)
+
+
 def hellaswag_rows(examples, encode, candidates, autocast):
     """One JSON row for each model."""
     labels = np.array([example.label for example in examples])
@@ -353,7 +359,7 @@ def verify_models(sources):
     """Print a verdict for each model; True if all are LN-free."""
     verdicts = []
     for source in sources:
-        reasons = why_not_ln_free(GPT.from_pretrained(model_directory(source)).eval())
+        reasons = problems(GPT.from_pretrained(model_directory(source)).eval())
         verdicts.append(not reasons)
         if reasons:
             print("\n  ".join([f"{source}: NOT LN-free", *reasons]))
@@ -389,14 +395,12 @@ def main():
         default = run_dataset or ("owt" if config.vocab_size > 50256 else "stdlib")
         names = items(dataset) or [default]
         folders = {name: prepare(name, config) for name in names if name not in ("hellaswag", "residual")}
+        if "residual" in names and not folders:
+            folders[default] = prepare(default, config)
         for folder in folders.values():
             check_tokens(folder, candidates)
-        if "residual" in names:
-            residual_folder = next(iter(folders.values()), None) or prepare(default, config)
         if "hellaswag" in names:
-            path = os.path.join("data", "hellaswag", "hellaswag_val.jsonl")
-            hellaswag.download(hellaswag_url, path)
-            examples, encode = hellaswag.read_examples(path), encoder(config)
+            examples, encode = open_hellaswag(), encoder(config)
 
     weights = {c.source: weights_hash(c.model) for c in candidates} if json else {}
     for c in candidates:
@@ -412,7 +416,7 @@ def main():
             found = hellaswag_rows(examples, encode, candidates, autocast)
             show = show_hellaswag
         elif name == "residual":
-            found = residual_rows(residual_folder, candidates, autocast)
+            found = residual_rows(next(iter(folders.values())), candidates, autocast)
             show = show_residual
         else:
             found = cross_entropy_rows(folders[name], candidates, faithful_to, autocast)

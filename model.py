@@ -27,8 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 KINDS = ("ln_1qk", "ln_1v", "ln_2")  # the sites of a block
 LOSS_ROWS = 1024  # tokens whose logits exist at one time when only the loss is asked for
-# A piece of logits costs a GPU launches, and a gradient as large as the whole unembedding: there, so
-# many times the tokens in each.
+HEAD_ROWS = 128  # the same, where there is no gradient: glibc maps anew each time what is beyond 32 MB
+# On a GPU each piece costs kernel launches, and a gradient of the size of the whole unembedding: so
+# pieces there are 8 times as large.
 GPU_ROWS = 8
 
 
@@ -61,9 +62,9 @@ class LayerNorm(nn.Module):
     real: (x - mean) / sqrt(var + eps) * weight + bias
     fake: (x - mean) / constant        * weight + bias, which is affine in x
 
-    The mean stays in both: taking it away is linear, so fold can multiply it into the next matrix.
-    The constant is bos_std where use_bos, broadcast to (B, T, 1), is true, and avg_std elsewhere.
-    Both are 1 until they are measured.
+    Centring stays in both: it is linear, so fold can multiply it into the next matrix. The constant
+    is bos_std where use_bos, broadcast to (B, T, 1), is true, and avg_std elsewhere; "bos", as in the
+    paper, is position 0, whatever its token. Both are 1 until they are measured.
     """
 
     def __init__(self, config):
@@ -227,9 +228,9 @@ class GPT(nn.Module):
         # The treatments. GPT-2 rests its attention on position 0, and makes its residual vector far
         # larger than any other: one constant for both would be wrong for either. While `bos` is on,
         # position 0 has a constant of its own at every site. An end-of-text token begins a document
-        # as position 0 does, and is such a rest too: while `eot` is on, it takes position 0's
-        # constant on the value path. At the end both are switched off, one after the other, so that
-        # each site has one scalar left and can be folded.
+        # as position 0 does, and the value path treats it alike: while `eot` is on, it takes position
+        # 0's constant there. At the end both are switched off, one after the other, so that each site
+        # has one scalar left and can be folded.
         self.register_buffer("bos_on", torch.tensor(False), persistent=False)
         self.register_buffer("eot_on", torch.tensor(False), persistent=False)
 
@@ -272,14 +273,14 @@ class GPT(nn.Module):
         return self.final_norm(*self.run_blocks(idx, pos, mask, cache))
 
     def run_blocks(self, idx, pos=None, mask=None, cache=None):
-        """As hidden -> the residual stream after the last block, (B, T, C), and where ln_f divides
-        by bos_std, (1 or B, T, 1)."""
+        """Arguments as hidden's -> the residual stream after the last block, (B, T, C), and which
+        tokens take bos_std in ln_f, (1 or B, T, 1)."""
         if pos is None:
             T = idx.shape[1]
             if T > self.config.block_size:
                 raise ValueError(f"{T} tokens are more than the model's {self.config.block_size} positions")
             pos = torch.arange(T, device=idx.device).unsqueeze(0)  # (1, T)
-        # a matter of position and token, never of the channel: (1 or B, T, 1), and for the value (B, T, 1)
+        # which tokens take bos_std: (1 or B, T, 1), and on the value path (B, T, 1)
         use_bos = (pos == 0).unsqueeze(-1) & self.bos_on
         use_bos_v = use_bos | ((idx == self.config.eot).unsqueeze(-1) & self.eot_on)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
@@ -312,9 +313,7 @@ class GPT(nn.Module):
     def token_losses(self, x, targets):
         """x (N, C), targets (N,) -> each token's loss in nats (N,), float32."""
         losses = []
-        # the logits of 128 of GPT-2's tokens stay below the 32 MB from which glibc asks the system
-        # for new pages each time
-        for x_piece, targets_piece in zip(pieces(x, 128), pieces(targets, 128)):
+        for x_piece, targets_piece in zip(pieces(x, HEAD_ROWS), pieces(targets, HEAD_ROWS)):
             losses.append(F.cross_entropy(self.lm_head(x_piece).float(), targets_piece, reduction="none"))
         return torch.cat(losses)
 
@@ -416,8 +415,8 @@ class GPT(nn.Module):
         """A new GPT, without any LN, that computes the same function. ValueError if the model is
         not LN-free, or folded already.
 
-        With P = I - 11'/C for the centring, a fake site and the linear map W, b that reads it are
-        one affine map:
+        With P = I - ones ones^T / C for the centring, a fake site and the linear map W, b that reads
+        it are one affine map:
         W (P x / std * weight + bias) + b  =  (W diag(weight / std) P) x  +  (W bias + b)
         """
         if self.config.folded:
@@ -425,7 +424,7 @@ class GPT(nn.Module):
         if not self.ln_free():
             raise ValueError("can't fold: " + self.why_not_ln_free()[0])
 
-        def folded(site, W, b):
+        def absorb(site, W, b):
             W = W.double()
             A = W * (site.weight.double() / site.avg_std.double())
             A = A - A.mean(1, keepdim=True)  # times P
@@ -442,14 +441,14 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             W, b = block.attn.c_attn.weight, block.attn.c_attn.bias
             b_qk, b_v = (None, None) if b is None else (b[: 2 * C], b[2 * C :])
-            W_qk, b_qk = folded(block.ln_1qk, W[: 2 * C], b_qk)
-            W_v, b_v = folded(block.ln_1v, W[2 * C :], b_v)
+            W_qk, b_qk = absorb(block.ln_1qk, W[: 2 * C], b_qk)
+            W_v, b_v = absorb(block.ln_1v, W[2 * C :], b_v)
             state[f"transformer.h.{i}.attn.c_attn.weight"] = torch.cat([W_qk, W_v])
             state[f"transformer.h.{i}.attn.c_attn.bias"] = torch.cat([b_qk, b_v])
-            W, b = folded(block.ln_2, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+            W, b = absorb(block.ln_2, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
             state[f"transformer.h.{i}.mlp.c_fc.weight"] = W
             state[f"transformer.h.{i}.mlp.c_fc.bias"] = b
-        state["lm_head.weight"], state["lm_head.bias"] = folded(self.transformer.ln_f, self.lm_head.weight, None)
+        state["lm_head.weight"], state["lm_head.bias"] = absorb(self.transformer.ln_f, self.lm_head.weight, None)
         new.load_state_dict(state)
         return new
 

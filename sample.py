@@ -24,7 +24,7 @@ prompt = "\n"  # what the text begins with
 max_new_tokens = 256  # >= 1: it ends earlier where the model says end-of-text
 temperature = 0.8  # >= 0: of the draw; 0: always the likeliest token
 top_k = 200  # >= 0: draw from so many likeliest tokens; 0: from all
-seed = 1337  # >= 0 and < 9223372036854775808: of the draw
+seed = 1337  # >= 0 and < 2**63: of the draw
 device = "auto"  # cuda, mps or cpu, the first that is there; or one by name
 dtype = "float32"  # float32 or bfloat16: of the weights
 # -----------------------------------------------------------------------------

@@ -30,12 +30,12 @@ from parts.speed import flops_per_token, peak_flops
 from schedule import describe, describe_event, learning_rate_at, remove, set_state, timeline
 
 # -----------------------------------------------------------------------------
-# settings: a default, its bound where it has one, and what it means
+# settings: a default, and a comment that says what it means; configurator.py checks the bound in it
 # files
 out_dir = "out/run"  # gets ckpt.pt, model/, log.jsonl and settings.json
 init_from = "assets/tiny"  # a model directory or hub repository; or scratch; or resume, from out_dir/ckpt.pt
 dataset = "stdlib"  # a folder under data/, made by prepare_owt.py
-seed = 1337  # >= 0 and < 9223372036854775808: of the data order, of random weights and of dropout
+seed = 1337  # >= 0 and < 2**63: of the data order, of random weights and of dropout
 # removal
 ln_schedule = []  # rows (sites, first step, steps between layers), see schedule.py; empty: the control
 # steps
@@ -97,7 +97,7 @@ with ranks.rank_0_first():  # it fetches the weights, and the others find them i
     if init_from == "resume":
         resumed = checkpoint.load(out_dir)
         model = checkpoint.load_model(resumed, dropout)
-        settings["init_from"] = resumed["settings"]["init_from"]
+        settings["init_from"] = resumed["settings"]["init_from"]  # not `resume`: eval.py looks for the original
     elif init_from == "scratch":
         if n_embd % n_head:
             raise UserError(f"n_embd {n_embd} is not a multiple of n_head {n_head}")
@@ -108,12 +108,13 @@ with ranks.rank_0_first():  # it fetches the weights, and the others find them i
         if model.config.eot != meta["eot"]:
             ranks.say(f"note: end-of-text is {meta['eot']} in data/{dataset}, but {model.config.eot} in {init_from}: "
                       "was it trained on such tokens?")
-        model.config.eot = meta["eot"]
+        model.config.eot = meta["eot"]  # what stands between the documents that it will see
 if block_size > model.config.block_size:
     most = model.config.block_size
     raise UserError(f"block_size {block_size} is beyond the model's {most} positions: --block_size={most}")
 if ln_schedule and block_size == 1:
     raise UserError("block_size 1 has position 0 alone, and ln_schedule needs the std of others too")
+# what the model is, whatever the settings for init_from=scratch say
 settings |= {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "bias")}
 
 # --- data: a batch is a function of seed and step, whatever the number of processes
@@ -141,7 +142,7 @@ wandb = checkpoint.start_wandb(wandb_project, out_dir, settings) if wandb_log el
 checkpoint.open_run(out_dir, settings, resumed)
 log = checkpoint.Log(out_dir, start, wandb)
 
-# --- optimizers: one; another can take some of the parameters
+# --- optimizer: a list, as another one can take some of the parameters (Muon the block matrices, say)
 model.to(device)
 model.gradient_checkpointing = gradient_checkpointing
 matrices = [p for p in model.parameters() if p.dim() >= 2]  # and embeddings
@@ -164,6 +165,7 @@ if compile:
 forward = compiled
 if ranks.WORLD > 1:
     gpus = [ranks.LOCAL_RANK] if device.startswith("cuda") else None
+    # no buffers to send: every process sets the same constants and modes
     forward = DDP(compiled, device_ids=gpus, forward_sync_buffers=False)
 
 
@@ -217,9 +219,9 @@ for step in range(start, max_iters + 1):
     due = [event for event in events if event[0] == step]
     with autocast:
         removed = remove(model, due, (x for x, _ in batches(step)), ranks.mean)
-    for event in removed:
-        log.write(event)
-        ranks.say(f"step {step:>6}  " + describe_event(event))
+    for entry in removed:
+        log.write(entry)
+        ranks.say(f"step {step:>6}  " + describe_event(entry))
 
     # the step
     began = time.perf_counter()

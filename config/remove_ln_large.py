@@ -1,4 +1,4 @@
-# All 109 LayerNorms out of GPT-2 large in 600 steps: arXiv 2507.02559.
+# All 73 LayerNorms out of GPT-2 large, at 109 sites, in 600 steps: arXiv 2507.02559.
 out_dir = "out/remove_ln_large"
 init_from = "gpt2-large"
 dataset = "owt"

@@ -30,8 +30,9 @@ def open_run(out_dir, settings, resumed):
 
 
 def save(out_dir, step, model, optimizers, settings):
-    """ckpt.pt before step `step`, on rank 0: all that a resume needs. The old one stays until the
-    new one is whole. UserError."""
+    """ckpt.pt before step `step`: all that a resume needs. All processes call it, and rank 0 writes;
+    the old one stays until the new one is whole. UserError if it can't be written."""
+    rng = ranks.gather(rng_state())
     if ranks.RANK > 0:
         return
     write(os.path.join(out_dir, "ckpt.pt"), dict(
@@ -41,7 +42,7 @@ def save(out_dir, step, model, optimizers, settings):
         optimizers=[optimizer.state_dict() for optimizer in optimizers],
         step=step,
         settings=settings,
-        rng=rng_state(),
+        rng=rng,
     ))
     # an earlier run's model, which eval.py must not take for this one's
     remove_files(os.path.join(out_dir, "model"), ["config.json", "model.safetensors"])
@@ -52,7 +53,7 @@ def write(path, checkpoint):
         with whole_file(path) as f:
             torch.save(checkpoint, f)
     except (UserError, RuntimeError) as e:
-        # a full disk, say, behind torch's own error
+        # torch wraps a full disk's OSError in its own error: show the cause
         cause = e.__context__ if isinstance(e.__context__, OSError) else e
         raise UserError(f"can't save {path}: {str(cause).splitlines()[0]}; "
                         "an older checkpoint there is untouched") from None
@@ -105,7 +106,11 @@ def rng_state():
     return state
 
 
-def set_rng_state(state):
+def set_rng_state(states):
+    """This process's own, where the checkpoint has it."""
+    if ranks.RANK >= len(states):
+        return
+    state = states[ranks.RANK]
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_initialized() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import pieces
+from model import HEAD_ROWS, pieces
 from parts.data import read_windows
 from parts.ranks import RANK
-
-HEAD_ROWS = 128  # tokens whose distributions exist at one time, as in GPT.token_losses
 
 
 def divergences(log_q, log_p):

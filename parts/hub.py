@@ -204,6 +204,7 @@ def write(directory, hf, tensors):
     with on_disk(f"can't write {directory}"):
         os.makedirs(directory, exist_ok=True)
     weights = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    # config.json is the last to take its name: with it, the directory is a model
     with whole_file(os.path.join(directory, "config.json")) as config_file:
         with whole_file(os.path.join(directory, "model.safetensors")) as weights_file:
             weights_file.write(weights)

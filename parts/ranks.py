@@ -42,12 +42,18 @@ def mean(t):
     return t
 
 
+def gather(value):
+    """A value from each process -> the list of all of them, on each."""
+    if WORLD == 1:
+        return [value]
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values
+
+
 def gather_rows(array):
     """Rows RANK, RANK + WORLD, ... of an array, one from each process -> the whole array on each."""
-    if WORLD == 1:
-        return array
-    parts = [None] * WORLD
-    dist.all_gather_object(parts, array)
+    parts = gather(array)
     whole = np.empty((sum(map(len, parts)), *array.shape[1:]), array.dtype)
     for rank, part in enumerate(parts):
         whole[rank::WORLD] = part

@@ -6,11 +6,11 @@ import math
 
 import torch
 
-A = 0.3
+MIX = 0.3
 
 
 @torch.inference_mode()
-def why_not_ln_free(model):
+def problems(model):
     """The reasons why the model, folded or not, is not LN-free; empty if it is. In float64, to
     which the model is converted."""
     model = model.double()
@@ -57,7 +57,7 @@ def why_not_affine(model):
     torch.manual_seed(0)
     x, y = torch.randn(2, 1, T, model.config.n_embd, dtype=weight.dtype, device=weight.device)
     y = 3 * y + 1
-    for stream in (x, y, A * x + (1 - A) * y):
+    for stream in (x, y, MIX * x + (1 - MIX) * y):
         hook = model.transformer.drop.register_forward_hook(lambda module, args, out: stream)
         model(torch.zeros(1, T, dtype=torch.long, device=weight.device))
         hook.remove()
@@ -66,7 +66,7 @@ def why_not_affine(model):
 
     reasons = []
     for name, (of_x, of_y, of_mixture) in outputs.items():
-        off = ((of_mixture - A * of_x - (1 - A) * of_y).abs().max() / of_mixture.abs().max()).item()
+        off = ((of_mixture - MIX * of_x - (1 - MIX) * of_y).abs().max() / of_mixture.abs().max()).item()
         if not off < 1e-10:
             reasons.append(f"{name} is not affine: off by {off:.1e} of its largest value")
     return reasons

@@ -130,13 +130,18 @@ def test_what_it_can_not_take_ends_in_one_line(refused, argv, message):
     ("stepz = 3", "unknown setting stepz in bad.py; did you mean steps?"),
     ("steps = '3'", "steps in bad.py must be int"),
     ("steps = = 3", "bad.py is not a config file: SyntaxError"),
-    ("import os", "bad.py is not a config file: ImportError"),
+    ("import os", "unknown setting os in bad.py"),
     ("steps = unknown", "bad.py is not a config file: NameError"),
     ("steps = 0", "steps is 0, but it must be 1 or more"),
 ])
 def test_a_bad_config_file_ends_in_one_line(refused, tmp_path, text, message):
     (tmp_path / "bad.py").write_text(text)
     assert message in refused("bad.py")
+
+
+def test_a_config_file_can_compute_its_rows_and_keep_names_of_its_own(apply, tmp_path):
+    (tmp_path / "rows.py").write_text("_begin = 3\nrows = [(f'h.{i}.ln_2', _begin + i, None) for i in range(2)]\n")
+    assert apply("rows.py") == DEFAULTS | dict(rows=[("h.0.ln_2", 3, None), ("h.1.ln_2", 4, None)])
 
 
 # --- bounds

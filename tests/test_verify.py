@@ -5,7 +5,7 @@ import torch
 from conftest import TINY
 
 from model import GPT
-from parts.verify import why_not_ln_free
+from parts.verify import problems
 
 
 def test_verify_passes_what_a_removal_leaves_and_fails_the_rest(run, finished):
@@ -47,15 +47,15 @@ def test_verify_names_the_one_site_that_fails(run, finished):
 
 def test_verify_finds_a_std_hidden_in_a_folded_model(finished):
     model = GPT.from_pretrained("out/demo/model").fold()
-    assert why_not_ln_free(model) == []
+    assert problems(model) == []
 
     fc = model.transformer.h[1].mlp.c_fc
     fc.register_forward_hook(lambda module, args, out: out / out.std(-1, keepdim=True))
-    (reason,) = why_not_ln_free(model)
+    (reason,) = problems(model)
     assert reason.split(":")[0] == "transformer.h.1.mlp.c_fc is not affine"
 
 
 def test_verify_finds_a_norm_hidden_in_a_folded_model(finished):
     model = GPT.from_pretrained("out/demo/model").fold()
     model.transformer.extra = torch.nn.RMSNorm(192)
-    assert why_not_ln_free(model) == ["transformer.extra is a RMSNorm"]
+    assert problems(model) == ["transformer.extra is a RMSNorm"]
