@@ -14,8 +14,8 @@ and carrying events out.
     ]
 
 For a model of any depth and a run of any length, a row can say where in the run it begins, as a
-fraction of max_iters, and a pair of such says from where to where its layers are spread evenly:
-("ln_2", (0.1, 0.3), None).
+fraction of max_iters: ("ln_f", 0.4, None). A pair says from where to where its layers are spread
+evenly, the end itself not among them: ("ln_2", (0.1, 0.3), None). The learning rate is here too.
 """
 import math
 
@@ -36,7 +36,7 @@ def timeline(ln_schedule, n_layer, max_iters):
     for step, kind, layer in events:
         name = site_name(kind, layer)
         if name in seen:
-            raise UserError(f"ln_schedule: {name} has two rows")
+            raise UserError(f"ln_schedule: {name} has two events")
         seen.add(name)
     if events and events[-1][0] >= max_iters:  # the last one tells how many steps are needed
         step, kind, layer = events[-1]
@@ -61,18 +61,20 @@ def row_events(row, n_layer, max_iters):
         sites = [named_site(name, n_layer)]
 
     if isinstance(first, (list, tuple)) and len(first) == 2 and gap is None:
+        if name not in KINDS:
+            raise UserError(f"ln_schedule: in {row!r} there is one event, and it happens at one step")
         begin, end = step_of(row, first[0], max_iters), step_of(row, first[1], max_iters)
         if end < begin:
             raise UserError(f"ln_schedule: in {row!r} the end is before the beginning")
         steps = [begin + (end - begin) * i // len(sites) for i in range(len(sites))]
     elif name in KINDS:
+        begin = step_of(row, first, max_iters)
         if type(gap) is not int or gap < 0:
-            raise UserError(f"ln_schedule: in {row!r} the first step must be 0 or more, "
-                            "and the steps between layers 0 or more")
-        steps = [step_of(row, first, max_iters) + gap * i for i in range(len(sites))]
+            raise UserError(f"ln_schedule: in {row!r} the steps between layers must be 0 or more")
+        steps = [begin + gap * i for i in range(len(sites))]
     else:
         if gap is not None:
-            raise UserError(f"ln_schedule: in {row!r} there is one event, and the steps between layers None")
+            raise UserError(f"ln_schedule: in {row!r} there is one event: the steps between layers must be None")
         steps = [step_of(row, first, max_iters)]
     return [(step, kind, layer) for step, (kind, layer) in zip(steps, sites)]
 
@@ -120,20 +122,23 @@ def state_at(events, step, sites):
     past = {site_name(kind, layer) for k, kind, layer in events if k < step}
     scheduled = {kind for _, kind, _ in events}
     modes = {name: "fake" if name in past else "real" for name in sites}
-    treatments = {name: name in scheduled and name not in past for name in ("bos", "eot")}
+    treatments = {name: name in scheduled and name not in past for name in TREATMENTS}
     return modes, treatments
 
 
-def set_state(model, events, step, resumed):
-    """Put the treatments of a model that begins at `step` as the schedule has them there. UserError
-    if its modes are others."""
-    if events and model.config.folded:
+def check_modes(model, events, step):
+    """UserError unless the sites of a model that begins at `step` have the schedule's modes there."""
+    if model.config.folded:
         raise UserError("init_from is a folded model: it has no LayerNorm that ln_schedule could remove")
-    modes, treatments = state_at(events, step, model.sites())
-    if events or resumed:
-        for name, mode in model.ln_modes().items():
-            if mode != modes[name]:
-                raise UserError(f"{name} is {mode} at step {step}, but by ln_schedule it should be {modes[name]}")
+    modes, _ = state_at(events, step, model.sites())
+    for name, mode in model.ln_modes().items():
+        if mode != modes[name]:
+            raise UserError(f"{name} is {mode} at step {step}, but by ln_schedule it should be {modes[name]}")
+
+
+def set_treatments(model, events, step):
+    """Switch the treatments on that the schedule ends at `step` or later, and the others off."""
+    _, treatments = state_at(events, step, model.sites())
     for kind, on in treatments.items():
         model.set_treatment(kind, on)
 
@@ -160,8 +165,9 @@ def remove(model, events, batches, mean=lambda t: t):
 
 @torch.no_grad()
 def measure(model, batches, mean):
-    """Set the constants of all sites that are still real. A constant must fit the weights of this
-    moment, and the tokens that come next: so it is measured at the event, on the step's own batch."""
+    """Set the constants of all sites that are still real, in one pass. A constant must fit the weights
+    of this moment, and the tokens that come next: so it is measured at the event, on the step's own
+    batch. Those of sites that go later are measured again then."""
     model.eval()  # without dropout
     observed = [model.observe_std(idx) for idx in batches]
     model.train()
@@ -171,13 +177,18 @@ def measure(model, batches, mean):
 
 
 def describe(ln_schedule, events):
-    """A line for each row: what happens before which steps."""
+    """A line for each kind, treatment and named site of the schedule: what happens before which
+    steps, and to which layers where they don't just ascend."""
     lines = []
-    for name, *_ in ln_schedule:
-        steps = [str(step) for step, kind, layer in events if name in (kind, site_name(kind, layer))]
-        change = "off" if name in TREATMENTS else "fake"
-        lines.append(f"  {name:<6} {change} before step {', '.join(steps)}")
-    return list(dict.fromkeys(lines))
+    for name in dict.fromkeys(row[0] for row in ln_schedule):
+        own = [event for event in events if name in (event[1], site_name(*event[1:]))]
+        steps = ", ".join(str(step) for step, _, _ in own)
+        line = f"  {name:<6} {'off' if name in TREATMENTS else 'fake'} before step {steps}"
+        layers = [layer for _, _, layer in own]
+        if name in KINDS and layers != list(range(len(layers))):
+            line += f": layers {', '.join(map(str, layers))}"
+        lines.append(line)
+    return lines
 
 
 def describe_event(entry):

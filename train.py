@@ -27,7 +27,7 @@ from parts.device import autocast_to, check_compiler, pick_device, pick_dtype
 from parts.errors import UserError
 from parts.files import check_out_dir
 from parts.speed import flops_per_token, peak_flops
-from schedule import describe, describe_event, learning_rate_at, remove, set_state, timeline
+from schedule import check_modes, describe, describe_event, learning_rate_at, remove, set_treatments, timeline
 
 # -----------------------------------------------------------------------------
 # settings: a default, and a comment that says what it means; configurator.py checks the bound in it
@@ -135,7 +135,9 @@ start = resumed["step"] if resumed else 0
 if start > max_iters:
     raise UserError(f"the checkpoint in {out_dir} is at step {start}, beyond max_iters {max_iters}")
 events = timeline(ln_schedule, model.config.n_layer, max_iters)
-set_state(model, events, start, resumed=bool(resumed))
+if ln_schedule or (resumed and resumed["settings"]["ln_schedule"]):
+    check_modes(model, events, start)
+set_treatments(model, events, start)
 
 # --- the run's folder and log
 wandb = checkpoint.start_wandb(wandb_project, out_dir, settings) if wandb_log else None

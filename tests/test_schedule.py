@@ -1,0 +1,462 @@
+"""
+schedule.py: rows become events, at the steps and in the order that are written out here by hand, and a
+row that can't run is refused by name. The configs hold the published schedules.
+"""
+import ast
+import os
+
+import pytest
+from conftest import REPO
+
+from configurator import configure
+from parts.errors import UserError
+from schedule import describe, learning_rate_at, state_at, timeline
+
+POST = [
+    ("ln_2", 200, 20),
+    ("ln_1qk", 440, 20),
+    ("ln_1v", 680, 30),
+    ("ln_f", 1040, None),
+    ("eot", 1060, None),
+    ("bos", 1160, None),
+]
+FOLLOW_UP = [
+    ("ln_2", 20, 2),
+    ("ln_1qk", 44, 2),
+    ("ln_1v", 68, 3),
+    ("ln_f", 104, None),
+    ("eot", 106, None),
+    ("bos", 116, None),
+]
+
+TRAIN = os.path.join(REPO, "train.py")
+
+
+def train_defaults():
+    """{name: value} of the settings at the top of train.py, plain assignments before `settings = ...`."""
+    with open(TRAIN) as f:
+        top, _, _ = f.read().partition("settings = configure(")
+    assignments = [line for line in ast.parse(top).body if isinstance(line, ast.Assign)]
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in assignments}
+
+
+def sites_of(n_layer):
+    """The names of the sites of a model of so many layers."""
+    names = []
+    for layer in range(n_layer):
+        names += [f"h.{layer}.ln_1qk", f"h.{layer}.ln_1v", f"h.{layer}.ln_2"]
+    return [*names, "ln_f"]
+
+
+# --- rows to events
+
+
+def test_the_posts_schedule_gives_its_events():
+    events = timeline(POST, 12, 1200)
+    assert events[:12] == [(200 + 20 * i, "ln_2", i) for i in range(12)]
+    assert events[12:24] == [(440 + 20 * i, "ln_1qk", i) for i in range(12)]
+    assert events[24:36] == [(680 + 30 * i, "ln_1v", i) for i in range(12)]
+    assert events[36:] == [(1040, "ln_f", None), (1060, "eot", None), (1160, "bos", None)]
+    assert [events[i][0] for i in (11, 23, 35)] == [420, 660, 1010]
+
+
+def test_the_follow_ups_schedule_gives_its_events():
+    events = timeline(FOLLOW_UP, 12, 300)
+    steps = {kind: [k for k, name, _ in events if name == kind] for kind in ("ln_2", "ln_1qk", "ln_1v")}
+    assert steps["ln_2"] == [20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42]
+    assert steps["ln_1qk"] == [44, 46, 48, 50, 52, 54, 56, 58, 60, 62, 64, 66]
+    assert steps["ln_1v"] == [68, 71, 74, 77, 80, 83, 86, 89, 92, 95, 98, 101]
+    assert events[36:] == [(104, "ln_f", None), (106, "eot", None), (116, "bos", None)]
+
+
+def test_gap_0_is_all_layers_at_once_and_empty_is_the_control():
+    assert timeline([("ln_2", 3, 0)], 4, 10) == [(3, "ln_2", layer) for layer in range(4)]
+    assert timeline([], 4, 10) == []
+
+
+def test_up_is_the_order_without_a_fourth_column():
+    assert timeline([("ln_2", 3, 2, "up")], 3, 10) == [(3, "ln_2", 0), (5, "ln_2", 1), (7, "ln_2", 2)]
+    assert timeline([("ln_2", 3, 2)], 3, 10) == [(3, "ln_2", 0), (5, "ln_2", 1), (7, "ln_2", 2)]
+
+
+def test_down_begins_with_the_last_layer():
+    assert timeline([("ln_1qk", 3, 2, "down")], 4, 10) == [
+        (3, "ln_1qk", 3),
+        (5, "ln_1qk", 2),
+        (7, "ln_1qk", 1),
+        (9, "ln_1qk", 0),
+    ]
+
+
+def test_a_list_of_layers_is_their_order_and_a_negative_one_counts_from_the_end():
+    assert timeline([("ln_1v", 10, 5, [3, 0, -1, -2])], 6, 100) == [
+        (10, "ln_1v", 3),
+        (15, "ln_1v", 0),
+        (20, "ln_1v", 5),
+        (25, "ln_1v", 4),
+    ]
+
+
+def test_a_kind_may_have_several_rows_for_several_layers():
+    rows = [
+        ("ln_2", 20, 1, [0, 1]),
+        ("ln_2", 10, 3, [-1, 2]),
+    ]
+    assert timeline(rows, 4, 100) == [
+        (10, "ln_2", 3),
+        (13, "ln_2", 2),
+        (20, "ln_2", 0),
+        (21, "ln_2", 1),
+    ]
+
+
+def test_a_site_may_be_named():
+    rows = [
+        ("h.5.ln_2", 700, None),
+        ("h.0.ln_1qk", 7, None),
+        ("h.11.ln_1v", 0.5, None),
+    ]
+    assert timeline(rows, 12, 800) == [
+        (7, "ln_1qk", 0),
+        (400, "ln_1v", 11),
+        (700, "ln_2", 5),
+    ]
+
+
+def test_several_events_of_one_step_keep_the_schedules_order():
+    rows = [
+        ("bos", 6, None),
+        ("ln_f", 5, None),
+        ("h.1.ln_1v", 5, None),
+        ("ln_2", 5, 0, "down"),
+        ("eot", 5, None),
+        ("ln_1qk", 4, 1, [1, 0]),
+    ]
+    assert timeline(rows, 2, 10) == [
+        (4, "ln_1qk", 1),
+        (5, "ln_f", None),
+        (5, "ln_1v", 1),
+        (5, "ln_2", 1),
+        (5, "ln_2", 0),
+        (5, "eot", None),
+        (5, "ln_1qk", 0),
+        (6, "bos", None),
+    ]
+
+
+# --- fractions of a run
+
+
+def test_a_pair_of_fractions_spreads_the_layers_of_a_kind():
+    """From step 20 of 200 to step 60: a layer every 40 / 6 steps, rounded down."""
+    assert timeline([("ln_2", (0.1, 0.3), None)], 6, 200) == [
+        (20, "ln_2", 0),
+        (26, "ln_2", 1),
+        (33, "ln_2", 2),
+        (40, "ln_2", 3),
+        (46, "ln_2", 4),
+        (53, "ln_2", 5),
+    ]
+
+
+def test_a_pair_spreads_just_the_layers_of_its_row_in_its_order():
+    assert timeline([("ln_1v", (0.1, 0.3), None, [-1, 0])], 6, 200) == [(20, "ln_1v", 5), (40, "ln_1v", 0)]
+    assert timeline([("ln_1v", (0.1, 0.3), None, "down")], 2, 200) == [(20, "ln_1v", 1), (40, "ln_1v", 0)]
+
+
+def test_a_pair_may_be_of_steps():
+    assert timeline([("ln_2", (10, 40), None)], 3, 200) == [(10, "ln_2", 0), (20, "ln_2", 1), (30, "ln_2", 2)]
+    assert timeline([("ln_2", (10, 10), None)], 2, 200) == [(10, "ln_2", 0), (10, "ln_2", 1)]
+
+
+def test_one_fraction_is_the_first_step():
+    assert timeline([("ln_f", 0.35, None)], 6, 200) == [(70, "ln_f", None)]
+    assert timeline([("bos", 0.0, None)], 6, 200) == [(0, "bos", None)]
+    assert timeline([("ln_2", 0.25, 3)], 3, 200) == [(50, "ln_2", 0), (53, "ln_2", 1), (56, "ln_2", 2)]
+
+
+# --- rows that can't run: a model of 4 layers, a run of 100 steps
+
+
+def refusal(rows):
+    """The one line that a schedule is refused with."""
+    with pytest.raises(UserError) as refused:
+        timeline(rows, 4, 100)
+    line = str(refused.value)
+    assert line.startswith("ln_schedule: ")
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("row", [
+    "ln_2",
+    "bos",  # three letters, as a row has three columns
+    "h.2.ln_2",
+    "",
+    5,
+    None,
+    [],
+    ("ln_2",),
+    ("ln_2", 1),
+    ("ln_2", 1, 2, "up", 3),
+    {"ln_2": 1},
+])
+def test_what_is_not_a_row_is_refused_as_it_stands(row):
+    assert f"{row!r} is not a row" in refusal([("ln_1qk", 0, 0), row])
+
+
+@pytest.mark.parametrize("row, problem", [
+    # no step
+    (("ln_2", -1, 2), "the first step must be 0 or more"),
+    (("ln_2", True, 2), "the first step must be 0 or more"),
+    (("bos", True, None), "the first step must be 0 or more"),
+    (("ln_2", "5", 2), "the first step must be 0 or more"),
+    (("ln_f", None, None), "the first step must be 0 or more"),
+    (("ln_2", 1.5, 2), "the first step must be 0 or more"),
+    (("ln_f", 1.01, None), "as a fraction of max_iters from 0.0 to 1.0"),
+    (("ln_f", -0.1, None), "as a fraction of max_iters from 0.0 to 1.0"),
+    (("ln_f", float("nan"), None), "as a fraction of max_iters from 0.0 to 1.0"),
+    # no pair of steps
+    (("ln_2", (0.3, 0.1), None), "the end is before the beginning"),
+    (("ln_2", [30, 10], None), "the end is before the beginning"),
+    (("ln_2", (0.5, 1.5), None), "as a fraction of max_iters from 0.0 to 1.0"),
+    (("ln_2", (0.5, True), None), "the first step must be 0 or more"),
+    (("ln_2", (0.1, 0.2, 0.3), None), "the first step must be 0 or more"),
+    (("ln_2", (0.1, 0.3), 2), "the first step must be 0 or more"),
+    # no steps between layers
+    (("ln_2", 1, None), "the steps between layers must be 0 or more"),
+    (("ln_2", 1, -1), "the steps between layers must be 0 or more"),
+    (("ln_2", 1, True), "the steps between layers must be 0 or more"),
+    (("ln_2", 1, 0.5), "the steps between layers must be 0 or more"),
+    (("ln_f", 1, 2), "the steps between layers must be None"),
+    (("ln_f", 1, 0), "the steps between layers must be None"),
+    (("eot", 1, 1), "the steps between layers must be None"),
+    (("h.2.ln_2", 1, 2), "the steps between layers must be None"),
+    # no order
+    (("ln_2", 1, 2, "sideways"), "the order must be 'up', 'down' or a list of layers from 0 to 3"),
+    (("ln_2", 1, 2, None), "the order must be 'up', 'down' or a list of layers from 0 to 3"),
+    (("ln_2", 1, 2, 3), "the order must be 'up', 'down' or a list of layers from 0 to 3"),
+    (("ln_2", 1, 2, []), "the order must be 'up', 'down' or a list of layers from 0 to 3"),
+    (("ln_2", 1, 2, [4]), "the order must be 'up', 'down' or a list of layers from 0 to 3"),
+    (("ln_2", 1, 2, [0, -5]), "the order must be 'up', 'down' or a list of layers from 0 to 3"),
+    (("ln_2", 1, 2, [True]), "the order must be 'up', 'down' or a list of layers from 0 to 3"),
+    (("ln_2", 1, 2, [1.0]), "the order must be 'up', 'down' or a list of layers from 0 to 3"),
+    (("ln_2", (0.1, 0.3), None, []), "the order must be 'up', 'down' or a list of layers from 0 to 3"),
+    # one event
+    (("ln_f", (0.1, 0.3), None), "there is one event, and it happens at one step"),
+    (("h.2.ln_2", (10, 30), None), "there is one event, and it happens at one step"),
+    (("ln_f", 1, None, "up"), "there is one event, and no layers to order"),
+    (("eot", 1, None, "down"), "there is one event, and no layers to order"),
+    (("h.2.ln_2", 1, None, [2]), "there is one event, and no layers to order"),
+])
+def test_a_row_that_can_not_run_is_refused_with_the_whole_row(row, problem):
+    line = refusal([("ln_1qk", 0, 0), row])
+    assert f"in {row!r} " in line
+    assert problem in line
+
+
+@pytest.mark.parametrize("row", [
+    ("ln_3", 5, 1),
+    ("ln_1", 5, 1),
+    ("h.4.ln_2", 5, None),  # the model has layers 0 to 3
+    ("h.-1.ln_2", 5, None),
+    ("h.0.ln_f", 5, None),
+    ("h.0.ln_1", 5, None),
+    (3, 5, 1),
+    (["ln_2"], 5, 1),
+    (None, 5, 1),
+])
+def test_a_row_of_no_site_of_the_model_is_refused_by_its_name(row):
+    line = refusal([("ln_1qk", 0, 0), row])
+    assert f"unknown kind {row[0]!r}" in line
+    assert "or one site, from h.0.ln_2 to h.3.ln_2" in line
+
+
+@pytest.mark.parametrize("row, problem", [
+    (("ln_2", 98, 1), "h.3.ln_2 at step 101 never happens: max_iters is 100"),
+    (("ln_2", 98, 1, "down"), "h.0.ln_2 at step 101 never happens: max_iters is 100"),
+    (("ln_2", 99, 500, [2, 1]), "h.1.ln_2 at step 599 never happens: max_iters is 100"),
+    (("bos", 100, None), "bos at step 100 never happens: max_iters is 100"),
+    (("h.2.ln_2", 100, None), "h.2.ln_2 at step 100 never happens: max_iters is 100"),
+    (("ln_f", 1.0, None), "ln_f at step 100 never happens: max_iters is 100"),
+    (("ln_2", (100, 100), None), "h.3.ln_2 at step 100 never happens: max_iters is 100"),
+])
+def test_an_event_beyond_the_run_is_refused_and_the_last_one_named(row, problem):
+    """So that one reading tells how many steps are needed."""
+    assert problem in refusal([("ln_1qk", 0, 0), row])
+
+
+@pytest.mark.parametrize("rows, site", [
+    ([("ln_2", 1, 1), ("ln_2", 50, 1)], "h.0.ln_2"),
+    ([("ln_2", 1, 1), ("ln_2", 50, 1, [2])], "h.2.ln_2"),
+    ([("ln_2", 50, 1, [0, 1]), ("ln_2", 1, 1, [3, -3])], "h.1.ln_2"),
+    ([("ln_2", 1, 1), ("h.3.ln_2", 50, None)], "h.3.ln_2"),
+    ([("h.3.ln_2", 1, None), ("h.3.ln_2", 1, None)], "h.3.ln_2"),
+    ([("ln_f", 1, None), ("ln_f", 50, None)], "ln_f"),
+    ([("bos", 1, None), ("bos", 0.5, None)], "bos"),
+    ([("ln_2", 1, 2, [1, 1])], "h.1.ln_2"),
+    ([("ln_2", 1, 2, [3, -1])], "h.3.ln_2"),
+])
+def test_two_events_of_one_site_are_refused_by_its_name(rows, site):
+    assert refusal(rows) == f"ln_schedule: {site} has two events"
+
+
+# --- the state at a step
+
+
+def test_state_is_a_function_of_the_step_and_an_event_comes_before_its_step():
+    names = sites_of(12)
+    events = timeline(POST, 12, 1200)
+
+    def fake(step):
+        modes, _ = state_at(events, step, names)
+        return list(modes.values()).count("fake")
+
+    def treatments(step):
+        return state_at(events, step, names)[1]
+
+    assert [fake(k) for k in (0, 200, 201, 421, 441, 1040, 1041, 1200)] == [0, 0, 1, 12, 13, 36, 37, 37]
+    assert treatments(1060) == {"bos": True, "eot": True}
+    assert treatments(1061) == {"bos": True, "eot": False}
+    assert treatments(1161) == {"bos": False, "eot": False}
+
+
+def test_a_treatment_without_a_row_is_never_on():
+    names = sites_of(12)
+    assert state_at(timeline([("ln_2", 0, 1)], 12, 100), 0, names)[1] == {"bos": False, "eot": False}
+    assert state_at(timeline([("eot", 3, None)], 12, 100), 0, names)[1] == {"bos": False, "eot": True}
+
+
+def test_state_follows_rows_in_any_order():
+    rows = [
+        ("ln_2", 4, 2, "down"),
+        ("h.0.ln_1v", 5, None),
+    ]
+    modes, treatments = state_at(timeline(rows, 2, 10), 6, sites_of(2))
+    assert modes == {
+        "h.0.ln_1qk": "real",
+        "h.0.ln_1v": "fake",
+        "h.0.ln_2": "real",
+        "h.1.ln_1qk": "real",
+        "h.1.ln_1v": "real",
+        "h.1.ln_2": "fake",
+        "ln_f": "real",
+    }
+    assert treatments == {"bos": False, "eot": False}
+
+
+# --- what is printed before a run
+
+
+def test_a_line_for_each_row_says_before_which_steps():
+    rows = [
+        ("ln_2", 20, 10, "down"),
+        ("h.10.ln_1v", 0.5, None),
+        ("ln_f", 300, None),
+        ("bos", 310, None),
+    ]
+    assert describe(rows, timeline(rows, 12, 400)) == [
+        "  ln_2   fake before step 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120, 130: "
+        "layers 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0",
+        "  h.10.ln_1v fake before step 200",
+        "  ln_f   fake before step 300",
+        "  bos    off before step 310",
+    ]
+
+
+# --- the learning rate
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():
+    """The defaults are the post's: 6e-4 after 100 steps, half way at 1,050, 6e-5 from 2,000."""
+    defaults = train_defaults()
+    names = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")
+    settings = {name: defaults[name] for name in names}
+
+    def rate(step):
+        return learning_rate_at(step, **settings)
+
+    assert rate(0) == pytest.approx(6e-4 / 101)
+    assert rate(49) == pytest.approx(6e-4 * 50 / 101)
+    assert rate(100) == 6e-4
+    assert rate(1050) == pytest.approx((6e-4 + 6e-5) / 2)
+    assert rate(2000) == rate(5000) == pytest.approx(6e-5)
+
+
+# --- the configs
+
+
+def read_configs(*names):
+    """The settings of train.py after config/NAME.py of each name, in order, its bounds checked."""
+    paths = [os.path.join(REPO, "config", f"{name}.py") for name in names]
+    return configure(train_defaults() | {"__file__": TRAIN}, paths, "")
+
+
+@pytest.mark.parametrize("name, n_layer", [
+    ("remove_ln", 12),
+    ("remove_ln_fast", 12),
+    ("remove_ln_medium", 24),
+    ("remove_ln_large", 36),
+    ("remove_ln_xl", 48),
+    ("remove_ln_tiny", 4),
+    ("remove_ln_mine", 6),
+])
+def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
+    removal = read_configs(name)
+    events = timeline(removal["ln_schedule"], n_layer, removal["max_iters"])
+    assert len({event[1:] for event in events}) == 3 * n_layer + 3  # sites, ln_f and the two treatments
+
+    # each kind waits for the one before
+    waiting = []
+    for kind in ("ln_2", "ln_1qk", "ln_1v", "ln_f", "eot", "bos"):
+        waiting += [k for k, name, _ in events if name == kind]
+    assert waiting == sorted(k for k, *_ in events)
+
+    kept = read_configs(name, "control")
+    assert {k for k in kept if kept[k] != removal[k]} <= {"ln_schedule", "out_dir", "aux_loss_weight"}
+    assert kept["ln_schedule"] == []
+    assert kept["aux_loss_weight"] == 0
+    assert kept["out_dir"] == removal["out_dir"] + "_control"
+
+
+@pytest.mark.parametrize("name", [
+    "remove_ln",
+    "remove_ln_fast",
+    "remove_ln_medium",
+    "remove_ln_large",
+    "remove_ln_xl",
+])
+def test_a_step_of_gpt2_is_half_a_million_tokens(name):
+    settings = read_configs(name)
+    sequences = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    assert sequences * settings["block_size"] == 2**19
+
+
+def test_the_published_schedules_are_in_the_configs():
+    assert read_configs("remove_ln")["ln_schedule"] == POST
+    assert read_configs("remove_ln_fast")["ln_schedule"] == FOLLOW_UP
+
+
+@pytest.mark.parametrize("max_iters", [
+    100,
+    200,
+    600,
+])
+@pytest.mark.parametrize("n_layer", [
+    1,
+    6,
+    48,
+])
+def test_remove_ln_mine_removes_every_site_of_a_model_of_any_depth_in_a_run_of_any_length(n_layer, max_iters):
+    rows = read_configs("remove_ln_mine")["ln_schedule"]
+    events = timeline(rows, n_layer, max_iters)
+    assert all(0 <= step < max_iters for step, _, _ in events)
+    steps = [step for step, _, _ in events]
+    assert steps == sorted(steps)
+
+    before, treatments = state_at(events, 0, sites_of(n_layer))
+    assert set(before.values()) == {"real"}
+    assert treatments == {"bos": True, "eot": True}
+    after, treatments = state_at(events, max_iters, sites_of(n_layer))
+    assert set(after.values()) == {"fake"}
+    assert treatments == {"bos": False, "eot": False}
