@@ -24,7 +24,6 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
-import tiktoken
 import torch
 from tqdm import tqdm
 
@@ -39,6 +38,7 @@ from parts.errors import UserError
 from parts.files import check_file, is_run, read_dict, write_json
 from parts.residual import residual_stats
 from parts.sources import HUB
+from parts.tokenizer import tokenizer_of
 from parts.verify import problems
 
 # -----------------------------------------------------------------------------
@@ -125,20 +125,21 @@ def check_comparable(candidates):
 # --- which data
 
 
-def prepare(name, config):
+def prepare(name, candidate):
     """The folder under data/ that holds `name`, made by prepare_owt.py if need be. UserError: there
-    is no such data set, or none for models of this config."""
+    is no such data set, or none for models such as the candidate."""
     if os.path.isfile(name):
         folder = "eval_" + os.path.basename(name)
-        tokenizer = "gpt2" if config.eot == 50256 else "bytes"
+        tokenizer = tokenizer_of(candidate.model, candidate.source).name
         args = [f"--dataset={folder}", f"--files={glob.escape(name)}", f"--tokenizer={tokenizer}"]
         args += ["--val_every=1", "--force"]
     elif os.path.exists(os.path.join("data", name)):
         return name
     elif name in HUB:
-        if config.vocab_size <= 50256:
+        vocab_size = candidate.model.config.vocab_size
+        if vocab_size <= 50256:
             raise UserError(f"{name} is fetched as GPT-2's 50,257 tokens, "
-                            f"but the models have a vocabulary of {config.vocab_size}")
+                            f"but the models have a vocabulary of {vocab_size}")
         folder = name
         enough = PUBLISHED.get(name, 10_000_000) + 100_000
         args = [f"--dataset={name}", f"--tokens={enough}", "--val_every=1"]
@@ -167,16 +168,6 @@ def check_tokens(folder, candidates):
         if c.model.config.eot != eot:
             ranks.say(f"note: end-of-text is {eot} in data/{folder}, but {c.model.config.eot} in {c.source}: "
                       "was it trained on such tokens?")
-
-
-def encoder(config):
-    """text -> token ids, by the model's end-of-text id."""
-    if config.eot == 50256:
-        return tiktoken.get_encoding("gpt2").encode_ordinary
-    if config.eot == 256:
-        return lambda text: list(text.encode())
-    raise UserError(f"end-of-text is {config.eot}, which is neither GPT-2's tokenizer nor bytes: "
-                    "HellaSwag can't be tokenized for it")
 
 
 # --- cross-entropy and faithfulness
@@ -282,10 +273,12 @@ def show_residual(candidates, rows):
 # --- HellaSwag
 
 
-def open_hellaswag():
+def open_hellaswag(candidate):
+    """(examples, a function: text -> ids of the candidate's tokenizer)."""
+    encode = tokenizer_of(candidate.model, candidate.source).encode
     path = os.path.join("data", "hellaswag", "hellaswag_val.jsonl")
     hellaswag.download(hellaswag_url, path)
-    return hellaswag.read_examples(path)
+    return hellaswag.read_examples(path), lambda text: encode(text).tolist()
 
 
 def hellaswag_rows(examples, encode, candidates, autocast):
@@ -390,17 +383,16 @@ def main():
             sources.insert(0, reference)
         candidates = [open_candidate(source) for source in sources]
         check_comparable(candidates)
-        config = candidates[0].model.config
         block_size = block_size or min(c.model.config.block_size for c in candidates)
-        default = run_dataset or ("owt" if config.vocab_size > 50256 else "stdlib")
+        default = run_dataset or ("owt" if candidates[0].model.config.vocab_size > 50256 else "stdlib")
         names = items(dataset) or [default]
-        folders = {name: prepare(name, config) for name in names if name not in ("hellaswag", "residual")}
+        folders = {name: prepare(name, candidates[0]) for name in names if name not in ("hellaswag", "residual")}
         if "residual" in names and not folders:
-            folders[default] = prepare(default, config)
+            folders[default] = prepare(default, candidates[0])
         for folder in folders.values():
             check_tokens(folder, candidates)
         if "hellaswag" in names:
-            examples, encode = open_hellaswag(), encoder(config)
+            examples, encode = open_hellaswag(candidates[0])
 
     weights = {c.source: weights_hash(c.model) for c in candidates} if json else {}
     for c in candidates:

@@ -19,13 +19,13 @@ import tempfile
 from dataclasses import replace
 
 import numpy as np
-import tiktoken
 import torch
 
 from configurator import configure, take_source
 from model import GPT
 from parts.checkpoint import model_directory
 from parts.errors import UserError, on_disk
+from parts.tokenizer import make_tokenizer
 
 # -----------------------------------------------------------------------------
 to = "hf"  # hf or folded: the form
@@ -210,7 +210,7 @@ def write_tokenizer(model, folder):
         return False
     from tiktoken.load import read_file_cached
 
-    tiktoken.get_encoding("gpt2")  # fetches them once, and checks them
+    make_tokenizer("gpt2")  # fetches them once, and checks them
     for name, theirs in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
         with open(os.path.join(folder, name), "wb") as f:
             f.write(read_file_cached(VOCABULARY + theirs))

@@ -5,7 +5,7 @@ Documents to tokens, once: data/NAME/{train,val}.bin (uint16) and meta.json.
     python prepare_owt.py --dataset=mytext --files='a.txt,dir/*.md'      # local text files, as bytes
     python prepare_owt.py --dataset=mytext --files='*.jsonl' --tokenizer=gpt2     # or rows, of .parquet too
     python prepare_owt.py --dataset=owt                                  # OpenWebText, nanoGPT's val split
-    python prepare_owt.py --dataset=owt --tokens=600_000_000             # enough of it for a fine-tune
+    python prepare_owt.py --dataset=owt --tokens=700_000_000             # enough of it for a fine-tune
     python prepare_owt.py --dataset=ORG/NAME --column=text --split=train # any data set of the hub
     python prepare_owt.py --dataset=ORG/NAME --tokenizer=4096:1          # rows of another tokenizer's ids
 
@@ -17,82 +17,51 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 from configurator import configure
 from parts.errors import UserError, on_disk
 from parts.files import TOKEN_FILES, check_folder, remove_files, write_json
-from parts.sources import ANY_SEAM, GPT2_SEAM, HUB, VAL_SHARE, hub_sources, local_sources, read_rows, read_text, stdlib_sources
+from parts.sources import (
+    ANY_SEAM,
+    GPT2_SEAM,
+    HUB,
+    VAL_SHARE,
+    hub_sources,
+    local_sources,
+    read_rows,
+    read_text,
+    stdlib_sources,
+)
+from parts.tokenizer import make_tokenizer
 
 # -----------------------------------------------------------------------------
-dataset = ""  # stdlib (the default), owt, pile, pile-filtered, a hub's ORG/NAME[@REVISION], or a name for --files
+dataset = ""  # stdlib (the default), owt, pile, pile-filtered, ORG/NAME[@REVISION], or a name for --files
 files = ""  # local files, text, .jsonl or .parquet: paths and patterns, with commas between
-tokenizer = ""  # bytes (end-of-text 256), gpt2 (50256) or, for rows of ids, VOCAB_SIZE:EOT; "": gpt2 for the hub, else bytes
+tokenizer = ""  # bytes, gpt2 or, for rows of ids, VOCAB_SIZE:EOT; "": gpt2 for the hub, else bytes
 tokens = 0  # >= 0: stop after so many, at the end of a row or text file; 0: take all
-column = ""  # of rows: the text, or lists of token ids; "": text, or input_ids where there is no text
+column = ""  # of rows: text, or lists of token ids; "": text, or input_ids where there is no text
 split = "train"  # of a hub data set: which files
 folder = ""  # of a hub data set: only files below this folder, where several hold the split
 val_every = 200  # >= 1: of rows, every so many-th is val; 1: all that there is, to evaluate on
-without = ""  # the Pile's subsets to leave out, with commas between: the published filter is OpenWebText2,Books3,BookCorpus2
+without = ""  # the Pile's subsets to leave out: OpenWebText2,Books3,BookCorpus2, as the published filter does
 force = False  # prepare again what is prepared already
 # -----------------------------------------------------------------------------
 
 OWT_DOCUMENTS = 8_013_769
-HALF_FILES = (*TOKEN_FILES, "progress.json", "progress.json.tmp", "val_ordered.bin")  # of an unfinished preparation
+# of an unfinished preparation
+HALF_FILES = (*TOKEN_FILES, "progress.json", "progress.json.tmp", "val_ordered.bin")
 BATCH = 1_000_000  # characters that a worker takes at a time
-
-
-# --- tokenizers
-
-
-@dataclass
-class Tokenizer:
-    encode: Callable | None  # text or bytes -> uint16 array; None: documents must be token ids already
-    vocab_size: int
-    eot: int
-
-
-def make_tokenizer(name):
-    """A Tokenizer by its name; UserError if there is none."""
-    if re.fullmatch(r"\d+:\d+", name):
-        vocab_size, eot = map(int, name.split(":"))
-        if not eot < vocab_size <= 2**16:
-            raise UserError(f"--tokenizer={name}: end-of-text must be below the vocabulary's size, "
-                            f"and that at most {2**16:,}, as tokens are uint16")
-        return Tokenizer(None, vocab_size, eot)
-    if name == "bytes":
-        return Tokenizer(encode_bytes, 257, 256)
-    if name != "gpt2":
-        raise UserError(f"unknown tokenizer {name!r}: it is bytes, gpt2 or, for rows of token ids, VOCAB_SIZE:EOT as 4096:1")
-    try:
-        bpe = tiktoken.get_encoding("gpt2")  # fetched once
-    except OSError as e:
-        raise UserError(f"tiktoken can't fetch GPT-2's vocabulary ({type(e).__name__}): fetch it where there is "
-                        "a network, and set TIKTOKEN_CACHE_DIR to its folder") from None
-
-    def encode(content):  # what encode_ordinary gives, without its list
-        text = content.decode() if isinstance(content, bytes) else content
-        return bpe.encode_to_numpy(text, disallowed_special=()).astype("<u2")
-
-    return Tokenizer(encode, bpe.n_vocab, bpe.eot_token)
-
-
-def encode_bytes(content):
-    data = content if isinstance(content, bytes) else content.encode()
-    return np.frombuffer(data, dtype=np.uint8).astype("<u2")
 
 
 # --- train or val
@@ -134,22 +103,23 @@ def order_val_as_nanogpt(half, eot):
     docs = np.split(ids, np.flatnonzero(ids == eot)[:-1] + 1)
     wanted = nanogpt_val_documents().tolist()
     place = {document: i for i, document in enumerate(sorted(wanted))}
-    np.concatenate([docs[place[document]] for document in wanted]).tofile(os.path.join(half, "val_ordered.bin"))
+    ordered = np.concatenate([docs[place[document]] for document in wanted])
+    ordered.tofile(os.path.join(half, "val_ordered.bin"))
 
 
-# --- reading
+# --- reading: a source's Pieces -> Tasks -> batches of Tasks, which workers encode
 
 
 @dataclass
 class Task:
-    """A piece of a document for a worker, and how far all is read with it."""
+    """A Piece for a worker, and how far all is read with it."""
 
     name: str  # of the source
     content: str | bytes | list[int]
-    ends: bool
+    ends: bool  # whether the document ends with it
     val: bool
-    position: list[int]  # source, rows or bytes of it, documents
-    share: float
+    position: list[int]  # source, rows or bytes of it, documents: what is taken, with this one
+    share: float  # of all sources, with this one
 
 
 def read(sources, position, rule, seam):
@@ -186,48 +156,61 @@ def next_batch(tasks):
 
 
 def start_worker(name):
-    """A worker has its tokenizer; it leaves interruptions to the main process, and ends when that is gone."""
+    """A worker has its tokenizer; it leaves interruptions to the main process, and ends when that is
+    gone."""
     global worker_tokenizer
     worker_tokenizer = make_tokenizer(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def encode_batch(batch):
-    """[(name, content, ends, val)] -> {split: (bytes, documents that end)}."""
-    arrays = dict(train=[], val=[])
+    """Tasks -> {"train" and "val": (bytes, documents that end)}."""
+    parts = dict(train=[], val=[])
     documents = dict(train=0, val=0)
-    for name, content, ends, val in batch:
-        which = "val" if val else "train"
-        documents[which] += ends
-        if isinstance(content, list):  # token ids, in windows that hold their own end-of-text
-            arrays[which].append(checked_ids(name, content))
+    for task in batch:
+        which = "val" if task.val else "train"
+        documents[which] += task.ends
+        if isinstance(task.content, list):  # token ids, in windows that hold their own end-of-text
+            parts[which].append(checked_ids(task.name, task.content))
         else:
-            arrays[which].append(encode(name, content))
-            if ends:  # what comes next is another document
-                arrays[which].append(np.array([worker_tokenizer.eot], "<u2"))
-    return {which: (b"".join(a.tobytes() for a in parts), documents[which]) for which, parts in arrays.items()}
+            parts[which].append(encode(task.name, task.content))
+            if task.ends:  # what comes next is another document
+                parts[which].append(np.array([worker_tokenizer.eot], "<u2"))
+    return {which: (b"".join(ids.tobytes() for ids in parts[which]), documents[which]) for which in parts}
 
 
 def encode(name, content):
     if worker_tokenizer.encode is None:
-        raise UserError(f"{name} holds text, not token ids: tokenize it first, into rows with a column input_ids")
+        raise UserError(f"{name} holds text, not token ids: tokenize it first, "
+                        "into rows with a column input_ids")
     try:
         return worker_tokenizer.encode(content)
     except UnicodeDecodeError as e:
         before = content[max(0, e.start - 20) : e.start]
-        raise UserError(f"{name} is not UTF-8 text ({e.reason} after {before!r}): use --tokenizer=bytes, or leave it out") from None
+        raise UserError(f"{name} is not UTF-8 text ({e.reason} after {before!r}): use --tokenizer=bytes, "
+                        "or leave it out") from None
 
 
 def checked_ids(name, content):
-    ids = np.array(content)
+    """A list of token ids as uint16. UserError if it holds anything else, or ids that are too large."""
+    try:
+        ids = np.array(content)
+        is_ids = not ids.size or (ids.dtype.kind == "i" and ids.ndim == 1)
+    except ValueError:  # of lists of several lengths
+        is_ids = False
     vocab_size = worker_tokenizer.vocab_size
-    if ids.size and (ids.dtype.kind != "i" or ids.ndim != 1):
+    if not is_ids:
         raise UserError(f"{name} holds lists that are not token ids: {str(content)[:40]}")
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-        raise UserError(f"{name} holds token ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocab_size}: "
-                        "give theirs with --tokenizer")
+        raise UserError(f"{name} holds token ids from {ids.min()} to {ids.max()}, "
+                        f"but the tokenizer has {vocab_size}: give theirs with --tokenizer")
     return ids.astype("<u2")
 
 
@@ -250,6 +233,14 @@ def note(half, out, progress):
     os.replace(path + ".tmp", path)
 
 
+def is_enough(progress, sources):
+    """Whether the tokens that were asked for are there. A text file is taken whole, so that its val is
+    there too."""
+    i, taken, _ = progress["position"]
+    within_text_file = taken > 0 and not sources[i].is_rows
+    return tokens > 0 and written(progress) >= tokens and not within_text_file
+
+
 def write(half, sources, rule, chosen, progress):
     """Encode on all cores and write in order, with a note of the progress every few seconds."""
     note(half, {}, progress)  # first of all: it marks the folder as ours
@@ -257,28 +248,31 @@ def write(half, sources, rule, chosen, progress):
     for which, f in out.items():  # drop what a kill left after the last note
         f.truncate(2 * progress[which]["tokens"])
     workers = os.cpu_count() or 1
-    tasks = read(sources, progress["position"], rule, GPT2_SEAM if chosen == "gpt2" else ANY_SEAM)
-    waiting = deque()  # (the last Task of a batch, its result to come), in the order of reading
+    seam = GPT2_SEAM if chosen == "gpt2" else ANY_SEAM
+    tasks = read(sources, progress["position"], rule, seam)
+    waiting = deque()  # (position after a batch, share read with it, its result to come), in order
     bar = tqdm(total=tokens or None, initial=written(progress), unit="token", unit_scale=True, disable=None)
     noted = time.monotonic()
-    within = False  # a text file, which is taken whole so that its val is there too
     try:
         with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(chosen,)) as pool:
-            while not tokens or written(progress) < tokens or within:
-                while len(waiting) < 2 * workers and (batch := next_batch(tasks)):
-                    work = [(task.name, task.content, task.ends, task.val) for task in batch]
+            while not is_enough(progress, sources):
+                while len(waiting) < 2 * workers:
+                    batch = next_batch(tasks)
+                    if not batch:
+                        break
                     last = batch[-1]
-                    waiting.append((last.position, last.share, pool.submit(encode_batch, work)))
+                    waiting.append((last.position, last.share, pool.submit(encode_batch, batch)))
                 if not waiting:
                     break
-                progress["position"], share, result = waiting.popleft()
+                position, share, result = waiting.popleft()
+                after = dict(progress, position=position)
                 for which, (data, documents) in result.result().items():
                     out[which].write(data)
-                    progress[which]["tokens"] += len(data) // 2
-                    progress[which]["documents"] += documents
-                    progress["documents"] += documents
-                i, taken, _ = progress["position"]
-                within = taken > 0 and not sources[i].is_rows
+                    before = progress[which]
+                    after[which] = dict(tokens=before["tokens"] + len(data) // 2,
+                                        documents=before["documents"] + documents)
+                    after["documents"] += documents
+                progress.update(after)  # at once: an interruption finds a batch in it whole or not at all
                 bar.total = tokens or int(written(progress) / max(share, 1e-9))
                 bar.update(written(progress) - bar.n)
                 if time.monotonic() - noted > 10:
@@ -310,8 +304,8 @@ def is_prepared(done, meta):
     for key, value in meta.items():
         if old.get(key) != value:
             raise UserError(f"{done} holds {key} {old.get(key)!r}, not {value!r}: --force replaces it")
-    print(f"{done} is prepared already: {old['train']['tokens']:,} train and {old['val']['tokens']:,} val tokens "
-          "(--force redoes it)")
+    train, val = old["train"]["tokens"], old["val"]["tokens"]
+    print(f"{done} is prepared already: {train:,} train and {val:,} val tokens (--force redoes it)")
     return True
 
 
@@ -332,7 +326,13 @@ def open_progress(half, meta):
         if old.get("meta") == meta:
             print(f"resuming after {written(old):,} tokens")
             return old
-    return dict(meta=meta, position=[0, 0, 0], documents=0, train=dict(tokens=0, documents=0), val=dict(tokens=0, documents=0))
+    return dict(
+        meta=meta,
+        position=[0, 0, 0],
+        documents=0,
+        train=dict(tokens=0, documents=0),
+        val=dict(tokens=0, documents=0),
+    )
 
 
 def read_json(path):
@@ -351,7 +351,9 @@ def sha256(path):
 
 def finish(half, done, meta, progress):
     """The unfinished folder takes its name. Returns what meta.json says."""
-    train, val, ordered = (os.path.join(half, name + ".bin") for name in ("train", "val", "val_ordered"))
+    train = os.path.join(half, "train.bin")
+    val = os.path.join(half, "val.bin")
+    ordered = os.path.join(half, "val_ordered.bin")
     reordered = os.path.exists(ordered)
     meta["train"] = progress["train"] | dict(sha256=sha256(train))
     meta["val"] = progress["val"] | dict(sha256=sha256(ordered if reordered else val))
@@ -370,8 +372,8 @@ def main():
     if files and (on_hub or dataset == "stdlib"):
         raise UserError(f"{dataset} has a source of its own; give the files another name with --dataset=NAME")
     if not files and not on_hub and dataset not in ("", "stdlib"):
-        raise UserError(f"no source for {dataset!r}: give --files='a.txt,dir/*.md', a hub data set as ORG/NAME, "
-                        f"or stdlib, {', '.join(HUB)}")
+        raise UserError(f"no source for {dataset!r}: give --files='a.txt,dir/*.md', "
+                        f"a hub data set as ORG/NAME, or stdlib, {', '.join(HUB)}")
     name = dataset or ("files" if files else "stdlib")
     name = name.partition("@")[0].split("/")[-1]
     if name in ("", ".", ".."):
@@ -396,6 +398,8 @@ def main():
     progress = open_progress(half, meta)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last note is written
     try:
+        if progress["position"] == [0, 0, 0]:
+            remove_files(half, HALF_FILES)  # a val_ordered.bin of another try would be taken for this one's
         os.makedirs(half, exist_ok=True)
         write(half, sources, val_rule(sources), chosen, progress)
         if not written(progress):
@@ -405,7 +409,9 @@ def main():
     except UserError:  # bad input: nothing to resume
         remove_files(half, HALF_FILES)
         raise
-    except OSError as e:
+    except OSError as e:  # a full disk, or a broken line to the hub
+        if type(e) is FileNotFoundError:  # neither of these: a mistake in the code
+            raise
         raise UserError(f"{e}; data/{name} is not finished: run the same command to resume "
                         f"after {written(progress):,} tokens") from None
     except KeyboardInterrupt:

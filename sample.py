@@ -9,7 +9,6 @@ import codecs
 import sys
 from functools import partial
 
-import tiktoken
 import torch
 from torch import nn
 
@@ -17,7 +16,7 @@ from configurator import configure, take_source
 from model import GPT, KeyValueCache
 from parts.checkpoint import model_directory
 from parts.device import pick_device
-from parts.errors import UserError
+from parts.tokenizer import tokenizer_of
 
 # -----------------------------------------------------------------------------
 prompt = "\n"  # what the text begins with
@@ -83,12 +82,8 @@ def main():
     configure(globals(), sys.argv[1:], __doc__)
     where = pick_device(device)
     model = GPT.from_pretrained(model_directory(source)).eval()
-    eot = model.config.eot
-    if eot not in (256, 50256):
-        raise UserError(f"{source} has no tokenizer that is known here: its end-of-text is {eot}, "
-                        "neither GPT-2's 50256 nor 256, that of bytes")
-    bpe = tiktoken.get_encoding("gpt2") if eot == 50256 else None
-    ids = bpe.encode_ordinary(prompt) if bpe else list(prompt.encode())
+    tokenizer = tokenizer_of(model, source)
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
     if model.ln_free() and not model.config.folded:
         model = model.fold()
     model = model.to(where, getattr(torch, dtype))
@@ -99,11 +94,10 @@ def main():
     print(prompt, end="", flush=True)
     try:
         generator = torch.Generator(where).manual_seed(seed)
-        for token in generate(model, ids or [eot], max_new_tokens, temperature, top_k, generator):
-            if token >= eot:
+        for token in generate(model, ids, max_new_tokens, temperature, top_k, generator):
+            if token >= tokenizer.eot:
                 break
-            letters = bpe.decode_single_token_bytes(token) if bpe else bytes([token])
-            print(decoder.decode(letters), end="", flush=True)
+            print(decoder.decode(tokenizer.decode(token)), end="", flush=True)
     except KeyboardInterrupt:
         pass
     print(decoder.decode(b"", final=True))

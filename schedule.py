@@ -82,7 +82,7 @@ def row_events(row, n_layer, max_iters):
 def step_of(row, at, max_iters):
     """A step, or a fraction of max_iters -> the step."""
     if type(at) is float and 0 <= at <= 1:
-        return int(at * max_iters)
+        return round(at * max_iters)
     if type(at) is not int or at < 0:
         raise UserError(f"ln_schedule: in {row!r} the first step must be 0 or more, "
                         "or as a fraction of max_iters from 0.0 to 1.0")
@@ -98,7 +98,7 @@ def layers_in_order(row, n_layer):
     listed = isinstance(order, (list, tuple))
     if not listed or not order or not all(type(n) is int and -n_layer <= n < n_layer for n in order):
         raise UserError(f"ln_schedule: in {row!r} the order must be 'up', 'down' or a list of layers "
-                        f"from 0 to {n_layer - 1}")
+                        f"from 0 to {n_layer - 1}, -1 being the last")
     return [n % n_layer for n in order]
 
 
@@ -180,8 +180,11 @@ def describe(ln_schedule, events):
     """A line for each kind, treatment and named site of the schedule: what happens before which
     steps, and to which layers where they don't just ascend."""
     lines = []
-    for name in dict.fromkeys(row[0] for row in ln_schedule):
-        own = [event for event in events if name in (event[1], site_name(*event[1:]))]
+    names = list(dict.fromkeys(row[0] for row in ln_schedule))
+    for name in names:
+        own = [event for event in events if name == site_name(*event[1:])]
+        if name in KINDS:
+            own = [event for event in events if name == event[1] and site_name(*event[1:]) not in names]
         steps = ", ".join(str(step) for step, _, _ in own)
         line = f"  {name:<6} {'off' if name in TREATMENTS else 'fake'} before step {steps}"
         layers = [layer for _, _, layer in own]

@@ -1,5 +1,6 @@
 """
-Where documents come from: the standard library, text files, rows of .parquet and .jsonl files, here or on a hub.
+Where documents come from: the standard library, text files, rows of .parquet and .jsonl files, here
+or on a hub.
 
 A source is a file with a name; a hub's is fetched when it is reached. Its documents come as Pieces.
 """
@@ -9,6 +10,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -103,13 +105,17 @@ def hub_sources(repo, split, folder):
     except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as e:
         problem = f"{type(e).__name__}: {str(e).splitlines()[0]}"
         raise UserError(f"{repo} can't be listed on {hub.constants.ENDPOINT}: {problem}; without a network, "
-                        "bring its files here and run with --files='*.parquet' --tokenizer=gpt2 --dataset=NAME") from None
+                        "bring its files here and run with --files='*.parquet' --tokenizer=gpt2 "
+                        "--dataset=NAME") from None
     if not found and split == "train":
         found = rows  # of a repository without splits
     if not found:
         below = f" below {folder!r}" if folder else ""
         raise UserError(f"{repo} has no {' or '.join(ROWS)} file of the split {split!r}{below}")
-    folders = {os.path.dirname(f.path).replace("/partial-" + split, "").replace("/" + split, "") for f in found}
+    folders = set()
+    for f in found:
+        below = os.path.dirname(f.path)
+        folders.add(below.replace("/partial-" + split, "").replace("/" + split, ""))
     if len(folders) > 1:
         first, *others = sorted(folders)
         raise UserError(f"{repo} has the split {split!r} in several folders: "
@@ -135,65 +141,70 @@ def hub_rows(repo, revision, folder):
 def read_rows(path, skip, column, without):
     """Yields the rows of a file from row `skip` on, a Piece each. column: of the documents; without:
     the Pile's subsets to leave out, by a row's meta. UserError: no such column, or no document in it."""
-    opener = open_parquet if path.endswith(".parquet") else open_json
-    names, total, read = opener(path)
+    open_file = open_parquet if path.endswith(".parquet") else open_json
+    names, total, rows_with = open_file(path)
     name = column or ("text" if "text" in names else "input_ids")
     if name not in names:
-        choices = ", ".join(names)
-        raise UserError(f"{path} can't be read: no column {column or 'text'!r}: choose one of {choices} with --column")
+        raise UserError(f"{path} can't be read: no column {column or 'text'!r}: "
+                        f"choose one of {', '.join(names)} with --column")
     if without and "meta" not in names:
         raise UserError(f"{path} can't be read: --without needs a column meta with pile_set_name, "
                         "as the Pile's text has")
     wanted = [name, "meta"] if without else [name]
     size, characters = os.path.getsize(path), 0
-    for n, row in enumerate(refusing(path, read(wanted)), 1):
-        content = row[0] or ""
+    for n, row in enumerate(rows_with(wanted), 1):
+        content = row.get(name) or ""
         if not isinstance(content, (str, list)):
             raise UserError(f"{path} can't be read: row {n} of column {name!r} is neither text "
                             f"nor a list of token ids: {str(content)[:40]}")
         characters += len(content)
-        if n <= skip or (without and pile_subset(path, row[1]) in without.split(",")):
+        if n <= skip or (without and pile_subset(path, row.get("meta")) in without.split(",")):
             continue
         share = n / total if total else min(1.0, characters / size)
         yield Piece(content, True, n, share)
 
 
 def open_parquet(path):
-    """(column names, number of rows, a function: names of columns -> iterator of their values in a row)."""
-    try:
+    """(names of its columns, number of rows, a function: wanted names -> iterator of rows). A row is a
+    dict of at least the wanted columns."""
+    with refusing(path):
         file = pq.ParquetFile(path)
-    except ValueError as e:
-        raise UserError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
 
-    def read(wanted):
-        for group in range(file.num_row_groups):  # one at a time in memory
-            for batch in file.iter_batches(1000, row_groups=[group], columns=wanted):
-                yield from zip(*(batch.column(name).to_pylist() for name in wanted))
+    def rows_with(wanted):
+        with refusing(path):
+            for group in range(file.num_row_groups):  # one at a time in memory
+                for batch in file.iter_batches(1000, row_groups=[group], columns=wanted):
+                    yield from batch.to_pylist()
 
-    return file.schema_arrow.names, file.metadata.num_rows, read
+    return file.schema_arrow.names, file.metadata.num_rows, rows_with
 
 
 def open_json(path):
-    """As open_parquet, of a file of JSON rows, whose number is not known: None."""
+    """As open_parquet, of a file of JSON rows, whose number is not known: None. Its columns are those
+    of the first row; a later row may lack one."""
     import datasets  # a second or two, for these files only
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the error too
-    rows = refusing(path, datasets.load_dataset("json", data_files=path, split="train", streaming=True))
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{path} can't be read: it has no rows")
-
-    def read(wanted):
-        for row in chain([first], rows):
-            yield tuple(row.get(name) for name in wanted)
-
-    return list(first), None, read
-
-
-def refusing(path, rows):
-    """The same rows; what pyarrow and datasets say of a file that they can't read is the user's to mend."""
     try:
-        yield from rows
+        with refusing(path):
+            rows = iter(datasets.load_dataset("json", data_files=path, split="train", streaming=True))
+            first = next(rows)
+    except StopIteration:  # load_dataset itself raises it too
+        raise UserError(f"{path} can't be read: it has no rows") from None
+
+    def rows_with(wanted):
+        with refusing(path):
+            yield from chain([first], rows)
+
+    return list(first), None, rows_with
+
+
+@contextmanager
+def refusing(path):
+    """Around reading a file: what pyarrow and datasets say of one that they can't read is the user's to
+    mend."""
+    try:
+        yield
     except ValueError as e:
         raise UserError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
 
@@ -217,22 +228,23 @@ def read_text(path, skip, cut, seam):
     VAL_SHARE is a document of its own, for val."""
     size = os.path.getsize(path)
     with open(path, "rb") as f:
-        documents = [(0, size, None)]
+        documents = [(0, size, None)]  # (begin, end, val)
         if cut:
             border = val_border(f, size, seam)
             documents = [(0, border, False), (border, size, True)]
         for begin, end, val in documents:
             if begin < skip and end <= skip:
                 continue
-            at, part = max(begin, skip), b""
+            at, part = max(begin, skip), b""  # part: what is read and not yielded; it begins at `at`
             f.seek(at)
             while more := f.read(min(PIECE, end - at - len(part))):
                 part += more
-                cuts = [found.end() for found in seam.finditer(part, max(0, len(part) - 4096))]
-                if cuts and at + len(part) < end:
-                    at += cuts[-1]
-                    yield Piece(part[: cuts[-1]], False, at, at / size, val)
-                    part = part[cuts[-1] :]
+                near_end = max(0, len(part) - 4096)
+                seams = [found.end() for found in seam.finditer(part, near_end)]
+                if seams and at + len(part) < end:
+                    at += seams[-1]
+                    yield Piece(part[: seams[-1]], False, at, at / size, val)
+                    part = part[seams[-1] :]
             yield Piece(part, True, end, end / max(1, size), val, last=(begin, end, val) == documents[-1])
 
 

@@ -101,6 +101,13 @@ def test_a_file_that_the_code_itself_misses_keeps_its_traceback(copy, dataset):
     assert_traceback(done, copy / "train.py", OWN_OSERROR, "FileNotFoundError: [Errno 2]")
 
 
+def test_a_file_that_a_worker_of_the_preparation_misses_keeps_its_traceback(copy, tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 100)
+    plant(copy / "prepare_owt.py", OWN_OSERROR, "def encode_batch(")
+    done = run_alone(copy / "prepare_owt.py", "--dataset=mine", "--files=a.txt", env=ONE_THREAD)
+    assert_traceback(done, copy / "prepare_owt.py", OWN_OSERROR, "FileNotFoundError: [Errno 2]")
+
+
 def test_a_mistake_under_torchrun_keeps_its_traceback(copy, dataset):
     plant(copy / "model.py", BUG, "class Block(", "def __init__(")
     done = run_alone(copy / "train.py", *SHORT, "--dataset=mine", launcher=TORCHRUN, env=ONE_THREAD)

@@ -327,12 +327,18 @@ def test_a_text_file_is_a_data_set(run, tmp_path):
     assert row["loss"] == pytest.approx(losses.mean().item(), abs=1e-4)
 
 
-def test_tokens_of_another_tokenizer_are_noted(run, tmp_path):
+def test_tokens_of_another_tokenizer_are_noted(run, stdlib):
+    random_hf().save_pretrained("other")
+    note = "note: end-of-text is 256 in data/stdlib, but 299 in other: was it trained on such tokens?"
+    assert note in run("eval.py", "--models=other", "--tokens=512").text
+    assert "note" not in run("eval.py", f"--models={TINY}", "--tokens=512").text
+
+
+def test_text_is_not_read_as_bytes_for_a_model_of_another_tokenizer(run, tmp_path):
     random_hf().save_pretrained("other")
     (tmp_path / "a.txt").write_text("abc " * 200)
-    note = "note: end-of-text is 256 in data/eval_a.txt, but 299 in other: was it trained on such tokens?"
-    assert note in run("eval.py", "--models=other", "--dataset=a.txt").text
-    assert "note" not in run("eval.py", f"--models={TINY}", "--dataset=a.txt").text
+    done = run("eval.py", "--models=other", "--dataset=a.txt")
+    assert "other has no tokenizer that is known here: its end-of-text is 299" in done.error
 
 
 # --- settings, and the JSON

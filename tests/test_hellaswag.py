@@ -127,7 +127,7 @@ def test_position_0_keeps_its_constant_with_fake_sites_and_the_bos_treatment():
 def test_a_tokenizer_that_is_not_known_is_refused(run, own_file):
     random_hf().save_pretrained("other")
     done = run("eval.py", "--models=other", "--dataset=hellaswag")
-    assert "end-of-text is 299, which is neither GPT-2's tokenizer nor bytes" in done.error
+    assert "other has no tokenizer that is known here: its end-of-text is 299" in done.error
 
 
 # --- the file

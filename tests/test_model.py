@@ -1,19 +1,31 @@
-"""model.py: the same function as GPT-2, LayerNorms that switch to constants, folding, and what is on disk."""
+"""
+model.py: the same function as GPT-2, LayerNorms that switch to constants, folding, what is on disk, and
+the file alone, copied into another project.
+"""
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY, random_hf, set_all_fake
+from conftest import REPO, TINY, random_hf, set_all_fake
 from torch import nn
 
 from model import GPT, GPTConfig, LayerNorm
 
-SHAPES = [dict(), dict(n_layer=2, n_head=12, n_embd=768, vocab_size=1000, n_positions=1024)]
+SHAPES = [
+    dict(),
+    dict(n_layer=2, n_head=12, n_embd=768, vocab_size=1000, n_positions=1024),
+]
 
 
 @pytest.fixture
 def hf_and_ours(tmp_path):
+    """hf_and_ours(**shape): a random GPT2LMHeadModel of transformers, and our GPT from its directory."""
+
     def make(**shape):
         hf = random_hf(**shape)
         hf.save_pretrained(tmp_path / "hf")
@@ -62,10 +74,37 @@ def test_weights_initialise_as_gpt2s():
     model = GPT(GPTConfig(n_layer=8, n_head=4, n_embd=256, vocab_size=500, block_size=128))
     for name, p in model.named_parameters():
         if p.dim() == 1:
-            assert (p == (1 if ".ln_" in name and name.endswith("weight") else 0)).all(), name
+            expected = 1 if ".ln_" in name and name.endswith("weight") else 0
+            assert (p == expected).all(), name
         else:
             expected = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
             assert abs(p.std().item() / expected - 1) < 0.03, name
+
+
+@pytest.mark.parametrize("with_targets, options, returned", [
+    (False, dict(), ["logits", None]),
+    (True, dict(), ["logits", "scalar"]),
+    (True, dict(loss_only=True), [None, "scalar"]),
+    (False, dict(with_spread=True), ["logits", None, "scalar"]),
+    (True, dict(with_spread=True), ["logits", "scalar", "scalar"]),
+    (True, dict(loss_only=True, with_spread=True), [None, "scalar", "scalar"]),
+])
+def test_a_call_returns_the_same_things_in_training_and_in_evaluation(tiny, with_targets, options, returned):
+    """In training, too, nothing is left out. Without dropout, even the values are the same."""
+    idx = tiny_tokens(2, 64)
+    targets = idx.roll(-1, 1) if with_targets else None
+    with torch.no_grad():
+        in_training = tiny.train()(idx, targets, **options)
+        in_evaluation = tiny.eval()(idx, targets, **options)
+
+    assert len(in_training) == len(in_evaluation) == len(returned)
+    for kind, a, b in zip(returned, in_training, in_evaluation):
+        if kind is None:
+            assert a is None
+            assert b is None
+        else:
+            assert a.shape == ((2, 64, tiny.config.vocab_size) if kind == "logits" else ())
+            assert torch.equal(a, b)
 
 
 # --- sites, modes and constants
@@ -73,7 +112,8 @@ def test_weights_initialise_as_gpt2s():
 
 def test_sites_have_the_names_of_the_design(tiny):
     assert list(tiny.ln_modes())[:4] == ["h.0.ln_1qk", "h.0.ln_1v", "h.0.ln_2", "h.1.ln_1qk"]
-    assert len(tiny.ln_modes()) == 3 * tiny.config.n_layer + 1 and set(tiny.ln_modes().values()) == {"real"}
+    assert len(tiny.ln_modes()) == 3 * tiny.config.n_layer + 1
+    assert set(tiny.ln_modes().values()) == {"real"}
     with torch.device("meta"):
         assert len(GPT(GPTConfig()).ln_modes()) == 37  # GPT-2 small
 
@@ -86,16 +126,30 @@ def test_block_ln_mode_shows_the_flags_and_can_not_be_set_past_the_model(tiny):
         block.ln_mode["ln_2"] = "fake"
 
 
-@pytest.mark.parametrize("args", [("ln_3", 0, "fake"), ("ln_2", 99, "fake"), ("ln_2", None, "fake"), ("ln_f", 0, "fake"), ("ln_2", 0, "off")])
+@pytest.mark.parametrize("args", [
+    ("ln_3", 0, "fake"),
+    ("ln_2", 99, "fake"),
+    ("ln_2", None, "fake"),
+    ("ln_f", 0, "fake"),
+    ("ln_2", 0, "off"),
+])
 def test_an_unknown_site_or_mode_is_refused(tiny, args):
     with pytest.raises(ValueError):
         tiny.set_ln_mode(*args)
+    assert set(tiny.ln_modes().values()) == {"real"}
+
+
+def test_an_unknown_treatment_is_refused(tiny):
     with pytest.raises(ValueError):
         tiny.set_treatment("ln_2", True)
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [
+    True,
+    False,
+])
 def test_fake_is_centred_divided_by_a_constant_and_affine(bias):
+    """Against the formula of DESIGN 4, number by number."""
     torch.manual_seed(0)
     site = LayerNorm(GPTConfig(n_embd=16, bias=bias))
     nn.init.normal_(site.weight)
@@ -103,30 +157,41 @@ def test_fake_is_centred_divided_by_a_constant_and_affine(bias):
         nn.init.normal_(site.bias)
     site.avg_std.fill_(2.5)
     site.bos_std.fill_(40.0)
-    site.set_mode("fake")
+    site.ln_mode = "fake"
     x = torch.randn(2, 5, 16) * 3 + 1
     use_bos = torch.tensor([1, 0, 0, 1, 0], dtype=torch.bool).view(1, 5, 1)
     y = site(x, use_bos)
     for b in range(2):
         for t in range(5):
             row = x[b, t].tolist()
-            mean, constant = sum(row) / 16, 40.0 if t in (0, 3) else 2.5
+            mean = sum(row) / 16
+            constant = 40.0 if t in (0, 3) else 2.5
             for c in range(16):
-                expected = (row[c] - mean) / constant * site.weight[c].item() + (site.bias[c].item() if bias else 0)
+                expected = (row[c] - mean) / constant * site.weight[c].item()
+                if bias:
+                    expected += site.bias[c].item()
                 assert y[b, t, c].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_fake_layernorm_computes_in_float32_under_autocast():
     site = LayerNorm(GPTConfig(n_embd=64))
-    site.set_mode("fake")
-    x, use_bos = torch.randn(2, 3, 64), torch.tensor(False)
+    site.ln_mode = "fake"
+    x = torch.randn(2, 3, 64)
+    use_bos = torch.tensor(False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(site(x, use_bos), site(x.float(), use_bos)) and site(x, use_bos).dtype == torch.float32
+        assert torch.equal(site(x, use_bos), site(x.float(), use_bos))
+        assert site(x, use_bos).dtype == torch.float32
         assert site(x.bfloat16(), use_bos).dtype == torch.float32
 
 
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("eot", [False, True])
+@pytest.mark.parametrize("bos", [
+    False,
+    True,
+])
+@pytest.mark.parametrize("eot", [
+    False,
+    True,
+])
 def test_treatments_divide_position_0_everywhere_and_end_of_text_on_the_value_path(tiny, bos, eot):
     idx = tiny_tokens(2, 60)
     tiny.measure_std(idx)
@@ -135,10 +200,15 @@ def test_treatments_divide_position_0_everywhere_and_end_of_text_on_the_value_pa
     set_all_fake(tiny)
     tiny.set_treatment("bos", bos)
     tiny.set_treatment("eot", eot)
+
     seen = {}
     for name, site in tiny.sites().items():
-        site.register_forward_hook(lambda site, args, out, name=name: seen.__setitem__(name, (args[0], out)))
+        def see(site, args, out, name=name):
+            seen[name] = args[0], out
+
+        site.register_forward_hook(see)
     tiny(idx)
+
     for name, site in tiny.sites().items():
         constant = torch.full((2, 60, 1), site.avg_std.item())
         if bos:
@@ -151,19 +221,23 @@ def test_treatments_divide_position_0_everywhere_and_end_of_text_on_the_value_pa
 
 
 def test_query_and_key_read_ln_1qk_and_value_reads_ln_1v(hf_and_ours):
-    """Against transformers: with value alone fake, the block is GPT-2's attention pattern on rescaled values."""
+    """Against transformers: with value alone fake, the block is GPT-2's attention pattern on rescaled
+    values."""
     hf, model = hf_and_ours()
     block, theirs = model.transformer.h[0], hf.transformer.h[0]
     x = torch.randn(2, 10, 64)
     block.ln_1v.avg_std.fill_(3.0)
-    block.ln_1v.set_mode("fake")
+    block.ln_1v.ln_mode = "fake"
+    no_bos = torch.tensor(False)
     with torch.no_grad():
-        ours = block.attn(block.ln_1qk(x, torch.tensor(False)), block.ln_1v(x, torch.tensor(False)))
+        ours = block.attn(block.ln_1qk(x, no_bos), block.ln_1v(x, no_bos))
+
         q, k, _ = theirs.attn.c_attn(theirs.ln_1(x)).split(64, 2)
         y = (x - x.mean(-1, keepdim=True)) / 3.0 * theirs.ln_1.weight + theirs.ln_1.bias
         v = theirs.attn.c_attn(y).split(64, 2)[2]
         q, k, v = (t.view(2, 10, 4, 16).transpose(1, 2) for t in (q, k, v))
-        pattern = (q @ k.transpose(2, 3) / 4).masked_fill(torch.ones(10, 10).triu(1).bool(), -torch.inf).softmax(-1)
+        future = torch.ones(10, 10).triu(1).bool()
+        pattern = (q @ k.transpose(2, 3) / 4).masked_fill(future, -torch.inf).softmax(-1)
         expected = theirs.attn.c_proj((pattern @ v).transpose(1, 2).reshape(2, 10, 64))
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
@@ -173,21 +247,32 @@ def test_constants_are_measured_from_a_batch(hf_and_ours):
     hf, model = hf_and_ours()
     idx = torch.randint(0, 290, (3, 40))
     idx[1, 7] = 299  # end-of-text: neither ordinary nor position 0
-    before_ln_2 = []
-    for block in hf.transformer.h:
-        block.ln_2.register_forward_pre_hook(lambda module, args: before_ln_2.append(args[0]))
-    before_ln_f = []
-    hf.transformer.ln_f.register_forward_pre_hook(lambda module, args: before_ln_f.append(args[0]))
+
+    read = {}  # by each site, in transformers
+
+    def hook(module, names):
+        def see(module, args):
+            for name in names:
+                read[name] = args[0]
+
+        module.register_forward_pre_hook(see)
+
+    for i, block in enumerate(hf.transformer.h):
+        hook(block.ln_1, [f"h.{i}.ln_1qk", f"h.{i}.ln_1v"])
+        hook(block.ln_2, [f"h.{i}.ln_2"])
+    hook(hf.transformer.ln_f, ["ln_f"])
     with torch.no_grad():
-        before_ln_1 = hf(idx, output_hidden_states=True).hidden_states
+        hf(idx)
+
     model.set_ln_mode("ln_2", 1, "fake")
     model.set_ln_mode("ln_2", 1, "real")
     model.measure_std(idx)
+
     ordinary = (idx != 299) & (torch.arange(40) > 0)
+    assert read.keys() == model.sites().keys()
     for name, site in model.sites().items():
-        layer = int(name.split(".")[1]) if "." in name else None
-        x = before_ln_f[0] if name == "ln_f" else before_ln_2[layer] if name.endswith("ln_2") else before_ln_1[layer]
-        std = (x.double().pow(2).mean(-1) - x.double().mean(-1).pow(2) + 1e-5).sqrt()
+        x = read[name].double()
+        std = (x.pow(2).mean(-1) - x.mean(-1).pow(2) + 1e-5).sqrt()
         assert site.avg_std.item() == pytest.approx(std[ordinary].mean().item(), rel=1e-5), name
         assert site.bos_std.item() == pytest.approx(std[:, 0].mean().item(), rel=1e-5), name
 
@@ -195,9 +280,11 @@ def test_constants_are_measured_from_a_batch(hf_and_ours):
 def test_a_site_that_is_fake_keeps_its_constants_when_others_are_measured(tiny):
     tiny.measure_std(tiny_tokens())
     tiny.set_ln_mode("ln_2", 0, "fake")
-    kept, other = tiny.transformer.h[0].ln_2.avg_std.item(), tiny.transformer.h[1].ln_2.avg_std.item()
+    fake, real = tiny.transformer.h[0].ln_2, tiny.transformer.h[1].ln_2
+    kept, replaced = fake.avg_std.item(), real.avg_std.item()
     tiny.measure_std(tiny_tokens().flip(1))
-    assert tiny.transformer.h[0].ln_2.avg_std.item() == kept and tiny.transformer.h[1].ln_2.avg_std.item() != other
+    assert fake.avg_std.item() == kept
+    assert real.avg_std.item() != replaced
 
 
 def test_measuring_without_an_ordinary_token_is_refused(tiny):
@@ -209,11 +296,15 @@ def test_compiled_equals_eager_in_every_mode(tiny):
     idx = tiny_tokens(2, 64)
     tiny.measure_std(idx)
     compiled = torch.compile(tiny, backend="aot_eager")
-    for kind, layer in ((None, None), ("ln_2", 1), ("ln_1qk", 0), ("ln_1v", 3), ("ln_f", None)):
-        if kind:
-            tiny.set_ln_mode(kind, layer, "fake")
+
+    def assert_equal():
         with torch.no_grad():
             torch.testing.assert_close(compiled(idx)[0], tiny(idx)[0], atol=1e-4, rtol=1e-4)
+
+    assert_equal()
+    for kind, layer in (("ln_2", 1), ("ln_1qk", 0), ("ln_1v", 3), ("ln_f", None)):
+        tiny.set_ln_mode(kind, layer, "fake")
+        assert_equal()
 
 
 # --- folding
@@ -236,16 +327,20 @@ def test_folded_equals_unfolded_in_float64_and_has_no_layernorm(tiny):
     folded = model.fold()
     with torch.no_grad():
         torch.testing.assert_close(folded(idx)[0], model(idx)[0], atol=1e-10, rtol=0)
+
     names = [name for name, _ in folded.named_modules()] + list(folded.state_dict())
-    assert not any("ln_" in name for name in names) and not any("norm" in type(m).__name__.lower() for m in folded.modules())
+    assert not any("ln_" in name for name in names)
+    assert not any("norm" in type(module).__name__.lower() for module in folded.modules())
     assert folded.lm_head.bias.shape == (model.config.vocab_size,)
     assert folded.lm_head.weight.data_ptr() != folded.transformer.wte.weight.data_ptr()
-    assert folded.ln_modes() == {} and folded.ln_free()
+    assert folded.ln_modes() == {}
+    assert folded.ln_free()
 
 
 def test_a_model_without_biases_folds_too():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=16, bias=False, eot=49)).double()
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=16, bias=False, eot=49)
+    model = GPT(config).double()
     idx = torch.randint(0, 49, (2, 16))
     model.measure_std(idx)
     set_all_fake(model)
@@ -282,13 +377,16 @@ def test_modes_constants_and_treatments_survive_save_and_load(tiny, tmp_path):
 
 
 def test_a_freshly_loaded_gpt2_is_real_and_untreated(tiny):
-    assert set(tiny.ln_modes().values()) == {"real"} and not tiny.bos_on and not tiny.eot_on
+    assert set(tiny.ln_modes().values()) == {"real"}
+    assert not tiny.bos_on
+    assert not tiny.eot_on
 
 
 def test_a_folded_model_survives_save_and_load(tiny, tmp_path):
     folded = set_all_fake(tiny).fold()
     folded.save_pretrained(tmp_path)
-    assert torch.equal(GPT.from_pretrained(tmp_path).eval()(tiny_tokens())[0], folded(tiny_tokens())[0])
+    again = GPT.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(tiny_tokens())[0], folded(tiny_tokens())[0])
 
 
 def test_all_real_is_a_plain_gpt2_directory(hf_and_ours, tmp_path):
@@ -297,16 +395,20 @@ def test_all_real_is_a_plain_gpt2_directory(hf_and_ours, tmp_path):
     hf, model = hf_and_ours()
     model.save_pretrained(tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    for (name, p), q in zip(hf.named_parameters(), again.parameters()):
+    for (name, p), q in zip(hf.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q), name
 
 
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("folded", [
+    False,
+    True,
+])
 def test_transformers_refuses_what_is_not_a_plain_gpt2(tiny, tmp_path, folded):
     from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
     set_all_fake(tiny)
-    (tiny.fold() if folded else tiny).save_pretrained(tmp_path)
+    model = tiny.fold() if folded else tiny
+    model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] != "gpt2"
     for loader in (AutoModelForCausalLM, GPT2LMHeadModel):
         with pytest.raises((ValueError, KeyError)):
@@ -318,18 +420,97 @@ def test_the_original_hub_layout_without_prefix_and_with_mask_buffers_loads(hf_a
     from safetensors.torch import load_file, save_file
 
     hf, model = hf_and_ours()
-    tensors = {n.removeprefix("transformer."): t for n, t in load_file(tmp_path / "hf/model.safetensors").items()}
+    path = tmp_path / "hf/model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 96, 96)
-    save_file(tensors, tmp_path / "hf/model.safetensors")
+    save_file(tensors, path)
     again = GPT.from_pretrained(tmp_path / "hf").eval()
     idx = torch.randint(0, 300, (1, 20))
     assert torch.equal(again(idx)[0], model(idx)[0])
 
 
+# --- the file alone
+
+# Its own modules are found nowhere but in the folder that it is given: -I keeps today's folder and
+# PYTHONPATH out, and a script's folder too.
+ALONE = '''
+import importlib.util
+import json
+import sys
+
+folder = sys.argv[1]
+sys.path.insert(0, folder)
+import torch
+
+import model
+from model import GPT, GPTConfig, config_from_hf
+
+assert model.__file__.startswith(folder)
+assert importlib.util.find_spec("parts") is None
+
+
+def read_back(model):
+    """The model again, through the names and shapes of the Hugging Face format, as a file would hold them."""
+    hf = json.loads(json.dumps(model.hf_config()))
+    tensors = {name: tensor.clone() for name, tensor in model.hf_tensors().items()}
+    again = GPT(config_from_hf(hf)).to(torch.float64).eval()
+    again.load_hf(hf, tensors)
+    assert again.ln_state() == model.ln_state()
+    assert again.config == model.config
+    assert torch.equal(again(idx)[0], model(idx)[0])
+
+
+torch.manual_seed(0)
+config = GPTConfig(block_size=24, vocab_size=60, n_layer=2, n_head=2, n_embd=32, eot=59)
+gpt = GPT(config).to(torch.float64).eval()
+with torch.no_grad():
+    for p in gpt.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+idx = torch.randint(0, 60, (3, 24))
+
+logits, loss = gpt(idx[:, :-1], idx[:, 1:])
+assert logits.shape == (3, 23, 60)
+assert loss.shape == ()
+loss.backward()
+read_back(gpt)
+
+gpt.set_treatment("bos", True)
+gpt.measure_std(idx)
+assert all(site.avg_std != 1 and site.bos_std != 1 for site in gpt.sites().values())
+gpt.set_ln_mode("ln_2", 1, "fake")
+read_back(gpt)
+
+for site in gpt.sites().values():
+    site.ln_mode = "fake"
+gpt.set_treatment("bos", False)
+read_back(gpt)
+
+folded = gpt.fold()
+torch.testing.assert_close(folded(idx)[0], gpt(idx)[0], atol=1e-10, rtol=0)
+read_back(folded)
+
+for name in ("parts", "safetensors", "huggingface_hub", "transformers"):
+    assert name not in sys.modules, name
+print("done")
+'''
+
+
+def test_model_py_alone_in_an_empty_folder_needs_nothing_but_torch(tmp_path):
+    """Built, run, measured, switched, folded, and written and read in the Hugging Face format's names."""
+    shutil.copy(os.path.join(REPO, "model.py"), tmp_path)
+    command = [sys.executable, "-I", "-c", ALONE, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
+
+
 # --- training: the loss in pieces, and what is added to it
 
 
-@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("pieces", [
+    1,
+    3,
+])
 def test_the_loss_in_pieces_has_the_plain_losss_value_and_gradients(hf_and_ours, monkeypatch, pieces):
     hf, model = hf_and_ours()
     monkeypatch.setattr("model.LOSS_ROWS", 190 // pieces)  # 2 x 95 tokens, the last piece shorter
@@ -341,13 +522,16 @@ def test_the_loss_in_pieces_has_the_plain_losss_value_and_gradients(hf_and_ours,
             module.p = 0.0
     theirs = hf(idx, labels=idx).loss
     theirs.backward()
+
     model.train()
-    logits, ours = model(idx[:, :-1], idx[:, 1:])
+    logits, ours = model(idx[:, :-1], idx[:, 1:], loss_only=True)
     ours.backward()
     assert logits is None
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    torch.testing.assert_close(model.transformer.wte.weight.grad, hf.transformer.wte.weight.grad, atol=1e-4, rtol=0)
-    torch.testing.assert_close(model.transformer.h[0].mlp.c_fc.weight.grad.T, hf.transformer.h[0].mlp.c_fc.weight.grad, atol=1e-4, rtol=0)
+    wte, their_wte = model.transformer.wte.weight, hf.transformer.wte.weight
+    torch.testing.assert_close(wte.grad, their_wte.grad, atol=1e-4, rtol=0)
+    c_fc, their_c_fc = model.transformer.h[0].mlp.c_fc.weight, hf.transformer.h[0].mlp.c_fc.weight
+    torch.testing.assert_close(c_fc.grad.T, their_c_fc.grad, atol=1e-4, rtol=0)
 
 
 def test_targets_of_minus_1_do_not_count_in_training_nor_in_evaluation(tiny):
@@ -356,11 +540,13 @@ def test_targets_of_minus_1_do_not_count_in_training_nor_in_evaluation(tiny):
     targets[:, 40:] = -1
     with torch.no_grad():
         expected = nn.functional.cross_entropy(tiny(idx)[0][:, :40].flatten(0, 1), targets[:, :40].flatten())
-        torch.testing.assert_close(tiny(idx, targets)[1], expected, atol=1e-5, rtol=0)
-        logits, loss = tiny(idx, targets, loss_only=True)
-        assert logits is None
-        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(tiny.train()(idx, targets)[1], expected, atol=1e-5, rtol=0)
+        for training in (False, True):
+            tiny.train(training)
+            _, loss = tiny(idx, targets)
+            torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+            logits, loss = tiny(idx, targets, loss_only=True)
+            assert logits is None
+            torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny):
@@ -369,20 +555,27 @@ def test_gradient_checkpointing_changes_no_gradient(tiny):
     for on in (False, True):
         tiny.zero_grad()
         tiny.train().gradient_checkpointing = on
-        tiny(idx[:, :-1], idx[:, 1:])[1].backward()
+        _, loss = tiny(idx[:, :-1], idx[:, 1:], loss_only=True)
+        loss.backward()
         grads.append(tiny.transformer.wte.weight.grad.clone())
     assert torch.equal(*grads)
 
 
 def test_the_auxiliary_loss_is_the_spread_of_the_std_before_ln_f(hf_and_ours):
+    """Against the residual stream that transformers shows."""
     hf, model = hf_and_ours()
     idx = torch.randint(0, 290, (2, 30))
     idx[1, 9] = 299
     before = []
-    hf.transformer.ln_f.register_forward_pre_hook(lambda module, args: before.append(args[0]))
+
+    def see(module, args):
+        before.append(args[0].double())
+
+    hf.transformer.ln_f.register_forward_pre_hook(see)
     with torch.no_grad():
         hf(idx)
-        _, _, aux = model.train()(idx, idx, aux_loss=True)
-    std = (before[0].double().var(-1, unbiased=False) + 1e-5).sqrt()
+        _, _, spread = model.train()(idx, idx, with_spread=True)
+    std = (before[0].var(-1, unbiased=False) + 1e-5).sqrt()
     ordinary = (idx != 299) & (torch.arange(30) > 0)
-    assert aux.item() == pytest.approx((std - std[ordinary].mean()).square().mean().item(), rel=1e-4)
+    expected = (std - std[ordinary].mean()).square().mean()
+    assert spread.item() == pytest.approx(expected.item(), rel=1e-4)

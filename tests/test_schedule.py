@@ -2,11 +2,10 @@
 schedule.py: rows become events, at the steps and in the order that are written out here by hand, and a
 row that can't run is refused by name. The configs hold the published schedules.
 """
-import ast
 import os
 
 import pytest
-from conftest import REPO
+from conftest import REPO, default_settings
 
 from configurator import configure
 from parts.errors import UserError
@@ -30,14 +29,6 @@ FOLLOW_UP = [
 ]
 
 TRAIN = os.path.join(REPO, "train.py")
-
-
-def train_defaults():
-    """{name: value} of the settings at the top of train.py, plain assignments before `settings = ...`."""
-    with open(TRAIN) as f:
-        top, _, _ = f.read().partition("settings = configure(")
-    assignments = [line for line in ast.parse(top).body if isinstance(line, ast.Assign)]
-    return {line.targets[0].id: ast.literal_eval(line.value) for line in assignments}
 
 
 def sites_of(n_layer):
@@ -351,6 +342,7 @@ def test_state_follows_rows_in_any_order():
 def test_a_line_for_each_row_says_before_which_steps():
     rows = [
         ("ln_2", 20, 10, "down"),
+        ("ln_1v", 150, 10, [0, 1]),
         ("h.10.ln_1v", 0.5, None),
         ("ln_f", 300, None),
         ("bos", 310, None),
@@ -358,6 +350,7 @@ def test_a_line_for_each_row_says_before_which_steps():
     assert describe(rows, timeline(rows, 12, 400)) == [
         "  ln_2   fake before step 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120, 130: "
         "layers 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0",
+        "  ln_1v  fake before step 150, 160",
         "  h.10.ln_1v fake before step 200",
         "  ln_f   fake before step 300",
         "  bos    off before step 310",
@@ -369,7 +362,7 @@ def test_a_line_for_each_row_says_before_which_steps():
 
 def test_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():
     """The defaults are the post's: 6e-4 after 100 steps, half way at 1,050, 6e-5 from 2,000."""
-    defaults = train_defaults()
+    defaults = default_settings()
     names = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")
     settings = {name: defaults[name] for name in names}
 
@@ -389,7 +382,7 @@ def test_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():
 def read_configs(*names):
     """The settings of train.py after config/NAME.py of each name, in order, its bounds checked."""
     paths = [os.path.join(REPO, "config", f"{name}.py") for name in names]
-    return configure(train_defaults() | {"__file__": TRAIN}, paths, "")
+    return configure(default_settings() | {"__file__": TRAIN}, paths, "")
 
 
 @pytest.mark.parametrize("name, n_layer", [
