@@ -205,7 +205,7 @@ def refusing(path):
     mend."""
     try:
         yield
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         raise UserError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
 
 

@@ -48,6 +48,12 @@ SHORT = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random tokens and models each time."""
+    torch.manual_seed(0)
+
+
 # --- scripts
 
 
