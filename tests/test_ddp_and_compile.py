@@ -56,6 +56,14 @@ def test_a_run_of_two_processes_is_resumed_by_one(run, torchrun):
     assert two["loss"] == pytest.approx(one["loss"], abs=0.002)
 
 
+def test_two_processes_resume_with_the_dropout_of_each(torchrun):
+    args = ["--dropout=0.2", "--ln_schedule=[]"]
+    assert torchrun(*args, "--max_iters=6", "--out_dir=out/whole").code == 0
+    assert torchrun(*args, "--max_iters=3", "--out_dir=out/cut").code == 0
+    assert torchrun(*args, "--max_iters=6", "--out_dir=out/cut", "--init_from=resume").code == 0
+    assert read_log("out/cut", "loss") == pytest.approx(read_log("out/whole", "loss"), rel=1e-5)
+
+
 def assert_close(one, two):
     """Lists and dicts of the same shape, names and texts, whose numbers are close."""
     assert type(one) is type(two)

@@ -281,6 +281,15 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
+def test_fine_tuning_of_an_ln_free_model_resumes(run, removal):
+    assert removal().code == 0
+    args = [*SHORT, "--init_from=out/run/model", "--out_dir=out/more", "--max_iters=2"]
+    assert run("train.py", *args).code == 0
+    resumed = run("train.py", *args, "--init_from=resume", "--max_iters=4")
+    assert resumed.code == 0, resumed.text
+    assert GPT.from_pretrained("out/more/model").ln_free()
+
+
 def test_a_resume_under_another_schedule_is_refused(removal):
     assert removal().code == 0
     again = removal("--init_from=resume", "--max_iters=14", "--ln_schedule=[]")
