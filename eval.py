@@ -57,7 +57,7 @@ json = ""  # a file to write everything into
 hellaswag_url = hellaswag.URL  # where its file is fetched from
 # -----------------------------------------------------------------------------
 
-# val tokens behind the published figures
+# tokens that are fetched and evaluated, as behind the published figures; of another of HUB's names 10 million
 PUBLISHED = {"owt": 4_500_000, "pile": 10_200_000, "pile-filtered": 10_200_000}
 TITLES = dict(original="original", control="control", ln_free="LN-free", part="part removed")  # in the table
 

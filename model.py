@@ -64,7 +64,8 @@ class LayerNorm(nn.Module):
 
     Centring stays in both: it is linear, so fold can multiply it into the next matrix. The constant
     is bos_std where use_bos, broadcast to (B, T, 1), is true, and avg_std elsewhere; "bos", as in the
-    paper, is position 0, whatever its token. Both are 1 until they are measured.
+    paper, is position 0, whatever its token (why: "The treatments" in GPT.__init__). Both are 1 until
+    they are measured.
     """
 
     def __init__(self, config):

@@ -3,15 +3,15 @@ The removal schedule: what happens at which step. Rows of numbers to events, the
 and carrying events out.
 
     ln_schedule = [                      # sites, first step, steps between layers
-        ("ln_2", 200, 20),               # layer 0 before step 200, layer 1 before step 220, ... up to the last
-        ("ln_1qk", 440, 20, "down"),     # the last layer first
-        ("ln_1v", 680, 30, [3, 0, -1]),  # these layers in this order; -1 is the last
-        ("ln_1v", 900, 0, [1, 2]),       # others, all at one time
-        ("h.5.ln_2", 700, None),         # a single site
-        ("ln_f", 1040, None),
-        ("eot", 1060, None),             # a treatment ends; one without a row is never on
-        ("bos", 1160, None),
-    ]
+        ("ln_2", 10, 5),                 # layer 0 before step 10, layer 1 before step 15, ... up to the last
+        ("ln_1qk", 30, 5, "down"),       # the last layer first
+        ("ln_1v", 50, 5, [3, 0, -1]),    # these layers in this order; -1 is the last
+        ("ln_1v", 70, 0, [1, 2]),        # others, all at one time
+        ("h.4.ln_1v", 80, None),         # a single site
+        ("ln_f", 90, None),
+        ("eot", 95, None),               # a treatment ends; one without a row is never on
+        ("bos", 99, None),
+    ]                                    # of a model of 6 layers
 
 For a model of any depth and a run of any length, a row can say where in the run it begins, as a
 fraction of max_iters: ("ln_f", 0.4, None). A pair says from where to where its layers are spread
@@ -144,7 +144,8 @@ def set_treatments(model, events, step):
 
 
 def remove(model, events, batches, mean=lambda t: t):
-    """Carry out one step's events on the raw model, and return a log entry for each.
+    """Carry out one step's events on the raw model, before its forward pass, and return a log entry for
+    each. Where a site goes, measure the constants of all sites that are still real first.
 
     batches: idx (B, T) each, the step's own micro-batches; mean averages a tensor over processes."""
     if any(kind not in TREATMENTS for _, kind, _ in events):

@@ -218,7 +218,7 @@ for step in range(start, max_iters + 1):
         break
 
     # the removal: before the step's forward pass, on its own batches
-    due = [event for event in events if event[0] == step]
+    due = [(at, kind, layer) for at, kind, layer in events if at == step]
     with autocast:
         removed = remove(model, due, (x for x, _ in batches(step)), ranks.mean)
     for entry in removed:

@@ -15,7 +15,7 @@ warmup_iters = 100
 lr_decay_iters = 2000  # stopped before the cosine reaches its floor
 weight_decay = 0.1
 
-# Each kind begins when the one before it has gone through all layers.
+# Each kind begins when the one before it has gone through all layers, 0 first (schedule.py: other orders).
 ln_schedule = [  # sites, first step, steps between layers
     ("ln_2", 200, 20),        # 12 layers: the last at 200 + 11 x 20 = 420
     ("ln_1qk", 440, 20),      # the last at 440 + 11 x 20 = 660

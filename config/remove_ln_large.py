@@ -16,7 +16,7 @@ lr_decay_iters = 1200  # stopped at 600, where it was best
 weight_decay = 0.01
 aux_loss_weight = 0.03
 
-# Each kind begins when the one before it has gone through all layers.
+# Each kind begins when the one before it has gone through all layers, 0 first (schedule.py: other orders).
 ln_schedule = [  # sites, first step, steps between layers
     ("ln_2", 30, 4),          # 36 layers: the last at 30 + 35 x 4 = 170
     ("ln_1qk", 174, 4),       # the last at 174 + 35 x 4 = 314

@@ -16,7 +16,7 @@ lr_decay_iters = 500
 weight_decay = 0.01
 aux_loss_weight = 0.1
 
-# Each kind begins when the one before it has gone through all layers.
+# Each kind begins when the one before it has gone through all layers, 0 first (schedule.py: other orders).
 ln_schedule = [  # sites, first step, steps between layers
     ("ln_2", 20, 2),          # 24 layers: the last at 20 + 23 x 2 = 66
     ("ln_1qk", 68, 2),        # the last at 68 + 23 x 2 = 114

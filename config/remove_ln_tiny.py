@@ -16,7 +16,7 @@ lr_decay_iters = 350
 weight_decay = 0.01
 beta2 = 0.99
 
-# Each kind begins when the one before it has gone through all layers.
+# Each kind begins when the one before it has gone through all layers, 0 first (schedule.py: other orders).
 ln_schedule = [  # sites, first step, steps between layers
     ("ln_2", 10, 4),      # 4 layers: the last at 10 + 3 x 4 = 22
     ("ln_1qk", 26, 4),    # the last at 26 + 3 x 4 = 38

@@ -16,7 +16,7 @@ lr_decay_iters = 1200  # stopped at 800, where it was best
 weight_decay = 0.01
 aux_loss_weight = 0.01
 
-# Each kind begins when the one before it has gone through all layers.
+# Each kind begins when the one before it has gone through all layers, 0 first (schedule.py: other orders).
 ln_schedule = [  # sites, first step, steps between layers
     ("ln_2", 20, 2),          # 48 layers: the last at 20 + 47 x 2 = 114
     ("ln_1qk", 116, 2),       # the last at 116 + 47 x 2 = 210

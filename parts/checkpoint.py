@@ -38,11 +38,11 @@ def save(out_dir, step, model, optimizers, settings):
     write(os.path.join(out_dir, "ckpt.pt"), dict(
         model=model.state_dict(),
         model_config=vars(model.config),
-        ln_state=model.ln_state(),
+        ln_state=model.ln_state(),  # modes, constants and treatments, which the state dict leaves out
         optimizers=[optimizer.state_dict() for optimizer in optimizers],
-        step=step,
+        step=step,  # with the seed, it says which tokens come next
         settings=settings,
-        rng=rng,
+        rng=rng,  # of dropout, for each process
     ))
     # an earlier run's model, which eval.py must not take for this one's
     remove_files(os.path.join(out_dir, "model"), ["config.json", "model.safetensors"])

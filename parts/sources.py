@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 
 from parts.errors import UserError
 
-HUB = {  # names of our own for data sets on the hub
+# A line here makes a name for prepare_owt.py and eval.py. What they fetch by it is the split `train`, as
+# GPT-2's tokens; how much of it eval.py takes, eval.py's PUBLISHED says.
+HUB = {
     "owt": "Skylion007/openwebtext",
     "pile": "apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2",
     "pile-filtered": "lucabaroni/apollo-pile-filtered-10k",
