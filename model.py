@@ -321,10 +321,12 @@ class GPT(nn.Module):
     def std_spread(self, x, idx):
         """x (B, T, C), idx (B, T) -> the mean squared difference between the std at each position
         and its mean over ordinary tokens, a scalar: the auxiliary loss of arXiv 2507.02559, which
-        keeps the std before ln_f near to what its constant will be."""
+        keeps the std before ln_f near to what its constant will be. The mean is a target: no gradient
+        goes through it."""
         std = std_of(x, self.config.ln_eps).squeeze(-1)  # (B, T)
         ordinary = self.ordinary(idx)
-        return (std - (std * ordinary).sum() / ordinary.sum()).square().mean()
+        target = (std * ordinary).sum() / ordinary.sum()
+        return (std - target.detach()).square().mean()
 
     # --------------------------------------------------------------------------------------------
     # removing LayerNorm

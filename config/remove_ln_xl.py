@@ -18,12 +18,12 @@ aux_loss_weight = 0.01
 
 # Each kind begins when the one before it has gone through all layers, 0 first (schedule.py: other orders).
 ln_schedule = [  # sites, first step, steps between layers
-    ("ln_2", 20, 2),          # 48 layers: the last at 20 + 47 x 2 = 114
-    ("ln_1qk", 116, 2),       # the last at 116 + 47 x 2 = 210
-    ("ln_1v", 212, 3),        # the last at 212 + 47 x 3 = 353
-    ("ln_f", 356, None),
-    ("eot", 358, None),       # end-of-text tokens lose position 0's constant
-    ("bos", 368, None),       # position 0 loses its own: now each site has one constant
+    ("ln_2", 50, 4),          # 48 layers: the last at 50 + 47 x 4 = 238
+    ("ln_1qk", 242, 4),       # the last at 242 + 47 x 4 = 430
+    ("ln_1v", 434, 6),        # the last at 434 + 47 x 6 = 716
+    ("ln_f", 722, None),
+    ("eot", 724, None),       # end-of-text tokens lose position 0's constant
+    ("bos", 734, None),       # position 0 loses its own: now each site has one constant
 ]
 
 eval_interval = 100

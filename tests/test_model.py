@@ -579,3 +579,30 @@ def test_the_auxiliary_loss_is_the_spread_of_the_std_before_ln_f(hf_and_ours):
     ordinary = (idx != 299) & (torch.arange(30) > 0)
     expected = (std - std[ordinary].mean()).square().mean()
     assert spread.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_auxiliary_loss_pulls_to_a_mean_that_is_a_constant(hf_and_ours):
+    """Against transformers' gradients in float64, with the mean as a number. Position 0 is far from it."""
+    hf, model = hf_and_ours()
+    with torch.no_grad():
+        model.transformer.wpe.weight[0] *= 10
+        hf.transformer.wpe.weight[0] *= 10
+    idx = torch.randint(0, 290, (2, 30))
+    before = []
+
+    def see(module, args):
+        before.append(args[0])
+
+    hf.double().transformer.ln_f.register_forward_pre_hook(see)
+    hf(idx)
+    std = (before[0].var(-1, unbiased=False) + 1e-5).sqrt()
+    target = std[:, 1:].mean().item()
+    (std - target).square().mean().backward()
+    _, _, spread = model.double()(idx, idx, with_spread=True)
+    spread.backward()
+    for ours, theirs in (
+        (model.transformer.wpe.weight, hf.transformer.wpe.weight),
+        (model.transformer.wte.weight, hf.transformer.wte.weight),
+        (model.transformer.h[0].mlp.c_fc.bias, hf.transformer.h[0].mlp.c_fc.bias),
+    ):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-7)
