@@ -366,12 +366,12 @@ class GPT(nn.Module):
         return (idx != self.config.eot) & (torch.arange(idx.shape[1], device=idx.device) > 0)
 
     @torch.no_grad()
-    def observe_std(self, idx):
+    def observe_std(self, idx, over="ordinary"):
         """idx (B, T) -> {site: tensor [avg std, bos std]} of the sites that are still real: the std
-        of what they read, its mean over ordinary tokens and over position 0. ValueError if there is
-        no ordinary token."""
-        ordinary = self.ordinary(idx)
-        if not ordinary.any():
+        of what they read, its mean over ordinary tokens, or with over="all" over all of them, and its
+        mean over position 0. ValueError if there is no such token."""
+        averaged = self.ordinary(idx) if over == "ordinary" else torch.ones_like(idx, dtype=torch.bool)
+        if not averaged.any():
             raise ValueError("measuring needs an ordinary token: one after position 0 that is not end-of-text")
         observed, hooks = {}, []
         for name, site in self.sites().items():
@@ -380,7 +380,7 @@ class GPT(nn.Module):
 
             def observe(site, args, name=name):
                 std = std_of(args[0], site.eps).squeeze(-1)  # (B, T)
-                observed[name] = torch.stack([std[ordinary].mean(), std[:, 0].mean()])
+                observed[name] = torch.stack([std[averaged].mean(), std[:, 0].mean()])
 
             hooks.append(site.register_forward_pre_hook(observe))
         try:

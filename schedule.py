@@ -143,15 +143,19 @@ def set_treatments(model, events, step):
         model.set_treatment(kind, on)
 
 
-def remove(model, events, batches, mean=lambda t: t):
-    """Carry out one step's events on the raw model, before its forward pass, and return a log entry for
-    each. Where a site goes, measure the constants of all sites that are still real first.
+def remove(model, events, step, batches, mean, over, momentum):
+    """Carry out a step's events on the raw model, before its forward pass, and return a log entry for
+    each. Where a site goes, measure the constants of all sites that are still real first; with a
+    momentum, at each step until the last one goes.
 
-    batches: idx (B, T) each, the step's own micro-batches; mean averages a tensor over processes."""
-    if any(kind not in TREATMENTS for _, kind, _ in events):
-        measure(model, batches, mean)
+    batches: idx (B, T) each, the step's own micro-batches; mean averages a tensor over processes; over
+    and momentum: train.py's std_over and std_momentum."""
+    due = [(kind, layer) for at, kind, layer in events if at == step]
+    site_steps = [at for at, kind, _ in events if kind not in TREATMENTS]
+    if step in site_steps or (momentum > 0 and step < max(site_steps, default=0)):
+        measure(model, batches, mean, over, momentum if step > 0 else 0.0)
     entries = []
-    for step, kind, layer in events:
+    for kind, layer in due:
         name = site_name(kind, layer)
         if kind in TREATMENTS:
             model.set_treatment(kind, False)
@@ -165,16 +169,18 @@ def remove(model, events, batches, mean=lambda t: t):
 
 
 @torch.no_grad()
-def measure(model, batches, mean):
+def measure(model, batches, mean, over, momentum):
     """Set the constants of all sites that are still real, in one pass. A constant must fit the weights
     of this moment, and the tokens that come next: so it is measured at the event, on the step's own
     batch. Those of sites that go later are measured again then."""
     model.eval()  # without dropout
-    observed = [model.observe_std(idx) for idx in batches]
+    observed = [model.observe_std(idx, over) for idx in batches]
     model.train()
     for name in observed[0]:
-        std = torch.stack([stds[name] for stds in observed]).mean(0)  # [avg std, bos std]
-        model.set_std({name: mean(std)})
+        std = mean(torch.stack([stds[name] for stds in observed]).mean(0))  # [avg std, bos std]
+        site = model.sites()[name]
+        before = torch.stack([site.avg_std, site.bos_std])
+        model.set_std({name: before * momentum + std * (1 - momentum)})
 
 
 def describe(ln_schedule, events):

@@ -38,6 +38,8 @@ dataset = "stdlib"  # a folder under data/, made by prepare_owt.py
 seed = 1337  # >= 0 and < 2**63: of the data order, of random weights and of dropout
 # removal
 ln_schedule = []  # rows (sites, first step, steps between layers), see schedule.py; empty: the control
+std_over = "ordinary"  # ordinary or all: whose mean std is the constant; ordinary: neither position 0 nor end-of-text
+std_momentum = 0.0  # >= 0 and < 1: of the std's moving average over steps; 0: the mean of the event's own step
 # steps
 max_iters = 300  # >= 1: steps of the optimizer
 batch_size = 16  # >= 1: sequences in a micro-batch
@@ -218,9 +220,9 @@ for step in range(start, max_iters + 1):
         break
 
     # the removal: before the step's forward pass, on its own batches
-    due = [(at, kind, layer) for at, kind, layer in events if at == step]
     with autocast:
-        removed = remove(model, due, (x for x, _ in batches(step)), ranks.mean)
+        ids = (x for x, _ in batches(step))
+        removed = remove(model, events, step, ids, ranks.mean, std_over, std_momentum)
     for entry in removed:
         log.write(entry)
         ranks.say(f"step {step:>6}  " + describe_event(entry))

@@ -14,6 +14,8 @@ min_lr = 4e-5
 warmup_iters = 15
 lr_decay_iters = 1200  # stopped at 600, where it was best
 weight_decay = 0.01
+beta2 = 0.999
+dropout = 0.1
 aux_loss_weight = 0.03
 
 # Each kind begins when the one before it has gone through all layers, 0 first (schedule.py: other orders).

@@ -14,6 +14,8 @@ min_lr = 3e-4
 warmup_iters = 10
 lr_decay_iters = 500
 weight_decay = 0.01
+beta2 = 0.999
+dropout = 0.1
 aux_loss_weight = 0.1
 
 # Each kind begins when the one before it has gone through all layers, 0 first (schedule.py: other orders).

@@ -159,6 +159,48 @@ def test_the_constants_of_an_event_are_those_of_its_batch_and_weights(removal):
         assert entry["bos_std"] == pytest.approx(site.bos_std.item(), rel=1e-4)
 
 
+def std_before(model, site, x):
+    """The std of what a site reads of the windows x, by DESIGN's formula in float64: (windows, T)."""
+    seen = []
+
+    def see(module, args):
+        seen.append(args[0].double())
+
+    hook = model.sites()[site].register_forward_pre_hook(see)
+    with torch.no_grad():
+        model.eval()(x)
+    hook.remove()
+    return (seen[0].var(-1, unbiased=False) + 1e-5).sqrt()
+
+
+def test_constants_can_be_over_all_tokens(removal):
+    """As arXiv 2507.02559's: position 0 and end-of-text are tokens like others."""
+    schedule = [("ln_f", 0, None)]
+    assert removal(f"--ln_schedule={schedule}", "--dtype=float32", "--std_over=all", "--max_iters=1").code == 0
+    tokens = read_tokens("train", "stdlib")
+    x, _ = data.read_windows(tokens, data.train_starts(tokens, 1337, 0, 4, 32), 32, "cpu")
+    std = std_before(GPT.from_pretrained(TINY), "ln_f", x)
+    (avg_std,) = read_log(key="avg_std")
+    assert avg_std == pytest.approx(std.mean().item(), rel=1e-4)
+    assert avg_std != pytest.approx(std[:, 1:].mean().item(), rel=1e-3)
+
+
+def test_constants_can_be_moving_averages_over_steps(removal):
+    """At a learning rate of 0 the weights stay, so that each step's own std can be measured here."""
+    schedule = [("ln_f", 3, None)]
+    still = ["--learning_rate=0", "--min_lr=0", "--weight_decay=0"]
+    args = [f"--ln_schedule={schedule}", "--dtype=float32", "--std_momentum=0.7", "--max_iters=4"]
+    assert removal(*args, *still).code == 0
+    tokens = read_tokens("train", "stdlib")
+    model = GPT.from_pretrained(TINY)
+    expected = None
+    for step in range(4):
+        x, _ = data.read_windows(tokens, data.train_starts(tokens, 1337, step, 4, 32), 32, "cpu")
+        std = std_before(model, "ln_f", x)[:, 1:].mean().item()
+        expected = std if expected is None else 0.7 * expected + 0.3 * std
+    assert read_log(key="avg_std") == pytest.approx([expected], rel=1e-4)
+
+
 def test_the_control_sees_the_same_batches_and_keeps_its_layernorms(removal):
     assert removal("--ln_schedule=[]", "--out_dir=out/control").code == 0
     assert removal().code == 0
@@ -215,8 +257,9 @@ def log_without_speed(folder):
     11,  # the last
 ])
 def test_an_interrupted_run_ends_with_the_same_bits(removal, monkeypatch, step):
-    """SIGTERM arrives while a step reads its data."""
-    whole = removal("--dropout=0.1", "--out_dir=out/whole")
+    """SIGTERM arrives while a step reads its data. Dropout and the std's average go on as they were."""
+    args = ["--dropout=0.1", "--std_momentum=0.5"]
+    whole = removal(*args, "--out_dir=out/whole")
     assert whole.code == 0, whole.text
     train_starts = data.train_starts
     sent = []
@@ -229,12 +272,12 @@ def test_an_interrupted_run_ends_with_the_same_bits(removal, monkeypatch, step):
 
     with monkeypatch.context() as patch:
         patch.setattr(data, "train_starts", interrupted)
-        cut = removal("--dropout=0.1")
+        cut = removal(*args)
     assert cut.code == 128 + signal.SIGTERM
     assert "--init_from=resume" in cut.text
     assert not os.path.exists("out/run/model")
 
-    resumed = removal("--dropout=0.1", "--init_from=resume")
+    resumed = removal(*args, "--init_from=resume")
     assert resumed.code == 0, resumed.text
     assert_same_tensors(MODEL, load_file("out/whole/model/model.safetensors"))
     assert log_without_speed("out/run") == log_without_speed("out/whole")
