@@ -9,16 +9,16 @@ demo: $(RUN)/model/config.json $(RUN)_control/model/config.json
 	.venv/bin/python plot.py $(RUN)
 
 $(RUN)/model/config.json: $(CODE) data/stdlib/meta.json
-	.venv/bin/python train.py config/remove_ln_tiny.py
+	.venv/bin/python train.py config/remove_ln_tiny.py --force
 
 $(RUN)_control/model/config.json: $(CODE) config/control.py data/stdlib/meta.json
-	.venv/bin/python train.py config/remove_ln_tiny.py config/control.py
+	.venv/bin/python train.py config/remove_ln_tiny.py config/control.py --force
 
 data/stdlib/meta.json: | .venv/installed
 	.venv/bin/python prepare_owt.py
 
 test: .venv/installed-dev
-	.venv/bin/python -m pytest -q tests
+	.venv/bin/python -m pytest -q -n 2 tests
 
 test-tl3: .venv-tl3/installed
 	.venv-tl3/bin/python -m pytest -q tests/transformer_lens_3.py

@@ -59,6 +59,7 @@ hellaswag_url = hellaswag.URL  # where its file is fetched from
 
 # tokens that are fetched and evaluated, as behind the published figures; of another of HUB's names 10 million
 PUBLISHED = {"owt": 4_500_000, "pile": 10_200_000, "pile-filtered": 10_200_000}
+NANOGPT_VAL_DOCUMENTS = 4007  # of OpenWebText
 TITLES = dict(original="original", control="control", ln_free="LN-free", part="part removed")  # in the table
 
 
@@ -170,6 +171,27 @@ def check_tokens(folder, candidates):
                       "was it trained on such tokens?")
 
 
+def val_set(folder):
+    """What is in data/FOLDER/val.bin, as the table and the JSON name it."""
+    meta = read_meta(folder)
+    documents = meta["val"].get("documents")
+    count = "documents" if documents is None else f"{documents:,} documents"
+    return f"{count} of {meta.get('source', 'an unknown source')}"
+
+
+def why_not_published(folder, n):
+    """Why n val tokens of a folder are not those behind the published figures; "" if they are."""
+    meta = read_meta(folder)
+    if folder not in PUBLISHED:
+        return ""
+    if folder == "owt" and (meta.get("asked_tokens") or meta["val"].get("documents") != NANOGPT_VAL_DOCUMENTS):
+        return ("they are over nanoGPT's val split, and data/owt has other documents: "
+                "`prepare_owt.py --dataset=owt` without --tokens makes it")
+    if abs(n / PUBLISHED[folder] - 1) > 0.02:
+        return f"they are over {PUBLISHED[folder]:,} tokens, and this is over {n:,}"
+    return ""
+
+
 # --- cross-entropy and faithfulness
 
 
@@ -194,6 +216,8 @@ def cross_entropy_rows(folder, candidates, reference, autocast):
     for c in candidates:
         losses = found[c.source]["loss"]  # (windows, block_size)
         row = dict(dataset=folder, source=c.source, role=c.role, windows=len(starts), tokens=losses.size)
+        row["val"] = val_set(folder)
+        row["not_published"] = why_not_published(folder, losses.size)
         row["nonfinite"] = int((~np.isfinite(losses)).sum())
         row["loss"], row["loss_se"] = mean_and_error(losses.mean(1))
         row["median"], row["p99_9"], row["max"] = np.quantile(losses, [0.5, 0.999, 1])
@@ -219,8 +243,8 @@ def show_cross_entropy(candidates, rows):
     name, windows = rows[0]["dataset"], rows[0]["windows"]
     gap_to = "gap to control" if any(c.role == "control" for c in candidates) else "gap to original"
     print_table(
-        f"{name}: cross-entropy in nats per token ± standard error "
-        f"over {windows:,} windows of {block_size} val tokens",
+        f"{name}: cross-entropy in nats per token ± standard error\n"
+        f"over {windows:,} windows of {block_size} val tokens, of {rows[0]['val']}",
         candidates,
         [
             [name, *with_errors(rows, "loss", ".4f")],
@@ -236,6 +260,8 @@ def show_cross_entropy(candidates, rows):
             ["loss correlation", *values(rows, "correlation", ".4f")],
         ],
     )
+    if rows[0]["not_published"]:
+        print(f"note: not to be compared with the published figures: {rows[0]['not_published']}")
 
 
 # --- the residual stream

@@ -117,15 +117,28 @@ def folded_form(model):
 
 
 def to_bridge(model, **kwargs):
-    """An LN-free, unfolded GPT -> TransformerLens 4's TransformerBridge, from the plain form;
-    kwargs go to boot_transformers."""
+    """An LN-free, unfolded GPT -> TransformerLens 4's TransformerBridge, from the plain form; kwargs go
+    to boot_transformers. Without GPT-2's tokenizer it takes token ids alone.
+
+    Its LNs are folded into the weights, as logit_attrs expects, and nothing else is changed: the
+    residual stream and the logits are the model's."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import GPT2LMHeadModel
 
     with tempfile.TemporaryDirectory() as folder:
         plain_form(model).save_pretrained(folder)
+        has_tokenizer = "tokenizer" in kwargs or write_tokenizer(model, folder)
         hf = GPT2LMHeadModel.from_pretrained(folder).eval()
-        return TransformerBridge.boot_transformers(folder, hf_model=hf, **kwargs)
+        bridge = TransformerBridge.boot_transformers(folder, hf_model=hf, **kwargs)
+    if not has_tokenizer:
+        bridge.tokenizer = None  # the empty one that was made for it would turn any text into zeros
+    bridge.enable_compatibility_mode(
+        disable_warnings=True,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return bridge
 
 
 @torch.no_grad()

@@ -311,11 +311,18 @@ class GPT(nn.Module):
         """x (rows, C), targets (rows,) -> the sum of their losses, in nats."""
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1, reduction="sum")
 
+    def exact_logits(self, x):
+        """x (..., C) -> logits (..., vocab) in float32, under autocast too. GPT-2's lie far from zero,
+        where bfloat16's steps are wider than what an evaluation looks for."""
+        bias = None if self.lm_head.bias is None else self.lm_head.bias.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.lm_head.weight.float(), bias)
+
     def token_losses(self, x, targets):
         """x (N, C), targets (N,) -> each token's loss in nats (N,), float32."""
         losses = []
         for x_piece, targets_piece in zip(pieces(x, HEAD_ROWS), pieces(targets, HEAD_ROWS)):
-            losses.append(F.cross_entropy(self.lm_head(x_piece).float(), targets_piece, reduction="none"))
+            losses.append(F.cross_entropy(self.exact_logits(x_piece), targets_piece, reduction="none"))
         return torch.cat(losses)
 
     def std_spread(self, x, idx):
@@ -558,7 +565,7 @@ class GPT(nn.Module):
         published = is_published_ln_free(hf)
         for name, p in self.hf_tensors().items():
             if published and ".ln_" in name and name.endswith(".weight"):
-                p.copy_(tensors[name] / math.sqrt(hf["layer_norm_epsilon"]))
+                p.copy_(tensors[name].to(p.dtype) / math.sqrt(hf["layer_norm_epsilon"]))
             else:
                 p.copy_(tensors[name])
         if published:

@@ -9,7 +9,8 @@ Documents to tokens, once: data/NAME/{train,val}.bin (uint16) and meta.json.
     python prepare_owt.py --dataset=ORG/NAME --column=text --split=train # any data set of the hub
     python prepare_owt.py --dataset=ORG/NAME --tokenizer=4096:1          # rows of another tokenizer's ids
 
-Each document is followed by the end-of-text id. val is, of whole text files, about 5 %, by a hash of
+Each document is followed by the end-of-text id; rows of ids that all have one length are taken as windows
+of a stream, which hold it. val is, of whole text files, about 5 %, by a hash of
 their path (of few, the last 5 % of each); of rows every 200th; of all of OpenWebText nanoGPT's. Run the
 same command again after an interruption, and it resumes.
 """
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from configurator import configure
 from parts.errors import UserError, on_disk
-from parts.files import TOKEN_FILES, check_folder, remove_files, write_json
+from parts.files import TOKEN_FILES, FolderLock, check_folder, remove_files, write_json
 from parts.sources import (
     ANY_SEAM,
     GPT2_SEAM,
@@ -62,6 +63,7 @@ OWT_DOCUMENTS = 8_013_769
 # of an unfinished preparation
 HALF_FILES = (*TOKEN_FILES, "progress.json", "progress.json.tmp", "val_ordered.bin")
 BATCH = 1_000_000  # characters that a worker takes at a time
+NOTHING = dict(tokens=0, documents=0, eot_appended=0)  # counts of a split, as in meta.json
 
 
 # --- train or val
@@ -117,6 +119,7 @@ class Task:
     name: str  # of the source
     content: str | bytes | list[int]
     ends: bool  # whether the document ends with it
+    packed: bool
     val: bool
     position: list[int]  # source, rows or bytes of it, documents: what is taken, with this one
     share: float  # of all sources, with this one
@@ -137,7 +140,7 @@ def read(sources, position, rule, seam):
                 documents += 1
             after = [i + 1, 0, documents] if piece.last else [i, piece.taken, documents]
             share = (i + piece.share) / len(sources)
-            yield Task(source.name, piece.content, piece.ends, val, after, share)
+            yield Task(source.name, piece.content, piece.ends, piece.packed, val, after, share)
         skip = 0
 
 
@@ -171,19 +174,29 @@ def end_with_parent():
 
 
 def encode_batch(batch):
-    """Tasks -> {"train" and "val": (bytes, documents that end)}."""
+    """Tasks -> {"train" and "val": (bytes, their counts)}."""
+    eot = np.array([worker_tokenizer.eot], "<u2")
     parts = dict(train=[], val=[])
-    documents = dict(train=0, val=0)
+    counts = dict(train=dict(NOTHING), val=dict(NOTHING))
     for task in batch:
         which = "val" if task.val else "train"
-        documents[which] += task.ends
-        if isinstance(task.content, list):  # token ids, in windows that hold their own end-of-text
-            parts[which].append(checked_ids(task.name, task.content))
+        if isinstance(task.content, list):
+            ids = checked_ids(task.name, task.content)
+            has_eot = task.packed or ids[-1:].tolist() == [worker_tokenizer.eot]
         else:
-            parts[which].append(encode(task.name, task.content))
-            if task.ends:  # what comes next is another document
-                parts[which].append(np.array([worker_tokenizer.eot], "<u2"))
-    return {which: (b"".join(ids.tobytes() for ids in parts[which]), documents[which]) for which in parts}
+            ids = encode(task.name, task.content)
+            has_eot = False
+        parts[which].append(ids)
+        counts[which]["documents"] += task.ends
+        if task.ends and not has_eot:  # what comes next is another document
+            parts[which].append(eot)
+            counts[which]["eot_appended"] += 1
+    encoded = {}
+    for which in parts:
+        data = b"".join(ids.tobytes() for ids in parts[which])
+        counts[which]["tokens"] = len(data) // 2
+        encoded[which] = data, counts[which]
+    return encoded
 
 
 def encode(name, content):
@@ -244,6 +257,8 @@ def is_enough(progress, sources):
 def write(half, sources, rule, chosen, progress):
     """Encode on all cores and write in order, with a note of the progress every few seconds."""
     note(half, {}, progress)  # first of all: it marks the folder as ours
+    if progress["position"] == [0, 0, 0]:
+        remove_files(half, ["val_ordered.bin"])  # of another try; it would be taken for this one's
     out = {which: open(os.path.join(half, which + ".bin"), "ab") for which in ("train", "val")}
     for which, f in out.items():  # drop what a kill left after the last note
         f.truncate(2 * progress[which]["tokens"])
@@ -266,12 +281,10 @@ def write(half, sources, rule, chosen, progress):
                     break
                 position, share, result = waiting.popleft()
                 after = dict(progress, position=position)
-                for which, (data, documents) in result.result().items():
+                for which, (data, counts) in result.result().items():
                     out[which].write(data)
-                    before = progress[which]
-                    after[which] = dict(tokens=before["tokens"] + len(data) // 2,
-                                        documents=before["documents"] + documents)
-                    after["documents"] += documents
+                    after[which] = {key: progress[which][key] + counts[key] for key in counts}
+                    after["documents"] += counts["documents"]
                 progress.update(after)  # at once: an interruption finds a batch in it whole or not at all
                 bar.total = tokens or int(written(progress) / max(share, 1e-9))
                 bar.update(written(progress) - bar.n)
@@ -330,8 +343,8 @@ def open_progress(half, meta):
         meta=meta,
         position=[0, 0, 0],
         documents=0,
-        train=dict(tokens=0, documents=0),
-        val=dict(tokens=0, documents=0),
+        train=dict(NOTHING),
+        val=dict(NOTHING),
     )
 
 
@@ -367,6 +380,7 @@ def finish(half, done, meta, progress):
 
 
 def main():
+    global column
     configure(globals(), sys.argv[1:], __doc__)
     on_hub = dataset in HUB or "/" in dataset
     if files and (on_hub or dataset == "stdlib"):
@@ -385,6 +399,8 @@ def main():
     origin = f"stdlib of Python {sys.version.split()[0]}"
     if files or on_hub:
         origin = files or f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip()
+    if made.encode is None:
+        column = column or "input_ids"
     meta = dict(tokenizer=chosen, vocab_size=made.vocab_size, eot=made.eot, source=origin,
                 asked_tokens=tokens, val_every=val_every, without=without)
     if is_prepared(done, meta):
@@ -395,12 +411,12 @@ def main():
     with on_disk("can't write into data"):
         os.makedirs("data", exist_ok=True)
     check_disk(name, sources, chosen)
+    with on_disk(f"can't write into {half}"):
+        os.makedirs(half, exist_ok=True)
+    lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
     progress = open_progress(half, meta)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last note is written
     try:
-        if progress["position"] == [0, 0, 0]:
-            remove_files(half, HALF_FILES)  # a val_ordered.bin of another try would be taken for this one's
-        os.makedirs(half, exist_ok=True)
         write(half, sources, val_rule(sources), chosen, progress)
         if not written(progress):
             raise UserError(f"there is no document in {origin}")

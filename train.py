@@ -33,6 +33,7 @@ from schedule import check_modes, describe, describe_event, learning_rate_at, re
 # settings: a default, and a comment that says what it means; configurator.py checks the bound in it
 # files
 out_dir = "out/run"  # gets ckpt.pt, model/, log.jsonl and settings.json
+force = False  # replace what an earlier run left in out_dir
 init_from = "assets/tiny"  # a model directory or hub repository; or scratch; or resume, from out_dir/ckpt.pt
 dataset = "stdlib"  # a folder under data/, made by prepare_owt.py
 seed = 1337  # >= 0 and < 2**63: of the data order, of random weights and of dropout
@@ -76,7 +77,7 @@ compile = True  # torch.compile: a few minutes once, then faster steps; needs a 
 settings = configure(globals(), sys.argv[1:], __doc__)
 
 # --- machine: one process, or torchrun's; rank 0 writes and prints
-check_out_dir(out_dir, init_from)
+check_out_dir(out_dir, init_from, force)
 if compile:
     check_compiler()
 if gradient_accumulation_steps % ranks.WORLD:
@@ -143,7 +144,7 @@ set_treatments(model, events, start)
 
 # --- the run's folder and log
 wandb = checkpoint.start_wandb(wandb_project, out_dir, settings) if wandb_log else None
-checkpoint.open_run(out_dir, settings, resumed)
+lock = checkpoint.open_run(out_dir, settings, resumed)  # two runs at a time would mix their files
 log = checkpoint.Log(out_dir, start, wandb)
 
 # --- optimizer: a list, as another one can take some of the parameters (Muon the block matrices, say)

@@ -12,21 +12,25 @@ import torch
 from model import GPT, GPTConfig
 from parts import ranks
 from parts.errors import UserError, on_disk
-from parts.files import remove_files, whole_file, write_json
+from parts.files import FolderLock, remove_files, whole_file, write_json
 
 KEYS = {"model", "model_config", "ln_state", "optimizers", "step", "settings", "rng"}  # of a checkpoint
 
 
 def open_run(out_dir, settings, resumed):
-    """Make the folder of a run, or take over an earlier run's, on rank 0. Its settings come first:
-    they mark it as a run's."""
+    """Make the folder of a run, or take over the one to be resumed or replaced, on rank 0. Returns its
+    lock. The settings come first: they mark the folder as a run's."""
     if ranks.RANK > 0:
-        return
+        return None
     with on_disk(f"can't make {out_dir}"):
         os.makedirs(out_dir, exist_ok=True)
-    if not resumed and os.path.exists(os.path.join(out_dir, "ckpt.pt")):
-        print(f"note: {out_dir} holds an earlier run, which this one replaces")
+    lock = FolderLock(out_dir)
     write_json(os.path.join(out_dir, "settings.json"), settings)
+    # eval.py takes a model/ for that of a finished run
+    remove_files(os.path.join(out_dir, "model"), ["config.json", "model.safetensors"])
+    if not resumed:
+        remove_files(out_dir, ["ckpt.pt", "log.jsonl"])
+    return lock
 
 
 def save(out_dir, step, model, optimizers, settings):
@@ -44,8 +48,6 @@ def save(out_dir, step, model, optimizers, settings):
         settings=settings,
         rng=rng,  # of dropout, for each process
     ))
-    # an earlier run's model, which eval.py must not take for this one's
-    remove_files(os.path.join(out_dir, "model"), ["config.json", "model.safetensors"])
 
 
 def write(path, checkpoint):

@@ -35,7 +35,7 @@ def compare(models, reference, hidden, targets):
     for *xs, y in rows:
         log_p = {}  # (rows, vocab) each
         for (name, model), x in zip(models.items(), xs):
-            log_p[name] = model.lm_head(x).float().log_softmax(-1)
+            log_p[name] = model.exact_logits(x).log_softmax(-1)
         for name in models:
             found[name]["loss"].append(-log_p[name].gather(1, y.unsqueeze(1))[:, 0])
             if name != reference:
@@ -84,9 +84,10 @@ def mean_and_error(windows):
 
 
 def cast_linear_maps(model):
-    """What autocast to bfloat16 would do to the weights of the linear maps at each call, once."""
+    """What autocast to bfloat16 would do to the weights of the linear maps at each call, once; but for
+    the unembedding, which stays in float32."""
     for m in model.modules():
-        if isinstance(m, torch.nn.Linear):
+        if isinstance(m, torch.nn.Linear) and m is not model.lm_head:
             m.weight = torch.nn.Parameter(m.weight.bfloat16())
             if m.bias is not None:
                 m.bias = torch.nn.Parameter(m.bias.bfloat16())

@@ -2,6 +2,7 @@
 What may be replaced on the disk: what we wrote, and nothing else. And files that are there whole or
 not at all.
 """
+import fcntl
 import json
 import os
 from contextlib import contextmanager
@@ -28,9 +29,9 @@ def check_folder(folder, names, marks):
                         "give another name")
 
 
-def check_out_dir(out_dir, init_from):
-    """UserError unless a run may write into out_dir: it is new, empty or an earlier run's, and the
-    model it starts from is elsewhere."""
+def check_out_dir(out_dir, init_from, force):
+    """UserError unless a run may write into out_dir: it is new or empty, or holds the run to be resumed,
+    or with force an earlier one; and the model it starts from is elsewhere."""
     if not out_dir:
         raise UserError("out_dir is empty: name a folder for what the run leaves")
     places = os.path.realpath(out_dir), os.path.realpath(os.path.join(out_dir, "model"))
@@ -43,6 +44,30 @@ def check_out_dir(out_dir, init_from):
         if os.path.islink(os.path.join(out_dir, name)):
             raise UserError(f"{os.path.join(out_dir, name)} is a link, and would be replaced: remove it, "
                             "or choose another out_dir")
+    if init_from == "resume" or force:
+        return
+    if os.path.exists(os.path.join(out_dir, "model", "config.json")):
+        raise UserError(f"out_dir {out_dir} holds a finished run: choose another, or replace it with --force")
+    if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
+        raise UserError(f"out_dir {out_dir} holds a run that is not finished: go on with "
+                        "--init_from=resume, or begin anew with --force")
+
+
+class FolderLock:
+    """Keeps other processes' FolderLocks from a folder, as long as this object lives. UserError if
+    another one holds it."""
+
+    def __init__(self, folder):
+        self.handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another process: wait for it, or choose another") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def __del__(self):
+        os.close(self.handle)
 
 
 def is_run(folder):

@@ -20,6 +20,8 @@ def fetch(source):
     HF_TOKEN and HF_HUB_OFFLINE work). UserError."""
     if os.path.isdir(source):
         return source
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or os.path.isdir(source.split("/")[0]):
+        raise UserError(f"there is no directory {source}")
     import huggingface_hub  # comes with datasets; a local directory does without
     from huggingface_hub import constants, errors
 

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 import pyarrow.parquet as pq
 
@@ -55,6 +55,7 @@ class Piece:
     share: float  # of the file, with this one
     val: bool | None = None  # of a text file that is cut: whether it is the end that goes to val
     last: bool = False  # of its text file
+    packed: bool = False  # a window of a stream of documents, which holds their end-of-text
 
 
 # --- which files
@@ -142,7 +143,9 @@ def hub_rows(repo, revision, folder):
 
 def read_rows(path, skip, column, without):
     """Yields the rows of a file from row `skip` on, a Piece each. column: of the documents; without:
-    the Pile's subsets to leave out, by a row's meta. UserError: no such column, or no document in it."""
+    the Pile's subsets to leave out, by a row's meta. UserError: no such column, or no document in it.
+
+    Lists of ids that all have one length are windows, cut out of a stream of documents."""
     open_file = open_parquet if path.endswith(".parquet") else open_json
     names, total, rows_with = open_file(path)
     name = column or ("text" if "text" in names else "input_ids")
@@ -153,9 +156,15 @@ def read_rows(path, skip, column, without):
         raise UserError(f"{path} can't be read: --without needs a column meta with pile_set_name, "
                         "as the Pile's text has")
     wanted = [name, "meta"] if without else [name]
+    rows = rows_with(wanted)
+    first = list(islice(rows, 1000))
+    lengths = [len(row[name]) for row in first if isinstance(row.get(name), list)]
+    packed = len(lengths) > 1 and len(set(lengths)) == 1
     size, characters = os.path.getsize(path), 0
-    for n, row in enumerate(rows_with(wanted), 1):
-        content = row.get(name) or ""
+    for n, row in enumerate(chain(first, rows), 1):
+        content = row.get(name)
+        if content is None:
+            content = [] if lengths else ""
         if not isinstance(content, (str, list)):
             raise UserError(f"{path} can't be read: row {n} of column {name!r} is neither text "
                             f"nor a list of token ids: {str(content)[:40]}")
@@ -163,7 +172,7 @@ def read_rows(path, skip, column, without):
         if n <= skip or (without and pile_subset(path, row.get("meta")) in without.split(",")):
             continue
         share = n / total if total else min(1.0, characters / size)
-        yield Piece(content, True, n, share)
+        yield Piece(content, True, n, share, packed=packed)
 
 
 def open_parquet(path):

@@ -56,6 +56,9 @@ def tokenizer_of(model, source):
     that is neither GPT-2's nor that of bytes."""
     names = {50256: "gpt2", 256: "bytes"}
     eot = model.config.eot
+    if eot >= model.config.vocab_size:  # GPT2Config says 50256 of any vocabulary
+        raise UserError(f"{source} has no tokenizer that is known here: its config.json says end-of-text "
+                        f"{eot}, which is none of its {model.config.vocab_size} ids")
     if eot not in names:
         raise UserError(f"{source} has no tokenizer that is known here: its end-of-text is {eot}, "
                         "neither GPT-2's 50256 nor 256, that of bytes")

@@ -3,6 +3,7 @@ What the tests share: a script run in a folder of its own, what it left there, p
 models, bundled and random.
 """
 import ast
+import gc
 import hashlib
 import importlib.resources
 import json
@@ -22,6 +23,9 @@ REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(REPO, "assets", "tiny")
 sys.path.insert(0, REPO)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network; test_hub.py has a hub of its own
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 from parts.errors import UserError  # noqa: E402
 
@@ -84,6 +88,7 @@ def run(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         capsys.readouterr()
+        gc.collect()  # a run before this one lets go of its folder
         code, last_words = 0, ""
         try:
             runpy.run_path(os.path.join(REPO, script), run_name="__main__")

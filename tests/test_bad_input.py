@@ -189,7 +189,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_that_is_there(run, datase
     assert run(*RUN, "--dataset=mine").code == 0
     before = checkpoint.read_bytes()
     os.symlink("/dev/full", "out/run/ckpt.pt.tmp")
-    full = run(*RUN, "--dataset=mine")
+    full = run(*RUN, "--dataset=mine", "--init_from=resume", "--max_iters=4")
     assert "can't save out/run/ckpt.pt" in full.error
     assert "No space left" in full.error
     assert checkpoint.read_bytes() == before
@@ -319,5 +319,5 @@ def test_removal_from_a_folded_model_is_refused_and_fine_tuning_an_ln_free_one_i
     message = "h.0.ln_1qk is fake at step 0, but by ln_schedule it should be real"
     assert message in refused("--dataset=mine", "--init_from=free", schedule)
     for source in ("free", "folded"):
-        assert run(*RUN, f"--init_from={source}", "--dataset=mine").code == 0
-        assert GPT.from_pretrained("out/run/model").ln_free()
+        assert run(*RUN, f"--init_from={source}", "--dataset=mine", f"--out_dir=out/{source}").code == 0
+        assert GPT.from_pretrained(f"out/{source}/model").ln_free()

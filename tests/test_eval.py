@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from eval import open_candidate
 from model import GPT
-from parts.compare import divergences, mean_and_error
+from parts.compare import compare, divergences, mean_and_error
 
 
 @torch.no_grad()
@@ -119,6 +119,28 @@ def test_bfloat16_is_near_float32_and_is_not_float32(run, stdlib):
         losses.append(read_json("r.json")["rows"][0]["loss"])
     assert losses[1] == pytest.approx(losses[0], abs=0.02)
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("reference", [None, "one"])
+def test_under_bfloat16_the_head_and_the_loss_are_float32s(reference):
+    """Against float64 on logits that lie far from zero, as GPT-2's do."""
+    one, two = (GPT.from_pretrained(TINY) for _ in range(2))
+    with torch.no_grad():
+        one.lm_head.weight.add_(3)
+        two.lm_head.weight.add_(2)
+    x = torch.rand(200, 192).bfloat16()
+    targets = torch.randint(0, 256, (200,))
+    log_q, log_p = ((x.double() @ m.lm_head.weight.double().T).log_softmax(-1) for m in (one, two))
+    assert (x.double() @ one.lm_head.weight.double().T).mean() > 200
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        if reference is None:
+            found = dict(loss=two.token_losses(x, targets))
+        else:
+            found = compare(dict(one=one, two=two), reference, dict(one=x, two=x), targets)["two"]
+            kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+            torch.testing.assert_close(found["kl"].double(), kl, atol=1e-3, rtol=0)
+    expected = -log_p.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found["loss"].double(), expected, atol=1e-3, rtol=0)
 
 
 def test_a_mean_and_its_error_by_hand():

@@ -65,7 +65,7 @@ def plain(model, folder):
     "removed",
     "small",
 ])
-def test_every_form_has_the_same_logits(which, request, tmp_path):
+def test_every_form_has_the_same_logits(which, request, tmp_path, gpt2_tokenizer):
     model = request.getfixturevalue(which)
     idx = torch.randint(0, 256, (2, 60))
     idx[0, 9] = model.config.eot
@@ -78,14 +78,7 @@ def test_every_form_has_the_same_logits(which, request, tmp_path):
     assert again.ln_free()
     assert read_json(tmp_path / "config.json")["model_type"] == "gpt2"
 
-    def centred(logits):
-        return logits - logits.mean(-1, keepdim=True)
-
-    bridge = export.to_bridge(model)
-    torch.testing.assert_close(logits_of(bridge, idx), expected, atol=1e-4, rtol=0)
-    # it centres the unembedding: the same distribution
-    bridge.enable_compatibility_mode(disable_warnings=True)
-    torch.testing.assert_close(centred(logits_of(bridge, idx)), centred(expected), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits_of(export.to_bridge(model), idx), expected, atol=1e-4, rtol=0)
 
 
 def test_the_plain_form_holds_in_bfloat16(small, tmp_path):
@@ -136,6 +129,28 @@ def test_direct_logit_attribution_is_exact_without_layernorm_and_only_then(remov
         original.measure_std(idx)
         head = set_all_fake(original).fold().lm_head
         assert apart(TransformerBridge.boot_transformers(TINY), head) > 1
+
+
+def test_the_bridge_is_ready_for_transformer_lenss_own_attribution(removed):
+    """cache.logit_attrs over all components, and the unembedding's bias: the logit itself."""
+    idx = torch.randint(0, 256, (1, 60))
+    bridge = export.to_bridge(removed)
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(idx)
+        likeliest = logits.argmax(-1)
+        components, labels = cache.decompose_resid(return_labels=True)
+        attributed = cache.logit_attrs(components, likeliest).sum(0) + bridge.b_U[likeliest]
+    assert len(labels) == 10  # token and position embedding, and two for each of 4 layers
+    torch.testing.assert_close(attributed, logits.gather(-1, likeliest[..., None])[..., 0], atol=1e-4, rtol=0)
+    assert logits.abs().max() > 1
+
+
+def test_the_bridge_has_gpt2s_tokenizer_or_refuses_text(removed, gpt2_run):
+    text = "Hello, naïve world"
+    found = export.to_bridge(gpt2_run).to_tokens(text, prepend_bos=False)
+    assert found.tolist() == [tiktoken.get_encoding("gpt2").encode_ordinary(text)]
+    with pytest.raises(AssertionError, match="without a tokenizer"):
+        export.to_bridge(removed).to_tokens(text)
 
 
 def test_hooks_of_the_bridge_change_the_logits_as_our_own_do(removed):
@@ -257,6 +272,17 @@ def test_a_model_whose_logits_are_not_finite_is_not_exported(run, gpt2_run):
     refused = run("export.py", "bad")
     assert "its logits are not finite" in refused.error
     assert not os.path.exists("bad_hf")
+
+
+def test_a_bfloat16_export_is_read_back_with_the_weights_that_it_has(run, gpt2_run):
+    """Against transformers, which reads it in float32: dividing by 1e6 rounds nothing a second time."""
+    from transformers import GPT2LMHeadModel
+
+    assert run("export.py", "out/mine", "--dtype=bfloat16").code == 0
+    idx = torch.randint(0, 50000, (1, 40))
+    hf = GPT2LMHeadModel.from_pretrained("out/mine/hf", dtype=torch.float32).eval()
+    ours = GPT.from_pretrained("out/mine/hf").eval()
+    torch.testing.assert_close(logits_of(ours, idx), logits_of(hf, idx), atol=1e-3, rtol=0)
 
 
 def test_float16_needs_a_smaller_eps_and_then_works(run, gpt2_run):

@@ -2,12 +2,15 @@
 Only what we wrote is ever removed or replaced; anything else is refused in one line, and stands as it
 was.
 """
+import gc
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, TINY, random_hf, read_json, set_all_fake
+from conftest import REPO, SHORT, TINY, random_hf, read_json, set_all_fake
 
 from model import GPT
 
@@ -142,8 +145,51 @@ def test_what_lies_beside_a_runs_own_model_stays(run, model):
     assert run(*TRAIN).code == 0
     with open("out/run/model/tokenizer.json", "w") as f:
         f.write("{}")
-    assert run(*TRAIN).code == 0
+    assert run(*TRAIN, "--force").code == 0
     assert sorted(os.listdir("out/run/model")) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_a_finished_run_stays_but_for_force(run, refused, model):
+    """So that `--out_dir` after config/control.py does not replace the LN-free run with its control."""
+    assert run(*TRAIN).code == 0
+    refused(*TRAIN, "--seed=2", message="out_dir out/run holds a finished run: choose another, or replace it")
+    assert run(*TRAIN, "--seed=2", "--force").code == 0
+    assert read_json("out/run/settings.json")["seed"] == 2
+
+
+def test_a_run_that_is_not_finished_stays_but_for_force(run, refused, model):
+    assert run(*TRAIN).code == 0
+    shutil.rmtree("out/run/model")
+    refused(*TRAIN, message="out_dir out/run holds a run that is not finished: go on with --init_from=resume")
+    assert run(*TRAIN, "--init_from=resume").code == 0
+    assert os.path.exists("out/run/model/config.json")
+
+
+def hold(folder):
+    """A process of its own that holds the folder as a run or a preparation does."""
+    gc.collect()  # what has run in this process lets go of it
+    code = "import sys; from parts.files import FolderLock; lock = FolderLock(sys.argv[1]); print(flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code, folder], cwd=REPO, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused(run, refused, model):
+    assert run(*TRAIN).code == 0
+    holder = hold(os.path.abspath("out/run"))
+    refused(*TRAIN, "--force", message="out/run is in use by another process")
+    refused(*TRAIN, "--init_from=resume", message="out/run is in use by another process")
+    holder.communicate("\n")
+    assert run(*TRAIN, "--force").code == 0
+
+
+def test_of_two_preparations_of_one_data_set_the_second_is_refused(run, refused, text):
+    os.makedirs("data/mine.tmp")
+    holder = hold(os.path.abspath("data/mine.tmp"))
+    refused(*PREPARE, "--dataset=mine", message="data/mine.tmp is in use by another process")
+    holder.communicate("\n")
+    assert run(*PREPARE, "--dataset=mine").code == 0
 
 
 # --- eval.py, export.py, plot.py

@@ -14,7 +14,7 @@ from tiny_hub import serve
 from torch.nn.functional import cross_entropy
 
 from model import GPT
-from parts.hellaswag import read_examples, score
+from parts.hellaswag import Example, read_examples, score
 
 # 42 examples in the published format, written for these tests
 OWN = os.path.join(os.path.dirname(__file__), "hellaswag_42.jsonl")
@@ -78,6 +78,16 @@ def test_predictions_and_accuracies_are_transformers_one_ending_at_a_time(run, o
     our_sums, our_counts = score(model, read_examples(OWN), encode_bytes, "cpu", torch.no_grad())
     assert np.allclose(our_sums, sums, atol=1e-3)
     assert np.array_equal(our_counts, counts)
+
+
+@pytest.mark.parametrize("block_size", [96, 48])  # an example at one time, and an ending at a time
+def test_of_equal_endings_the_first_wins(tmp_path, block_size):
+    random_hf(vocab_size=320, n_positions=block_size).save_pretrained(tmp_path)
+    model = GPT.from_pretrained(tmp_path).eval()
+    examples = [Example(e.context, [e.endings[0], e.endings[1]] * 2, 0) for e in read_examples(OWN)]
+    sums, _ = score(model, examples, encode_bytes, "cpu", torch.no_grad())
+    assert (sums[:, 2:] == sums[:, :2]).all()
+    assert sums.argmin(1).max() <= 1
 
 
 # of bytes, all examples fit, some, none, and not even an ending

@@ -117,7 +117,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, load, tmp_path):
         "org/shard_missing": "not the file lost.safetensors",
         "org/other": "model_type is 'llama'",
         "org/pickle": "not plain tensors",
-        "a/b/c": "has no repositories of such names",
+        "a/b/c": "there is no directory a/b/c",
         "org/broken": "can't be asked (Client error '418",
     }
     texts = load(*messages)

@@ -218,7 +218,7 @@ def test_an_interruption_while_a_batch_is_encoded_takes_nothing_from_the_resume(
     def write(progress):
         prepare_owt.write(tmp_path, [source], lambda source, i: False, "bytes", progress)
 
-    empty = dict(tokens=0, documents=0)
+    empty = dict(tokens=0, documents=0, eot_appended=0)
     with pytest.raises(KeyboardInterrupt):
         write(dict(position=[0, 0, 0], documents=0, train=empty, val=empty))
     noted = read_json(tmp_path / "progress.json")

@@ -155,6 +155,30 @@ def test_rows_that_are_tokens_already_are_taken_as_they_are(hub, prepare, tmp_pa
     assert tokens("train", "tokenized") == sum(without_every_200th(rows), [])
 
 
+def test_documents_as_rows_of_ids_get_the_end_of_text_that_they_lack(run, tmp_path):
+    """An empty document too; the ends that were put there are counted."""
+    rows = [[5, 6, 7], [8, 9, 1], [], None, [10]]
+    write_parquet(tmp_path / "a.parquet", rows, "input_ids")
+    done = run("prepare_owt.py", "--files=a.parquet", "--tokenizer=4096:1", "--dataset=own", "--val_every=5")
+    assert done.code == 0, done.text
+    assert tokens("val", "own") == [5, 6, 7, 1]
+    assert tokens("train", "own") == [8, 9, 1, 1, 1, 10, 1]
+    meta = read_json("data/own/meta.json")
+    assert [meta[split]["documents"] for split in ("train", "val")] == [4, 1]
+    assert [meta[split]["eot_appended"] for split in ("train", "val")] == [3, 1]
+
+
+@pytest.mark.parametrize("tokenizer, taken", [
+    ("bytes", [*b"ab", 256]),
+    ("4096:1", [7, 8, 1]),
+])
+def test_of_text_and_ids_the_tokenizer_takes_what_it_can(run, tmp_path, tokenizer, taken):
+    pq.write_table(pa.table({"text": ["x", "ab"], "input_ids": [[5], [7, 8]]}), tmp_path / "a.parquet")
+    done = run("prepare_owt.py", "--files=a.parquet", f"--tokenizer={tokenizer}", "--dataset=own")
+    assert done.code == 0, done.text
+    assert tokens("train", "own") == taken
+
+
 def test_rows_of_another_tokenizers_ids(run, tmp_path):
     """A model of its own vocabulary, of 4,096 tokens with the last one as end-of-text, trains on them."""
     rows = [[5, 4000, i % 50, 4095] * 4 for i in range(400)]

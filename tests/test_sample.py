@@ -188,3 +188,12 @@ def test_bfloat16_weights_are_near_float32_with_and_without_layernorm(mode):
 def test_bad_input_ends_in_one_line(run, args, message):
     random_hf().save_pretrained("other")
     assert message in run("sample.py", *args).error
+
+
+def test_an_end_of_text_beyond_the_vocabulary_is_said(run):
+    """As in transformers' GPT2Config, which says 50256 of any vocabulary."""
+    hf = random_hf()
+    hf.config.eos_token_id = 50256
+    hf.save_pretrained("other")
+    done = run("sample.py", "other")
+    assert "its config.json says end-of-text 50256, which is none of its 300 ids" in done.error

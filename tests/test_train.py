@@ -303,7 +303,7 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(removal, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(data, "train_starts", killed)
         with pytest.raises(Killed):
-            removal("--eval_interval=8")
+            removal("--eval_interval=8", "--force")
     with open("out/run/log.jsonl", "a") as f:
         f.write('{"step": 11, "lo')
     assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 8
