@@ -36,6 +36,7 @@ push = ""  # ORG/NAME: upload the directory to this hub repository, after asking
 # -----------------------------------------------------------------------------
 
 FLOAT16_MAX = 65504
+MOST_APART = 0.1  # of a logit, from which an export is another model
 VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # where tiktoken has it from
 
 # of the model card
@@ -333,6 +334,9 @@ def main():
     model = GPT.from_pretrained(directory).eval()
     new = plain_form(model, eps) if to == "hf" else folded_form(model)
     apart = largest_difference(new, model)
+    if apart > MOST_APART:
+        hint = f": with --eps={eps:g} the std still varies; use a larger one" if to == "hf" else ""
+        raise UserError(f"its logits would be off by {apart:.2g}{hint}")
     if dtype == "float16":
         check_float16(new)
     has_tokenizer = write(model, new, source, folder)

@@ -4,6 +4,8 @@ what can't be measured is said in one line.
 """
 import hashlib
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -354,6 +356,23 @@ def test_tokens_of_another_tokenizer_are_noted(run, stdlib):
     note = "note: end-of-text is 256 in data/stdlib, but 299 in other: was it trained on such tokens?"
     assert note in run("eval.py", "--models=other", "--tokens=512").text
     assert "note" not in run("eval.py", f"--models={TINY}", "--tokens=512").text
+
+
+def test_the_val_set_is_named_and_owts_is_said_not_to_be_the_published_one(run, stdlib):
+    done = run("eval.py", f"--models={TINY}", "--tokens=512", "--json=r.json")
+    meta = read_json("data/stdlib/meta.json")
+    named = f"{meta['val']['documents']:,} documents of {meta['source']}"
+    assert f"val tokens, of {named}" in done.text
+    assert "published figures" not in done.text
+    assert read_json("r.json")["rows"][0]["val"] == named
+
+    shutil.copytree("data/stdlib", "part/owt")
+    os.remove("data")
+    os.rename("part", "data")
+    done = run("eval.py", f"--models={TINY}", "--dataset=owt", "--tokens=512", "--json=r.json")
+    assert done.code == 0, done.text
+    assert "note: not to be compared with the published figures: they are over nanoGPT's val split" in done.text
+    assert "nanoGPT's val split" in read_json("r.json")["rows"][0]["not_published"]
 
 
 def test_text_is_not_read_as_bytes_for_a_model_of_another_tokenizer(run, tmp_path):

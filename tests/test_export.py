@@ -254,8 +254,9 @@ def test_the_folded_export_is_read_by_from_pretrained_and_has_no_layernorm(run, 
 
 
 def test_an_eps_that_is_too_small_is_seen_in_what_it_says(run, gpt2_run):
-    """Our code reads such an export as LN-free; transformers divides by sqrt(var + 2)."""
-    done = run("export.py", "out/mine", "--eps=2")
+    """Our code reads such an export as LN-free; transformers divides by sqrt(var + 500)."""
+    done = run("export.py", "out/mine", "--eps=500")
+    assert done.code == 0, done.text
     assert GPT.from_pretrained("out/mine/hf").ln_free()
     assert within(done) > 0.01
     # the tokens that export.py compares on
@@ -263,6 +264,13 @@ def test_an_eps_that_is_too_small_is_seen_in_what_it_says(run, gpt2_run):
     hf = GPT2LMHeadModel.from_pretrained("out/mine/hf").eval()
     off = (logits_of(hf, idx) - logits_of(gpt2_run, idx)).abs().max().item()
     assert within(done) == pytest.approx(off, rel=0.06)
+
+
+def test_an_export_that_would_be_another_model_is_refused(run, gpt2_run):
+    refused = run("export.py", "out/mine", "--eps=2")
+    off = float(re.search(r"off by (\S+): with --eps=2 the std still varies", refused.error)[1])
+    assert 0.1 < off < 10
+    assert not os.path.exists("out/mine/hf")
 
 
 def test_a_model_whose_logits_are_not_finite_is_not_exported(run, gpt2_run):
