@@ -63,9 +63,10 @@ weight_decay = 0.1  # >= 0: of matrices and embeddings
 beta1 = 0.9  # >= 0 and < 1: decay of the mean of gradients
 beta2 = 0.95  # >= 0 and < 1: decay of the mean of their squares
 grad_clip = 1.0  # >= 0: largest norm of the gradient; 0: no clipping
-# evaluation and log
-eval_interval = 100  # >= 1: steps between evaluations, each of which also saves a checkpoint
+# evaluation, checkpoints and log
+eval_interval = 100  # >= 1: steps between evaluations
 eval_iters = 20  # >= 1: micro-batches of val windows, spread evenly over the val file
+checkpoint_interval = 100  # >= 1: steps between checkpoints; the last step saves one too
 log_interval = 10  # >= 1: steps between printed lines; log.jsonl has every step
 wandb_log = False  # log to Weights & Biases too (pip install wandb)
 wandb_project = "remove-layernorm"  # its name there
@@ -117,6 +118,10 @@ if block_size > model.config.block_size:
     raise UserError(f"block_size {block_size} is beyond the model's {most} positions: --block_size={most}")
 if ln_schedule and block_size == 1:
     raise UserError("block_size 1 has position 0 alone, and ln_schedule needs the std of others too")
+parameters = sum(p.numel() for p in model.parameters())
+if settings["device"] == "auto" and device == "cpu" and parameters > 50e6:
+    raise UserError(f"{parameters / 1e6:.0f} M parameters, and no GPU: a step would take minutes; "
+                    "if that is meant, --device=cpu")
 # what the model is, whatever the settings for init_from=scratch say
 settings |= {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "bias")}
 
@@ -190,7 +195,6 @@ def evaluate():
 
 
 # --- the loop
-parameters = sum(p.numel() for p in model.parameters())
 ranks.say(f"{parameters / 1e6:.2f} M parameters from {init_from}, {ranks.WORLD} x {device}, {dtype}, "
           f"{tokens_per_step:,} tokens a step, steps {start} to {max_iters}")
 for line in describe(ln_schedule, events):
@@ -210,13 +214,13 @@ for step in range(start, max_iters + 1):
                   f"go on with: {checkpoint.resume_command()}")
         interruption.exit()
 
-    # once in a while: the val loss, and a checkpoint
+    # once in a while: the val loss; a checkpoint
     if step % eval_interval == 0 or step == max_iters:
         val_loss = evaluate()
         log.write(dict(step=step, val_loss=val_loss))
         ranks.say(f"step {step:>6}  val loss {val_loss:.4f}")
-        if step > start:
-            checkpoint.save(out_dir, step, model, optimizers, settings)
+    if step > start and (step % checkpoint_interval == 0 or step == max_iters):
+        checkpoint.save(out_dir, step, model, optimizers, settings)
     if step == max_iters:
         break
 

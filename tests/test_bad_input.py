@@ -77,6 +77,15 @@ def test_compiling_without_a_compiler(refused, monkeypatch):
     assert "compile needs a C++ compiler, and there is none here" in refused("--compile=True")
 
 
+def test_a_gpus_work_is_not_begun_on_a_cpu_unasked(refused, dataset, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    large = ["--init_from=scratch", "--n_layer=16", "--n_head=8", "--n_embd=512"]
+    message = refused("--dataset=mine", *large)
+    assert "51 M parameters, and no GPU" in message
+    assert "--device=cpu" in message
+
+
 def test_windows_of_position_0_alone_measure_no_constant(refused, dataset):
     schedule = "--ln_schedule=[('ln_2', 1, 0)]"
     assert "block_size 1 has position 0 alone" in refused("--dataset=mine", "--block_size=1", schedule)

@@ -43,7 +43,7 @@ def test_two_processes_see_the_same_run_as_one(run, torchrun):
 
 def test_a_run_of_two_processes_is_resumed_by_one(run, torchrun):
     schedule = f"--ln_schedule={SCHEDULE[:-1] + [('bos', 13, None)]}"
-    assert torchrun(schedule, "--max_iters=14", "--eval_interval=7", "--out_dir=out/two").code == 0
+    assert torchrun(schedule, "--max_iters=14", "--checkpoint_interval=7", "--out_dir=out/two").code == 0
     args = ["train.py", *SHORT, "--dtype=float32", schedule, "--max_iters=16"]
     assert run(*args, "--out_dir=out/two", "--init_from=resume").code == 0
     assert run(*args, "--out_dir=out/one").code == 0
@@ -207,6 +207,7 @@ def test_gpt2_smalls_shape_goes_through_three_events(run, stdlib):
     ]
     args = [
         "--init_from=small",
+        "--device=cpu",
         "--max_iters=3",
         "--batch_size=1",
         "--block_size=64",

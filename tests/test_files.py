@@ -14,7 +14,7 @@ from conftest import REPO, SHORT, TINY, random_hf, read_json, set_all_fake
 
 from model import GPT
 
-TRAIN = ["train.py", *SHORT, "--max_iters=2", "--eval_interval=1"]
+TRAIN = ["train.py", *SHORT, "--max_iters=2", "--checkpoint_interval=1"]
 
 
 def contents(folder="."):

@@ -291,7 +291,7 @@ class Killed(BaseException):
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(removal, monkeypatch):
     """What a kill at step 10 leaves: a checkpoint of step 8, and a log that goes further, with half a
     line at its end."""
-    assert removal("--eval_interval=8").code == 0
+    assert removal("--checkpoint_interval=8").code == 0
     whole = load_file(MODEL)
     train_starts = data.train_starts
 
@@ -303,13 +303,13 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(removal, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(data, "train_starts", killed)
         with pytest.raises(Killed):
-            removal("--eval_interval=8", "--force")
+            removal("--checkpoint_interval=8", "--force")
     with open("out/run/log.jsonl", "a") as f:
         f.write('{"step": 11, "lo')
     assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 8
     assert not os.path.exists("out/run/model")
 
-    assert removal("--eval_interval=8", "--init_from=resume").code == 0
+    assert removal("--checkpoint_interval=8", "--init_from=resume").code == 0
     assert_same_tensors(MODEL, whole)
     assert [entry["step"] for entry in read_log() if "loss" in entry] == list(range(12))
 
