@@ -131,7 +131,7 @@ def prepare(name, candidate):
     is no such data set, or none for models such as the candidate."""
     if os.path.isfile(name):
         folder = "eval_" + os.path.basename(name)
-        tokenizer = tokenizer_of(candidate.model, candidate.source).name
+        tokenizer = tokenizer_of(candidate.model, model_directory(candidate.source)).name
         args = [f"--dataset={folder}", f"--files={glob.escape(name)}", f"--tokenizer={tokenizer}"]
         args += ["--val_every=1", "--force"]
     elif os.path.exists(os.path.join("data", name)):
@@ -301,7 +301,7 @@ def show_residual(candidates, rows):
 
 def open_hellaswag(candidate):
     """(examples, a function: text -> ids of the candidate's tokenizer)."""
-    encode = tokenizer_of(candidate.model, candidate.source).encode
+    encode = tokenizer_of(candidate.model, model_directory(candidate.source)).encode
     path = os.path.join("data", "hellaswag", "hellaswag_val.jsonl")
     hellaswag.download(hellaswag_url, path)
     return hellaswag.read_examples(path), lambda text: encode(text).tolist()

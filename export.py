@@ -25,7 +25,7 @@ from configurator import configure, take_source
 from model import GPT
 from parts.checkpoint import model_directory
 from parts.errors import UserError, on_disk
-from parts.tokenizer import make_tokenizer
+from parts.tokenizer import copy_tokenizer, make_tokenizer
 
 # -----------------------------------------------------------------------------
 to = "hf"  # hf or folded: the form
@@ -119,7 +119,8 @@ def folded_form(model):
 
 def to_bridge(model, **kwargs):
     """An LN-free, unfolded GPT -> TransformerLens 4's TransformerBridge, from the plain form; kwargs go
-    to boot_transformers. Without GPT-2's tokenizer it takes token ids alone.
+    to boot_transformers, as tokenizer=AutoTokenizer.from_pretrained(DIRECTORY). Without that, and with
+    another tokenizer than GPT-2's, it takes token ids alone.
 
     Its LNs are folded into the weights, as logit_attrs expects, and nothing else is changed: the
     residual stream and the logits are the model's."""
@@ -218,8 +219,11 @@ def check_float16(model):
                             f"or --eps={10 ** math.floor(math.log10(fits)):.0e}")
 
 
-def write_tokenizer(model, folder):
-    """GPT-2's tokenizer files, where that is the model's tokenizer; True if so."""
+def write_tokenizer(model, folder, directory=""):
+    """The tokenizer files that stand beside the model in a directory, or GPT-2's where that is its
+    tokenizer; False if there are none."""
+    if directory and copy_tokenizer(directory, folder):
+        return True
     if model.config.eot != 50256 or model.config.vocab_size < 50257:
         return False
     from tiktoken.load import read_file_cached
@@ -280,7 +284,7 @@ def settings_lines(source):
     return ["Settings of the run:", "", "```python", *assignments, "```"]
 
 
-def write(model, new, source, folder):
+def write(model, new, source, directory, folder):
     """The new directory, whole or not at all; whether it has a tokenizer."""
     half = folder + ".tmp"
     if os.path.lexists(half):
@@ -290,7 +294,7 @@ def write(model, new, source, folder):
         with on_disk(f"can't write {folder}"):
             with open(os.path.join(half, "generation_config.json"), "w") as f:
                 json.dump(dict(bos_token_id=model.config.eot, eos_token_id=model.config.eot), f)
-            has_tokenizer = write_tokenizer(model, half)
+            has_tokenizer = write_tokenizer(model, half, directory)
             write_card(source, half, push or os.path.abspath(folder))
             os.rename(half, folder)
     finally:
@@ -339,11 +343,12 @@ def main():
         raise UserError(f"its logits would be off by {apart:.2g}{hint}")
     if dtype == "float16":
         check_float16(new)
-    has_tokenizer = write(model, new, source, folder)
+    has_tokenizer = write(model, new, source, directory, folder)
     print(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
     print(f"its logits of random tokens, in float32, are within {apart:.1e} of {source}'s")
     if not has_tokenizer:
-        print(f"note: no tokenizer files: end-of-text {model.config.eot} is not GPT-2's")
+        print(f"note: no tokenizer files: end-of-text {model.config.eot} is not GPT-2's, "
+              "and no tokenizer.json stands beside the model")
     if to == "hf" and dtype != "float16":
         print("note: for float32 and bfloat16; in float16 it overflows (--dtype=float16 with a smaller --eps)")
     if push:

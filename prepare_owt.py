@@ -37,6 +37,7 @@ from parts.sources import (
     ANY_SEAM,
     GPT2_SEAM,
     HUB,
+    NO_SEAM,
     VAL_SHARE,
     hub_sources,
     local_sources,
@@ -49,7 +50,7 @@ from parts.tokenizer import make_tokenizer
 # -----------------------------------------------------------------------------
 dataset = ""  # stdlib (the default), owt, pile, pile-filtered, ORG/NAME[@REVISION], or a name for --files
 files = ""  # local files, text, .jsonl or .parquet: paths and patterns, with commas between
-tokenizer = ""  # bytes, gpt2 or, for rows of ids, VOCAB_SIZE:EOT; "": gpt2 for the hub, else bytes
+tokenizer = ""  # bytes, gpt2, a model's directory or, for ids, VOCAB_SIZE:EOT; "": gpt2 for the hub, else bytes
 tokens = 0  # >= 0: stop after so many, at the end of a row or text file; 0: take all
 column = ""  # of rows: text, or lists of token ids; "": text, or input_ids where there is no text
 split = "train"  # of a hub data set: which files
@@ -162,6 +163,7 @@ def start_worker(name):
     """A worker has its tokenizer; it leaves interruptions to the main process, and ends when that is
     gone."""
     global worker_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for each core
     worker_tokenizer = make_tokenizer(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -263,7 +265,7 @@ def write(half, sources, rule, chosen, progress):
     for which, f in out.items():  # drop what a kill left after the last note
         f.truncate(2 * progress[which]["tokens"])
     workers = os.cpu_count() or 1
-    seam = GPT2_SEAM if chosen == "gpt2" else ANY_SEAM
+    seam = dict(gpt2=GPT2_SEAM, bytes=ANY_SEAM).get(chosen, NO_SEAM)
     tasks = read(sources, progress["position"], rule, seam)
     waiting = deque()  # (position after a batch, share read with it, its result to come), in order
     bar = tqdm(total=tokens or None, initial=written(progress), unit="token", unit_scale=True, disable=None)

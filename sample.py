@@ -1,11 +1,10 @@
 """
-Text from a model: any source that eval.py takes, GPT-2's tokenizer or bytes. An LN-free model is
-folded first.
+Text from a model: any source that eval.py takes, with the tokenizer that stands beside it, GPT-2's or
+bytes. An LN-free model is folded first.
 
     python sample.py out/remove_ln_tiny --prompt="def "
     python sample.py gpt2 --prompt="Hello, I am" --temperature=0.7 --top_k=40 --seed=1
 """
-import codecs
 import sys
 from functools import partial
 
@@ -81,8 +80,9 @@ def main():
     source = take_source("python sample.py OUT_DIR_OR_MODEL --prompt=TEXT")
     configure(globals(), sys.argv[1:], __doc__)
     where = pick_device(device)
-    model = GPT.from_pretrained(model_directory(source)).eval()
-    tokenizer = tokenizer_of(model, source)
+    directory = model_directory(source)
+    model = GPT.from_pretrained(directory).eval()
+    tokenizer = tokenizer_of(model, directory)
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
     if model.ln_free() and not model.config.folded:
         model = model.fold()
@@ -90,17 +90,21 @@ def main():
     if where == "cpu" and dtype == "bfloat16":
         use_addmv(model)
 
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a letter can reach over several tokens
     print(prompt, end="", flush=True)
+    drawn, shown, text = [], "", ""
     try:
         generator = torch.Generator(where).manual_seed(seed)
         for token in generate(model, ids, max_new_tokens, temperature, top_k, generator):
-            if token >= tokenizer.eot:
+            if token == tokenizer.eot or token >= tokenizer.vocab_size:  # the model may have more, unused
                 break
-            print(decoder.decode(tokenizer.decode(token)), end="", flush=True)
+            drawn.append(token)
+            text = tokenizer.decode(drawn)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter can reach over several tokens
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
     except KeyboardInterrupt:
         pass
-    print(decoder.decode(b"", final=True))
+    print(text[len(shown) :])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from parts.device import autocast_to, check_compiler, pick_device, pick_dtype
 from parts.errors import UserError
 from parts.files import check_out_dir
 from parts.speed import flops_per_token, peak_flops
+from parts.tokenizer import copy_tokenizer
 from schedule import check_modes, describe, describe_event, learning_rate_at, remove, set_treatments, timeline
 
 # -----------------------------------------------------------------------------
@@ -275,6 +276,8 @@ for step in range(start, max_iters + 1):
 bar.close()
 if ranks.RANK == 0:
     model.save_pretrained(os.path.join(out_dir, "model"))
+    if settings["init_from"] != "scratch":
+        copy_tokenizer(settings["init_from"], os.path.join(out_dir, "model"))
     fake = list(model.ln_modes().values()).count("fake")
     ranks.say(f"{out_dir}/model: " + ("LN-free" if model.ln_free() else f"{fake} of {len(model.sites())} sites fake"))
 ranks.leave()

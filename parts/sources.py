@@ -32,6 +32,7 @@ VAL_SHARE = 0.05  # of whole text files
 # something else, but for \xa0.
 GPT2_SEAM = re.compile(rb"[^\s\xa0](?=[ \t\n\r])")
 ANY_SEAM = re.compile(b"")  # of bytes
+NO_SEAM = re.compile(b"(?!)")  # of a tokenizer that is not known: the text is taken whole
 
 
 @dataclass
@@ -241,7 +242,7 @@ def read_text(path, skip, cut, seam):
     with open(path, "rb") as f:
         documents = [(0, size, None)]  # (begin, end, val)
         if cut:
-            border = val_border(f, size, seam)
+            border = val_border(f, size, GPT2_SEAM if seam is NO_SEAM else seam)
             documents = [(0, border, False), (border, size, True)]
         for begin, end, val in documents:
             if begin < skip and end <= skip:

@@ -1,0 +1,147 @@
+"""
+A model's own tokenizer, tokenizer.json beside it, goes the whole way: text, training, evaluation, sampling and
+every export. Oracles: the tokenizers library on the whole text, and transformers.
+"""
+import json
+import os
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from conftest import random_hf, read_json, read_tokens, set_all_fake
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from model import GPT
+from parts.tokenizer import make_tokenizer, tokenizer_of
+
+END = "<end>"
+WORDS = ["def read(self, size):\n", "    return self.buffer[:size]\n", "naïve café 😀\n", "class Reader:\n", END + "\n"]
+
+
+def text(n, seed=0):
+    return "".join(np.random.default_rng(seed).choice(WORDS, n))
+
+
+@pytest.fixture(scope="session")
+def own_model(tmp_path_factory):
+    """A random GPT-2 of 300 ids with a byte-level BPE of its own, saved as transformers saves them. Its
+    config.json keeps GPT2Config's end-of-text, which is none of its ids."""
+    directory = tmp_path_factory.mktemp("own")
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([text(500)], trainer)
+    hf = random_hf(vocab_size=bpe.get_vocab_size(), n_positions=32)
+    hf.config.eos_token_id = 50256
+    hf.save_pretrained(directory)
+    bpe.save(str(directory / "tokenizer.json"))
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(directory)
+
+
+def encode(directory, content):
+    """What the tokenizers library gives, with the spelled end-of-text as text."""
+    bpe = tokenizers.Tokenizer.from_file(directory + "/tokenizer.json")
+    bpe.encode_special_tokens = True
+    return bpe.encode(content, add_special_tokens=False).ids
+
+
+SHORT = ["--max_iters=4", "--batch_size=2", "--block_size=16", "--eval_iters=1", "--compile=False"]
+SCHEDULE = [("ln_2", 1, 0), ("ln_1qk", 1, 0), ("ln_1v", 2, 0), ("ln_f", 2, None), ("bos", 3, None)]
+
+
+@pytest.fixture
+def removed(run, own_model):
+    """out/run: the removal from the model, on text prepared with its own tokenizer."""
+    for i in range(3):
+        with open(f"{i}.txt", "w") as f:
+            f.write(text(300, i))
+    done = run("prepare_owt.py", "--files=*.txt", "--dataset=own", f"--tokenizer={own_model}")
+    assert done.code == 0, done.text
+    done = run("train.py", f"--init_from={own_model}", "--dataset=own", *SHORT, f"--ln_schedule={SCHEDULE}")
+    assert done.code == 0, done.text
+
+
+def test_text_is_prepared_with_the_tokens_of_the_whole(run, own_model):
+    content = text(80_000)
+    assert len(content.encode()) > 1.2e6  # more than is read at one time
+    with open("a.txt", "w") as f:
+        f.write(content)
+    done = run("prepare_owt.py", "--files=a.txt", "--dataset=own", f"--tokenizer={own_model}")
+    assert done.code == 0, done.text
+    meta = read_json("data/own/meta.json")
+    assert (meta["tokenizer"], meta["vocab_size"], meta["eot"]) == (own_model, 300, 0)
+    train, val = read_tokens("train", "own").tolist(), read_tokens("val", "own").tolist()
+    assert train[-1] == val[-1] == 0
+    assert train.count(0) == val.count(0) == 1  # what spells it in the text stays text
+    bpe = tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json")
+    halves = [bpe.decode(ids[:-1], skip_special_tokens=False) for ids in (train, val)]
+    assert "".join(halves) == content
+    assert train[:-1] == encode(own_model, halves[0])
+
+
+def test_it_goes_from_text_to_sampling_and_evaluation(run, own_model, removed):
+    assert GPT.from_pretrained("out/run/model").config.eot == 0
+    prompt = "def read(self, "
+    done = run("sample.py", "out/run", f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0")
+    assert done.code == 0, done.text
+    model = GPT.from_pretrained("out/run/model").eval()
+    ids = encode(own_model, prompt)
+    with torch.no_grad():
+        for _ in range(20):
+            ids.append(model(torch.tensor([ids[-32:]]))[0][0, -1].argmax().item())
+            if ids[-1] == 0 or len(ids) == 32:
+                break
+    bpe = tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json")
+    assert done.text.startswith(bpe.decode(ids[:-1], skip_special_tokens=False).rstrip("\ufffd"))
+
+    with open("new.txt", "w") as f:
+        f.write(text(200, 9))
+    done = run("eval.py", "--models=out/run", "--dataset=new.txt", "--json=r.json")
+    assert done.code == 0, done.text
+    assert read_tokens("val", "eval_new.txt").tolist() == [*encode(own_model, text(200, 9)), 0]
+
+
+def test_every_export_carries_it(run, own_model, removed):
+    from transformers import AutoTokenizer, pipeline
+
+    for to in ("hf", "folded"):
+        done = run("export.py", "out/run", f"--to={to}")
+        assert done.code == 0, done.text
+        assert "no tokenizer files" not in done.text
+        found = AutoTokenizer.from_pretrained(f"out/run/{to}")("class Reader:").input_ids
+        assert found == encode(own_model, "class Reader:")
+    written = pipeline("text-generation", "out/run/hf")("class Reader", max_new_tokens=4, do_sample=False)
+    assert written[0]["generated_text"].startswith("class Reader")
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(run, own_model, tmp_path):
+    bpe = tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json")
+    os.makedirs("bare")
+    bpe.save("bare/tokenizer.json")
+    (tmp_path / "a.txt").write_text("a" * 100)
+    done = run("prepare_owt.py", "--files=a.txt", "--tokenizer=bare")
+    assert "bare: neither tokenizer_config.json nor config.json names an eos_token" in done.error
+
+
+def test_a_tokenizer_that_is_none_is_refused(run, tmp_path):
+    os.makedirs("bad")
+    (tmp_path / "bad/tokenizer.json").write_text("{")
+    (tmp_path / "a.txt").write_text("a" * 100)
+    assert "bad/tokenizer.json can't be read" in run("prepare_owt.py", "--files=a.txt", "--tokenizer=bad").error
+    assert "unknown tokenizer './nowhere'" in run("prepare_owt.py", "--files=a.txt", "--tokenizer=./nowhere").error
+
+
+def test_a_tokenizer_of_more_ids_than_the_models_is_refused(own_model, tmp_path):
+    hf = random_hf(vocab_size=290)
+    hf.save_pretrained(tmp_path)
+    tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json").save(str(tmp_path / "tokenizer.json"))
+    model = set_all_fake(GPT.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="has 300 ids, but the model knows 290"):
+        tokenizer_of(model, str(tmp_path))
+
+
