@@ -375,6 +375,23 @@ def test_the_val_set_is_named_and_owts_is_said_not_to_be_the_published_one(run, 
     assert "nanoGPT's val split" in read_json("r.json")["rows"][0]["not_published"]
 
 
+@pytest.mark.parametrize("rate, still_learning", [
+    ("1e-4", True),
+    ("0", False),
+])
+def test_an_original_that_still_learns_is_noted(run, stdlib, rate, still_learning):
+    """From random weights, which any training improves; at a rate of 0 nothing is gained."""
+    random_hf(vocab_size=320, n_positions=64, n_layer=2).save_pretrained("young")
+    short = ["--max_iters=40", "--warmup_iters=1", "--batch_size=4", "--block_size=64", "--eval_iters=1", "--compile=False"]
+    rates = [f"--learning_rate={rate}", f"--min_lr={rate}", "--dtype=float32"]
+    schedule = [("ln_2", 1, 0), ("ln_1qk", 1, 0), ("ln_1v", 1, 0), ("ln_f", 1, None)]
+    for args in (["--out_dir=out/mine", f"--ln_schedule={schedule}"], ["--out_dir=out/mine_control"]):
+        done = run("train.py", "--init_from=young", *short, *rates, *args)
+        assert done.code == 0, done.text
+    done = run("eval.py", "--tokens=2560", "--json=r.json")
+    assert ("the original is still learning" in done.text) == still_learning, done.text
+
+
 def test_text_is_not_read_as_bytes_for_a_model_of_another_tokenizer(run, tmp_path):
     random_hf().save_pretrained("other")
     (tmp_path / "a.txt").write_text("abc " * 200)
