@@ -260,9 +260,10 @@ def show_cross_entropy(candidates, rows):
             ["loss correlation", *values(rows, "correlation", ".4f")],
         ],
     )
-    gained = max((-row["to_original"] for row in rows if row["role"] == "control" and row["to_original"]), default=0)
-    gap = max((row["gap"] for row in rows if row["role"] == "ln_free" and row["gap"]), default=0)
-    if gained > gap > 0:
+    gains = [-row["to_original"] for row in rows if row["role"] == "control" and row["to_original"]]
+    gaps = [row["gap"] for row in rows if row["role"] == "ln_free" and row["gap"]]
+    gained = max(gains, default=0)
+    if gaps and gained > max(*gaps, 0):
         print(f"note: fine-tuning alone gains {gained:.4f}, more than the removal costs: the original is still "
               "learning, and the gap says little")
     if rows[0]["not_published"]:
