@@ -28,7 +28,7 @@ from parts.checkpoint import model_directory
 from parts.errors import UserError
 from parts.files import read_dict
 from parts.tokenizer import tokenizer_of
-from plot import save
+from plot import check_picture, save
 
 # -----------------------------------------------------------------------------
 prompt = ""  # the text; the logit is that of what comes next
@@ -37,6 +37,8 @@ original = ""  # the model with LN to stand beside it; "": the one that the run 
 top = 12  # >= 1: lines of the table, the largest contributions first
 out = ""  # of the picture; "": lens.png in SOURCE
 # -----------------------------------------------------------------------------
+
+TITLE = "contributions to a logit"  # in the picture's file
 
 
 @torch.no_grad()
@@ -169,7 +171,7 @@ def draw(free, with_ln, path, title):
     left.barh(names, [shares[name][0] for name in names], color="tab:red")
     left.axvline(0, color="black", linewidth=0.8)
     left.set_xlabel("share of the logit, LN-free: these sum up to it")
-    left.set_title(title, fontsize=10)
+    left.set_title(title.replace("$", r"\$"), fontsize=10)  # no formula
     for found, label, color in ((with_ln[0], "original, std held", "tab:blue"), (free[0], "LN-free", "tab:red")):
         predicted, lost = zip(*found.values())
         right.plot(predicted, lost, "o", color=color, label=label, markersize=4, alpha=0.7)
@@ -178,7 +180,7 @@ def draw(free, with_ln, path, title):
     right.set_xlabel("share of the logit, as predicted")
     right.set_ylabel("what the logit loses without the part")
     right.legend()
-    save(fig, path, "contributions to a logit")
+    save(fig, path, TITLE)
 
 
 def target_of(tokenizer, model, ids):
@@ -216,6 +218,7 @@ def main():
         raise UserError(f"the prompt has {len(ids)} tokens, and the models see {most}")
     path = out or (os.path.join(source, "lens.png") if os.path.isdir(source) else "lens.png")
 
+    check_picture(path, TITLE)
     target = target_of(tokenizer, free, ids)
     parts, old_parts = parts_of(free, ids), parts_of(with_ln, ids)
     found = contributions(free, parts, target)

@@ -149,15 +149,24 @@ def read_rows(source):
     return rows
 
 
+def check_picture(path, title):
+    """UserError unless a picture can be written to path, in place of nothing but an earlier one of this
+    title."""
+    if not path.endswith((".png", ".pdf", ".svg")):
+        raise UserError(f"{path} does not end in .png, .pdf or .svg")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(f"can't write {path}: there is no directory {os.path.dirname(path)}")
+    if os.path.islink(path):
+        raise UserError(f"{path} is a link, and would be replaced: move it away")
+    if os.path.exists(path):
+        with on_disk(f"can't write {path}"), open(path, "rb") as f:
+            if title.encode() not in f.read():
+                raise UserError(f"{path} is there already and was not drawn by plot.py: move it away")
+
+
 def save(fig, path, title):
-    """Write the picture, in place of nothing but an earlier one of this title."""
+    check_picture(path, title)
     with on_disk(f"can't write {path}"):
-        if os.path.islink(path):
-            raise UserError(f"{path} is a link, and would be replaced: move it away")
-        if os.path.exists(path):
-            with open(path, "rb") as f:
-                if title.encode() not in f.read():
-                    raise UserError(f"{path} is there already and was not drawn by plot.py: move it away")
         fig.savefig(path, dpi=120, metadata=dict(Title=title))
     print(path)
 

@@ -25,6 +25,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
@@ -166,7 +167,9 @@ def start_worker(name):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for each core
     worker_tokenizer = make_tokenizer(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A signal to all of us: the main process ends this one in order, or it ends by itself. At once, it
+    # could leave half a result in the pipe, for which the main process would wait for ever.
+    signal.signal(signal.SIGTERM, lambda number, frame: threading.Timer(5, os._exit, [1]).start())
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -272,28 +275,30 @@ def write(half, sources, rule, chosen, progress):
     noted = time.monotonic()
     try:
         with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(chosen,)) as pool:
-            while not is_enough(progress, sources):
-                while len(waiting) < 2 * workers:
-                    batch = next_batch(tasks)
-                    if not batch:
+            try:
+                while not is_enough(progress, sources):
+                    while len(waiting) < 2 * workers:
+                        batch = next_batch(tasks)
+                        if not batch:
+                            break
+                        last = batch[-1]
+                        waiting.append((last.position, last.share, pool.submit(encode_batch, batch)))
+                    if not waiting:
                         break
-                    last = batch[-1]
-                    waiting.append((last.position, last.share, pool.submit(encode_batch, batch)))
-                if not waiting:
-                    break
-                position, share, result = waiting.popleft()
-                after = dict(progress, position=position)
-                for which, (data, counts) in result.result().items():
-                    out[which].write(data)
-                    after[which] = {key: progress[which][key] + counts[key] for key in counts}
-                    after["documents"] += counts["documents"]
-                progress.update(after)  # at once: an interruption finds a batch in it whole or not at all
-                bar.total = tokens or int(written(progress) / max(share, 1e-9))
-                bar.update(written(progress) - bar.n)
-                if time.monotonic() - noted > 10:
-                    note(half, out, progress)
-                    noted = time.monotonic()
-            pool.shutdown(cancel_futures=True)
+                    position, share, result = waiting.popleft()
+                    after = dict(progress, position=position)
+                    for which, (data, counts) in result.result().items():
+                        out[which].write(data)
+                        after[which] = {key: progress[which][key] + counts[key] for key in counts}
+                        after["documents"] += counts["documents"]
+                    progress.update(after)  # at once: an interruption finds a batch in it whole or not at all
+                    bar.total = tokens or int(written(progress) / max(share, 1e-9))
+                    bar.update(written(progress) - bar.n)
+                    if time.monotonic() - noted > 10:
+                        note(half, out, progress)
+                        noted = time.monotonic()
+            finally:  # what is not begun is not waited for
+                pool.shutdown(cancel_futures=True)
     finally:
         note(half, out, progress)
         bar.close()
@@ -404,7 +409,7 @@ def main():
     if made.encode is None:
         column = column or "input_ids"
     meta = dict(tokenizer=chosen, vocab_size=made.vocab_size, eot=made.eot, source=origin,
-                asked_tokens=tokens, val_every=val_every, without=without)
+                asked_tokens=tokens, val_every=val_every, without=without, column=column)
     if is_prepared(done, meta):
         return
     check_folder(done, TOKEN_FILES, ["meta.json"])
@@ -431,6 +436,9 @@ def main():
         if type(e) is FileNotFoundError:  # neither of these: a mistake in the code
             raise
         raise UserError(f"{e}; data/{name} is not finished: run the same command to resume "
+                        f"after {written(progress):,} tokens") from None
+    except BrokenProcessPool:
+        raise UserError("a worker was killed, as a machine without memory does; run the same command to resume "
                         f"after {written(progress):,} tokens") from None
     except KeyboardInterrupt:
         sys.exit(f"interrupted: run the same command to resume after {written(progress):,} tokens")

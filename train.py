@@ -278,6 +278,8 @@ if ranks.RANK == 0:
     model.save_pretrained(os.path.join(out_dir, "model"))
     if settings["init_from"] != "scratch":
         copy_tokenizer(settings["init_from"], os.path.join(out_dir, "model"))
+    elif os.path.isdir(meta.get("tokenizer", "")):
+        copy_tokenizer(meta["tokenizer"], os.path.join(out_dir, "model"))
     fake = list(model.ln_modes().values()).count("fake")
     ranks.say(f"{out_dir}/model: " + ("LN-free" if model.ln_free() else f"{fake} of {len(model.sites())} sites fake"))
 ranks.leave()

@@ -12,7 +12,8 @@ import torch
 from model import GPT, GPTConfig
 from parts import ranks
 from parts.errors import UserError, on_disk
-from parts.files import FolderLock, remove_files, whole_file, write_json
+from parts.files import FolderLock, read_dict, remove_files, whole_file, write_json
+from parts.tokenizer import remove_copied_tokenizer
 
 KEYS = {"model", "model_config", "ln_state", "optimizers", "step", "settings", "rng"}  # of a checkpoint
 
@@ -25,9 +26,13 @@ def open_run(out_dir, settings, resumed):
     with on_disk(f"can't make {out_dir}"):
         os.makedirs(out_dir, exist_ok=True)
     lock = FolderLock(out_dir)
+    # eval.py takes a model/ for that of a finished run, and its tokenizer for this one's
+    model_directory = os.path.join(out_dir, "model")
+    if os.path.exists(os.path.join(model_directory, "tokenizer.json")):
+        earlier = read_dict(os.path.join(out_dir, "settings.json"))
+        remove_copied_tokenizer(earlier.get("init_from", ""), model_directory)
+    remove_files(model_directory, ["config.json", "model.safetensors"])
     write_json(os.path.join(out_dir, "settings.json"), settings)
-    # eval.py takes a model/ for that of a finished run
-    remove_files(os.path.join(out_dir, "model"), ["config.json", "model.safetensors"])
     if not resumed:
         remove_files(out_dir, ["ckpt.pt", "log.jsonl"])
     return lock
@@ -167,7 +172,7 @@ def resume_command():
 def model_directory(source):
     """A run's out_dir -> its model/; any other source -> itself. UserError: a run that has not
     finished."""
-    if os.path.isdir(os.path.join(source, "model")):
+    if os.path.exists(os.path.join(source, "model", "config.json")):
         return os.path.join(source, "model")
     if not os.path.exists(os.path.join(source, "ckpt.pt")):
         return source

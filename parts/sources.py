@@ -160,7 +160,8 @@ def read_rows(path, skip, column, without):
     rows = rows_with(wanted)
     first = list(islice(rows, 1000))
     lengths = [len(row[name]) for row in first if isinstance(row.get(name), list)]
-    packed = len(lengths) > 1 and len(set(lengths)) == 1
+    window = max(lengths, default=0)
+    packed = lengths.count(window) > 1 and set(lengths) <= {0, window}
     size, characters = os.path.getsize(path), 0
     for n, row in enumerate(chain(first, rows), 1):
         content = row.get(name)
@@ -170,6 +171,9 @@ def read_rows(path, skip, column, without):
             raise UserError(f"{path} can't be read: row {n} of column {name!r} is neither text "
                             f"nor a list of token ids: {str(content)[:40]}")
         characters += len(content)
+        if packed and len(content) not in (0, window) and n != total:
+            raise UserError(f"{path} can't be read: row {n} has {len(content)} ids, and those before it {window} "
+                            "each: are they windows of a stream, or documents? Give them as two data sets")
         if n <= skip or (without and pile_subset(path, row.get("meta")) in without.split(",")):
             continue
         share = n / total if total else min(1.0, characters / size)

@@ -1,6 +1,7 @@
 """
 Tokenizers: text to token ids, and back. GPT-2's, bytes, or the one that stands beside a model.
 """
+import filecmp
 import os
 import re
 import shutil
@@ -53,7 +54,7 @@ def make_tokenizer(name):
 
 
 def check_size(what, vocab_size, eot):
-    if not eot < vocab_size <= 2**16:
+    if not 0 <= eot < vocab_size <= 2**16:
         raise UserError(f"{what}: end-of-text must be below the vocabulary's size, and that at most {2**16:,}, "
                         "as tokens are uint16")
 
@@ -86,6 +87,8 @@ def read_tokenizer(name, directory):
     except Exception as e:  # tokenizers raises no other kind
         raise UserError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
     tokenizer.encode_special_tokens = True  # text that spells a special token stays text
+    tokenizer.no_truncation()  # as a file may ask for: a document is taken whole
+    tokenizer.no_padding()
     eos = read_dict(os.path.join(directory, "tokenizer_config.json")).get("eos_token")
     if isinstance(eos, dict):
         eos = eos.get("content")
@@ -164,3 +167,13 @@ def copy_tokenizer(source, directory):
             if os.path.exists(os.path.join(there, file)):
                 shutil.copyfile(os.path.join(there, file), os.path.join(directory, file))
     return True
+
+
+def remove_copied_tokenizer(source, directory):
+    """Remove what copy_tokenizer copied from source: just files that are there to the same bytes."""
+    there = directory_of(source)
+    for file in FILES if there else ():
+        original, copy = os.path.join(there, file), os.path.join(directory, file)
+        both = os.path.exists(original) and os.path.exists(copy)
+        if both and not os.path.samefile(original, copy) and filecmp.cmp(original, copy, shallow=False):
+            os.remove(copy)

@@ -121,6 +121,8 @@ def test_a_table_and_a_picture_of_a_run(run, ln_free_run):
     (["mine", "--prompt=a", "--token=ab"], "is 2 tokens, and a logit is of one"),
     (["mine", "--prompt=a", "--original=other"], "other has another vocabulary"),
     (["mine", "--prompt=a", "--original=mine"], "mine is no original"),
+    (["mine", "--prompt=a", "--out=lens.xyz"], "lens.xyz does not end in .png, .pdf or .svg"),
+    (["mine", "--prompt=a", "--out=none/lens.png"], "there is no directory none"),
     (["mine/model", "--prompt=a"], "no original to stand beside mine/model"),
 ])
 def test_bad_input_ends_in_one_line(run, ln_free_run, args, message):

@@ -168,6 +168,17 @@ def test_documents_as_rows_of_ids_get_the_end_of_text_that_they_lack(run, tmp_pa
     assert [meta[split]["eot_appended"] for split in ("train", "val")] == [3, 1]
 
 
+def test_windows_may_have_empty_rows_between_but_no_documents(run, tmp_path):
+    windows = [[5, 6, 7]] * 4
+    write_parquet(tmp_path / "a.parquet", [*windows, [], None, *windows], "input_ids")
+    done = run("prepare_owt.py", "--files=a.parquet", "--tokenizer=4096:1", "--dataset=own", "--val_every=100")
+    assert done.code == 0, done.text
+    assert tokens("val", "own") + tokens("train", "own") == [5, 6, 7] * 8
+    write_parquet(tmp_path / "b.parquet", [*windows * 300, [8, 9], *windows], "input_ids")
+    done = run("prepare_owt.py", "--files=b.parquet", "--tokenizer=4096:1", "--dataset=both")
+    assert "row 1201 has 2 ids, and those before it 3 each: are they windows of a stream, or documents?" in done.error
+
+
 @pytest.mark.parametrize("tokenizer, taken", [
     ("bytes", [*b"ab", 256]),
     ("4096:1", [7, 8, 1]),

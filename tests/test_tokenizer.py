@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import random_hf, read_json, read_tokens, set_all_fake
+from conftest import TINY, random_hf, read_json, read_tokens, set_all_fake
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from model import GPT
@@ -117,6 +117,24 @@ def test_every_export_carries_it(run, own_model, removed):
         assert found == encode(own_model, "class Reader:")
     written = pipeline("text-generation", "out/run/hf")("class Reader", max_new_tokens=4, do_sample=False)
     assert written[0]["generated_text"].startswith("class Reader")
+
+
+def test_a_document_is_taken_whole_whatever_truncation_the_file_asks_for(run, own_model, tmp_path):
+    bpe = tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json")
+    bpe.enable_truncation(16)
+    bpe.enable_padding(length=64)
+    os.makedirs("cutting")
+    bpe.save("cutting/tokenizer.json")
+    (tmp_path / "cutting/tokenizer_config.json").write_text(json.dumps(dict(eos_token=END)))
+    assert make_tokenizer("cutting").encode(text(50)).tolist() == encode(own_model, text(50))
+
+
+def test_another_models_tokenizer_is_gone_when_its_run_is_replaced(run, own_model, removed, stdlib_data):
+    os.symlink(os.path.join(stdlib_data, "stdlib"), "data/stdlib")
+    assert os.path.exists("out/run/model/tokenizer.json")
+    done = run("train.py", f"--init_from={TINY}", *SHORT, "--max_iters=1", "--force")
+    assert done.code == 0, done.text
+    assert sorted(os.listdir("out/run/model")) == ["config.json", "model.safetensors"]
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(run, own_model, tmp_path):
