@@ -16,6 +16,7 @@ lr_decay_iters = 1200  # stopped at 600, where it was best
 weight_decay = 0.01
 beta2 = 0.999
 dropout = 0.1
+std_over = "all"  # no constant of its own for position 0 or end-of-text, so no rows eot and bos
 aux_loss_weight = 0.03
 
 # Each kind begins when the one before it has gone through all layers, 0 first (schedule.py: other orders).
@@ -24,8 +25,6 @@ ln_schedule = [  # sites, first step, steps between layers
     ("ln_1qk", 174, 4),       # the last at 174 + 35 x 4 = 314
     ("ln_1v", 318, 6),        # the last at 318 + 35 x 6 = 528
     ("ln_f", 534, None),
-    ("eot", 536, None),       # end-of-text tokens lose position 0's constant
-    ("bos", 546, None),       # position 0 loses its own: now each site has one constant
 ]
 
 eval_interval = 100

@@ -16,6 +16,7 @@ lr_decay_iters = 500
 weight_decay = 0.01
 beta2 = 0.999
 dropout = 0.1
+std_over = "all"  # no constant of its own for position 0 or end-of-text, so no rows eot and bos
 aux_loss_weight = 0.1
 
 # Each kind begins when the one before it has gone through all layers, 0 first (schedule.py: other orders).
@@ -24,8 +25,6 @@ ln_schedule = [  # sites, first step, steps between layers
     ("ln_1qk", 68, 2),        # the last at 68 + 23 x 2 = 114
     ("ln_1v", 116, 3),        # the last at 116 + 23 x 3 = 185
     ("ln_f", 188, None),
-    ("eot", 190, None),       # end-of-text tokens lose position 0's constant
-    ("bos", 200, None),       # position 0 loses its own: now each site has one constant
 ]
 
 eval_interval = 100

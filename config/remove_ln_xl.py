@@ -16,6 +16,7 @@ lr_decay_iters = 1200  # stopped at 800, where it was best
 weight_decay = 0.01
 beta2 = 0.999
 dropout = 0.1
+std_over = "all"  # no constant of its own for position 0 or end-of-text, so no rows eot and bos
 aux_loss_weight = 0.01
 
 # Each kind begins when the one before it has gone through all layers, 0 first (schedule.py: other orders).
@@ -24,8 +25,6 @@ ln_schedule = [  # sites, first step, steps between layers
     ("ln_1qk", 242, 4),       # the last at 242 + 47 x 4 = 430
     ("ln_1v", 434, 6),        # the last at 434 + 47 x 6 = 716
     ("ln_f", 722, None),
-    ("eot", 724, None),       # end-of-text tokens lose position 0's constant
-    ("bos", 734, None),       # position 0 loses its own: now each site has one constant
 ]
 
 eval_interval = 100

@@ -24,9 +24,9 @@ FOLLOW_UP = [
     ("ln_1qk", 44, 2),
     ("ln_1v", 68, 3),
     ("ln_f", 104, None),
-    ("eot", 106, None),
-    ("bos", 116, None),
 ]
+
+FOLLOW_UPS = ("remove_ln_fast", "remove_ln_medium", "remove_ln_large", "remove_ln_xl")
 
 TRAIN = os.path.join(REPO, "train.py")
 
@@ -57,7 +57,7 @@ def test_the_follow_ups_schedule_gives_its_events():
     assert steps["ln_2"] == [20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42]
     assert steps["ln_1qk"] == [44, 46, 48, 50, 52, 54, 56, 58, 60, 62, 64, 66]
     assert steps["ln_1v"] == [68, 71, 74, 77, 80, 83, 86, 89, 92, 95, 98, 101]
-    assert events[36:] == [(104, "ln_f", None), (106, "eot", None), (116, "bos", None)]
+    assert events[36:] == [(104, "ln_f", None)]
 
 
 def test_gap_0_is_all_layers_at_once_and_empty_is_the_control():
@@ -397,7 +397,12 @@ def read_configs(*names):
 def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
     removal = read_configs(name)
     events = timeline(removal["ln_schedule"], n_layer, removal["max_iters"])
-    assert len({event[1:] for event in events}) == 3 * n_layer + 3  # sites, ln_f and the two treatments
+    sites = {event[1:] for event in events if event[1] not in ("eot", "bos")}
+    treatments = {kind for _, kind, _ in events} & {"eot", "bos"}
+    assert len(sites) == 3 * n_layer + 1
+    # the follow-up's constants are over all tokens, position 0 and end-of-text among them
+    assert treatments == (set() if removal["std_over"] == "all" else {"eot", "bos"})
+    assert (removal["std_over"] == "all") == (name in FOLLOW_UPS)
 
     # each kind waits for the one before
     waiting = []
@@ -428,6 +433,18 @@ def test_a_step_of_gpt2_is_half_a_million_tokens(name):
 def test_the_published_schedules_are_in_the_configs():
     assert read_configs("remove_ln")["ln_schedule"] == POST
     assert read_configs("remove_ln_fast")["ln_schedule"] == FOLLOW_UP
+    assert read_configs("remove_ln_xl")["ln_schedule"] == [
+        ("ln_2", 50, 4),
+        ("ln_1qk", 242, 4),
+        ("ln_1v", 434, 6),
+        ("ln_f", 722, None),
+    ]
+
+
+@pytest.mark.parametrize("name", FOLLOW_UPS)
+def test_the_follow_ups_optimizer_is_its_librarys_default(name):
+    settings = read_configs(name)
+    assert (settings["beta1"], settings["beta2"], settings["dropout"]) == (0.9, 0.999, 0.1)
 
 
 @pytest.mark.parametrize("max_iters", [
