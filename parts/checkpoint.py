@@ -20,7 +20,8 @@ KEYS = {"model", "model_config", "ln_state", "optimizers", "step", "settings", "
 
 def open_run(out_dir, settings, resumed):
     """Make the folder of a run, or take over the one to be resumed or replaced, on rank 0. Returns its
-    lock. The settings come first: they mark the folder as a run's."""
+    lock. settings.json marks the folder as a run's: it is written before anything else. UserError if
+    another process holds the folder."""
     if ranks.RANK > 0:
         return None
     with on_disk(f"can't make {out_dir}"):
