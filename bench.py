@@ -15,8 +15,8 @@ requirements-dev.txt. nanoGPT's way to prepare is datasets.map and shards writte
 """
 import glob
 import json
+import math
 import os
-import resource
 import subprocess
 import sys
 import sysconfig
@@ -123,8 +123,18 @@ def train_speed(way):
     if device == "cuda":
         memory = torch.cuda.max_memory_allocated()
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = peak_memory()
     return dict(tokens_per_s=batch_size * block_size * steps / sum(times[2:]), memory_GB=memory / 1e9)
+
+
+def peak_memory():
+    """Of this process, in bytes; NaN on Windows, which has no getrusage."""
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest  # bytes there, KiB on Linux
 
 
 def compare_train():

@@ -21,6 +21,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,7 @@ from model import GPT
 from parts import hellaswag, ranks
 from parts.checkpoint import model_directory
 from parts.compare import cast_linear_maps, mean_and_error, measure
-from parts.data import open_tokens, read_meta, read_windows, val_starts
+from parts.data import open_tokens, read_meta, read_windows, token_word, val_starts
 from parts.device import autocast_to, pick_device, pick_dtype
 from parts.errors import UserError
 from parts.files import check_file, is_run, read_dict, write_json
@@ -60,6 +61,7 @@ hellaswag_url = hellaswag.URL  # where its file is fetched from
 # tokens that are fetched and evaluated, as behind the published figures; of another of HUB's names 10 million
 PUBLISHED = {"owt": 4_500_000, "pile": 10_200_000, "pile-filtered": 10_200_000}
 NANOGPT_VAL_DOCUMENTS = 4007  # of OpenWebText
+WIDTH = 80  # of a table, in columns
 TITLES = dict(original="original", control="control", ln_free="LN-free", part="part removed")  # in the table
 
 
@@ -240,20 +242,20 @@ def cross_entropy_rows(folder, candidates, reference, autocast):
 
 
 def show_cross_entropy(candidates, rows):
-    name, windows = rows[0]["dataset"], rows[0]["windows"]
+    name, windows, word = rows[0]["dataset"], rows[0]["windows"], token_word(rows[0]["dataset"])
     gap_to = "gap to control" if any(c.role == "control" for c in candidates) else "gap to original"
     print_table(
-        f"{name}: cross-entropy in nats per token ± standard error\n"
-        f"over {windows:,} windows of {block_size} val tokens, of {rows[0]['val']}",
+        f"{name}: cross-entropy in nats per {word} ± standard error, over {windows:,} windows "
+        f"of {block_size} val {word}s, of {rows[0]['val']}",
         candidates,
         [
-            [name, *with_errors(rows, "loss", ".4f")],
+            [f"nats per {word}", *with_errors(rows, "loss", ".4f")],
             [gap_to, *with_errors(rows, "gap", "+.4f")],
             ["minus original", *with_errors(rows, "to_original", "+.4f")],
-            ["median token", *values(rows, "median", ".4f")],
+            [f"median {word}", *values(rows, "median", ".4f")],
             ["99.9th percentile", *values(rows, "p99_9", ".4f")],
             ["largest", *values(rows, "max", ".4f")],
-            ["not finite", *(f"{row['nonfinite']:,} tokens" if row["nonfinite"] else "" for row in rows)],
+            ["not finite", *(f"{row['nonfinite']:,} {word}s" if row["nonfinite"] else "" for row in rows)],
             ["KL from reference", *with_errors(rows, "kl", ".4f")],
             ["Jensen-Shannon", *with_errors(rows, "js", ".4f")],
             ["same top token", *values(rows, "agree", ".2%")],
@@ -291,15 +293,21 @@ def residual_rows(folder, candidates, autocast):
 
 
 def show_residual(candidates, rows):
+    sites = list(max((row["sites"] for row in rows), key=len))  # of the deepest model
+    shown = list(dict.fromkeys(sites[round(i * (len(sites) - 1) / 5)] for i in range(6)))  # a screenful
     lines = []
-    for site in max((row["sites"] for row in rows), key=len):  # of the deepest model
+    for site in shown:
         for kind in ("position_0", "eot", "others"):
             stds = [row["sites"].get(site, {}).get(kind) for row in rows]
-            cells = [f"{std['mean']:.3f} ± {std['spread']:.3f}" if std else "none" for std in stds]
+            cells = [f"{std['mean']:.3f} ± {std['spread']:.3f}" if std else "" for std in stds]
             lines.append([f"{site}, {kind.replace('_', ' ')}", *cells])
     lines.append(["attention sink rate", *values(rows, "sink_rate", ".1%")])
-    where = f"data/{rows[0]['data']}, mean ± spread over tokens, in {rows[0]['windows']:,} windows of {block_size}"
-    print_table(f"residual: std before each site on {where}", candidates, lines)
+    print_table(
+        f"residual: std before {len(shown)} of {len(sites)} sites (--json has all), mean ± spread over tokens "
+        f"of {rows[0]['windows']:,} windows of {block_size} of data/{rows[0]['data']}",
+        candidates,
+        lines,
+    )
 
 
 # --- HellaSwag
@@ -352,14 +360,27 @@ def with_errors(rows, key, form):
 
 def print_table(title, candidates, lines):
     """Models side by side: lines of [label, a cell for each model]; a line without any cell is left
-    out."""
+    out. At most 80 columns wide: further models stand below."""
     lines = [line for line in lines if any(line[1:])]
-    cells = [["", *(TITLES[c.role] for c in candidates)], ["", *(c.source for c in candidates)], *lines]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    print("\n" + title)
-    for label, *others in cells:
-        columns = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        print("  ".join([label.ljust(widths[0]), *columns]).rstrip())
+    sources = [shortened(c.source) for c in candidates]
+    cells = [["", *(TITLES[c.role] for c in candidates)], ["", *sources], *lines]
+    labels, *columns = zip(*cells)
+    label_width = max(map(len, labels))
+    print("\n" + textwrap.fill(title, WIDTH))
+    while columns:
+        beside, width = [], label_width
+        while columns and (not beside or width + 2 + max(map(len, columns[0])) <= WIDTH):
+            beside.append(columns.pop(0))
+            width += 2 + max(map(len, beside[-1]))
+        print()
+        for label, *row in zip(labels, *beside):
+            row = [cell.rjust(max(map(len, column))) for cell, column in zip(row, beside)]
+            print("  ".join([label.ljust(label_width), *row]).rstrip())
+
+
+def shortened(source):
+    """At most 18 letters of it: its end, which tells more."""
+    return source if len(source) <= 18 else "…" + source[-17:]
 
 
 def finite(value):
@@ -391,6 +412,17 @@ def verify_models(sources):
         else:
             print(f"{source}: LN-free: all that reads the residual stream is affine in it")
     return all(verdicts)
+
+
+def next_commands(candidates, names):
+    """What to type after the tables; none where there is no run to go on with."""
+    commands = []
+    if json and "residual" in names:
+        commands.append(f"python plot.py {json}")
+    runs = [c.source for c in candidates if c.role == "ln_free" and is_run(c.source)]
+    if runs:
+        commands += [f"python plot.py {runs[-1]}", f"python export.py {runs[-1]} --to=hf"]
+    return "; ".join(commands)
 
 
 def main():
@@ -460,6 +492,8 @@ def main():
             weights_sha256=weights,
             rows=finite(rows),
         ))
+    if next_commands(candidates, names):
+        ranks.say("next: " + next_commands(candidates, names))
     ranks.leave()
 
 

@@ -353,6 +353,7 @@ def main():
         print("note: for float32 and bfloat16; in float16 it overflows (--dtype=float16 with a smaller --eps)")
     if push:
         upload(folder)
+    print(f"next: {folder}/README.md has the lines that open it in other tools")
 
 
 if __name__ == "__main__":

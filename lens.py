@@ -227,6 +227,7 @@ def main():
     show_layers(layer_by_layer(free, parts, target), layer_by_layer(with_ln, old_parts, target), tokenizer)
     print()
     draw(found, old, path, f"{tokenizer.decode([target])!r} after {prompt[-40:]!r}")
+    print(f"next: python export.py {source} --to=hf")
 
 
 if __name__ == "__main__":

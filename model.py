@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 KINDS = ("ln_1qk", "ln_1v", "ln_2")  # the sites of a block
 LOSS_ROWS = 1024  # tokens whose logits exist at one time when only the loss is asked for
 HEAD_ROWS = 128  # the same, where there is no gradient: glibc maps anew each time what is beyond 32 MB
-# On a GPU each piece costs kernel launches, and a gradient of the size of the whole unembedding: so
+# With CUDA each piece costs kernel launches, and a gradient of the size of the whole unembedding: so
 # pieces there are 8 times as large.
 GPU_ROWS = 8
 
@@ -597,5 +597,5 @@ def is_published_ln_free(hf):
 
 
 def pieces(x, rows):
-    """x (N, ...) -> tensors of so many rows; GPU_ROWS times as many on a GPU."""
-    return x.split(rows if x.is_cpu else GPU_ROWS * rows)
+    """x (N, ...) -> tensors of so many rows; GPU_ROWS times as many on a CUDA GPU."""
+    return x.split(GPU_ROWS * rows if x.is_cuda else rows)

@@ -60,6 +60,7 @@ def plot_run(run):
     draw_gap(low, free, control)
     draw_events(top, low, free["events"])
     save(fig, os.path.join(run, "loss.png"), "loss of a run")
+    print(f"next: python lens.py {run} --prompt=TEXT; python export.py {run} --to=hf")
 
 
 def draw_losses(axis, free, control):

@@ -10,12 +10,13 @@ Documents to tokens, once: data/NAME/{train,val}.bin (uint16) and meta.json.
     python prepare_owt.py --dataset=ORG/NAME --tokenizer=4096:1          # rows of another tokenizer's ids
 
 Each document is followed by the end-of-text id; rows of ids that all have one length are taken as windows
-of a stream, which hold it. val is, of whole text files, about 5 %, by a hash of
-their path (of few, the last 5 % of each); of rows every 200th; of all of OpenWebText nanoGPT's. Run the
-same command again after an interruption, and it resumes.
+of a stream, which hold it. val is, of whole text files, about 5 %, by a hash of their path (of few, the
+end of each); of rows every 200th; of little text more, so that a gap can be seen; of all of OpenWebText
+nanoGPT's. Run the same command again after an interruption, and it resumes.
 """
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -39,7 +40,6 @@ from parts.sources import (
     GPT2_SEAM,
     HUB,
     NO_SEAM,
-    VAL_SHARE,
     hub_sources,
     local_sources,
     read_rows,
@@ -56,12 +56,16 @@ tokens = 0  # >= 0: stop after so many, at the end of a row or text file; 0: tak
 column = ""  # of rows: text, or lists of token ids; "": text, or input_ids where there is no text
 split = "train"  # of a hub data set: which files
 folder = ""  # of a hub data set: only files below this folder, where several hold the split
-val_every = 200  # >= 1: of rows, every so many-th is val; 1: all that there is, to evaluate on
+val_every = 0  # >= 0: of rows, every so many-th is val; 0: 200, or less of little text; 1: all, to evaluate on
 without = ""  # the Pile's subsets to leave out: OpenWebText2,Books3,BookCorpus2, as the published filter does
 force = False  # prepare again what is prepared already
 # -----------------------------------------------------------------------------
 
 OWT_DOCUMENTS = 8_013_769
+VAL_SHARE = 0.05  # of whole text files
+VAL_EVERY = 200  # of rows
+VAL_TOKENS = 20_000  # not fewer, where they are at most a fifth of all
+TOKEN_SD = 0.42  # nats: a gap's standard error x sqrt(val tokens), on the bundled model
 # of an unfinished preparation
 HALF_FILES = (*TOKEN_FILES, "progress.json", "progress.json.tmp", "val_ordered.bin")
 BATCH = 1_000_000  # characters that a worker takes at a time
@@ -71,25 +75,32 @@ NOTHING = dict(tokens=0, documents=0, eot_appended=0)  # counts of a split, as i
 # --- train or val
 
 
-def val_rule(sources):
-    """A function (source, index of the document) -> True: val; False: train; None: cut the file."""
+def val_rule(sources, bytes_per_token):
+    """A function (source, index of the document) -> True: val; False: train; a share: so much of the
+    file, at its end, is val."""
     if val_every == 1:
         return lambda source, i: True
     if dataset == "owt" and not tokens:
         chosen = set(nanogpt_val_documents().tolist())
         return lambda source, i: i in chosen
+    size = max(1, sum(source.size for source in sources))
+    needed = min(0.2, VAL_TOKENS * bytes_per_token / size)
+    share = max(VAL_SHARE, needed)
+    asked = min(size, tokens * bytes_per_token or size)
+    every = val_every or max(5, min(VAL_EVERY, asked // (VAL_TOKENS * bytes_per_token)))
     # By a hash of the path, a file stays on its side when others come or go.
-    by_hash = {}
+    by_hash, found = {}, 0
     for source in sources:
         if not source.is_rows:
             digest = hashlib.sha256(source.name.encode()).digest()
-            by_hash[source.name] = int.from_bytes(digest[:8], "big") < VAL_SHARE * 2**64
-    both_sides = 0 < sum(by_hash.values()) < len(by_hash)
+            by_hash[source.name] = int.from_bytes(digest[:8], "big") < share * 2**64
+            found += by_hash[source.name] * source.size
+    whole_files = needed / 2 < found / size < 0.6
 
     def rule(source, i):
         if source.is_rows:
-            return i % val_every == 0
-        return by_hash[source.name] if both_sides else None
+            return i % every == 0
+        return by_hash[source.name] if whole_files else share
 
     return rule
 
@@ -135,7 +146,8 @@ def read(sources, position, rule, seam):
         if source.is_rows:
             pieces = read_rows(path, skip, column, without)
         else:
-            pieces = read_text(path, skip, rule(source, documents) is None, seam)
+            val = rule(source, documents)
+            pieces = read_text(path, skip, val if isinstance(val, float) else 0, seam)
         for piece in pieces:
             val = rule(source, documents) if piece.val is None else piece.val
             if source.is_rows or piece.last:
@@ -329,9 +341,14 @@ def is_prepared(done, meta):
     return True
 
 
+def bytes_per_token(chosen):
+    """Of text, about: GPT-2's tokens have some 4 letters, those of smaller vocabularies fewer."""
+    return 1 if chosen == "bytes" else 3
+
+
 def check_disk(name, sources, chosen):
     size = sum(source.size for source in sources)
-    need = 2 * tokens or int(size * (2 if chosen == "bytes" else 0.8))  # GPT-2's tokens have about 4 letters
+    need = 2 * tokens or int(2 * size / bytes_per_token(chosen))
     free = shutil.disk_usage("data").free
     if need > free:
         raise UserError(f"data/{name} needs about {need / 1e9:.2g} GB and {free / 1e9:.2g} GB are free: "
@@ -386,6 +403,20 @@ def finish(half, done, meta, progress):
     return meta
 
 
+def say_what_val_shows(n):
+    """Of n val tokens: the standard error to expect of a gap."""
+    error = TOKEN_SD / math.sqrt(max(1, n))
+    print(f"expect a standard error of about {error:.4f} nats of a gap (as the demo's, with {n:,} val tokens)")
+    if error > 0.005:
+        print(f"note: a gap is some 0.02 nats, and will not be seen: prepare more text, for {VAL_TOKENS:,} val tokens")
+
+
+def next_command(name):
+    config = dict(stdlib="config/remove_ln_tiny.py", owt="config/remove_ln.py").get(name)
+    mine = f"config/remove_ln_mine.py --init_from=path/to/model --dataset={name}"
+    return f"python train.py {config or mine}"
+
+
 def main():
     global column
     configure(globals(), sys.argv[1:], __doc__)
@@ -424,7 +455,7 @@ def main():
     progress = open_progress(half, meta)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last note is written
     try:
-        write(half, sources, val_rule(sources), chosen, progress)
+        write(half, sources, val_rule(sources, bytes_per_token(chosen)), chosen, progress)
         if not written(progress):
             raise UserError(f"there is no document in {origin}")
         if dataset == "owt" and not tokens and progress["documents"] == OWT_DOCUMENTS:
@@ -448,6 +479,9 @@ def main():
         print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
     if dataset == "owt" and progress["documents"] != OWT_DOCUMENTS:
         print(f"this is a part of OpenWebText: {progress['documents']:,} of {OWT_DOCUMENTS:,} documents")
+    say_what_val_shows(meta["val"]["tokens"])
+    if val_every != 1:
+        print(f"next: {next_command(name)}")
 
 
 if __name__ == "__main__":

@@ -204,7 +204,8 @@ flops_per_step = tokens_per_step * flops_per_token(model, block_size)
 peak = peak_flops(device, dtype) * ranks.WORLD
 micro_steps = gradient_accumulation_steps // ranks.WORLD
 interruption = ranks.Interruption()
-bar = tqdm(total=max_iters, initial=start, unit="step", disable=None if ranks.RANK == 0 else True)
+columns = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # 80 hold them all
+bar = tqdm(total=max_iters, initial=start, bar_format=columns, disable=None if ranks.RANK == 0 else True)
 model.train()
 
 for step in range(start, max_iters + 1):
@@ -282,4 +283,5 @@ if ranks.RANK == 0:
         copy_tokenizer(meta["tokenizer"], os.path.join(out_dir, "model"))
     fake = list(model.ln_modes().values()).count("fake")
     ranks.say(f"{out_dir}/model: " + ("LN-free" if model.ln_free() else f"{fake} of {len(model.sites())} sites fake"))
+    ranks.say("next: " + checkpoint.next_command(settings, fake > 0))
 ranks.leave()

@@ -164,10 +164,31 @@ def lines_before(path, start):
 
 def resume_command():
     """What to type to go on with this run."""
+    return command([*sys.argv, "--init_from=resume"])
+
+
+def next_command(settings, removed):
+    """What to type after a finished run. removed: whether some site of its model is fake."""
+    out_dir, init_from = settings["out_dir"], settings["init_from"]
+    if not removed and init_from == "scratch":
+        return f"python train.py config/remove_ln_mine.py --init_from={out_dir}/model --dataset={settings['dataset']}"
+    run = out_dir.removesuffix("_control")
+    if removed and not os.path.isdir(run + "_control/model"):
+        again = [arg for arg in sys.argv if arg not in ("--force", "--init_from=resume")]
+        return command([*again, "config/control.py"]) + "  (its control)"
+    if not os.path.isdir(run + "/model"):
+        return f"python eval.py --models={init_from},{out_dir} --dataset={settings['dataset']}"
+    if os.path.dirname(run) == "out":
+        return "python eval.py"
+    return f"python eval.py --models={init_from},{run}_control,{run} --dataset={settings['dataset']}"
+
+
+def command(argv):
+    """As it was typed: with python, or with torchrun."""
     launcher = ["python"]
     if ranks.WORLD > 1:
         launcher = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks.WORLD)}"]
-    return shlex.join([*launcher, *sys.argv]) + " --init_from=resume"
+    return shlex.join([*launcher, *argv])
 
 
 def model_directory(source):

@@ -29,6 +29,11 @@ def read_meta(dataset):
     return meta
 
 
+def token_word(dataset):
+    """What a token of data/DATASET is, as tables and pictures name it: byte or token."""
+    return "byte" if read_meta(dataset).get("tokenizer") == "bytes" else "token"
+
+
 def again(dataset):
     return f"run `python prepare_owt.py --dataset={dataset} --force`"
 

@@ -48,8 +48,8 @@ def autocast_to(dtype, device):
 
 def check_compiler():
     """UserError if torch.compile would find no compiler, long after the start."""
-    # what inductor and Triton look for
-    wanted = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang")
+    # what inductor and Triton look for; cl is Windows's
+    wanted = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang", "cl")
     if not any(name and shutil.which(name) for name in wanted):
-        raise UserError("compile needs a C++ compiler, and there is none here: install g++, "
+        raise UserError("compile needs a C++ compiler, and there is none here: install g++ (on Windows MSVC), "
                         "or run with --compile=False")

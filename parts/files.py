@@ -2,12 +2,16 @@
 What may be replaced on the disk: what we wrote, and nothing else. And files that are there whole or
 not at all.
 """
-import fcntl
 import json
 import os
 from contextlib import contextmanager
 
 from parts.errors import UserError, on_disk
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 RUN_FILES = ("settings.json", "ckpt.pt", "log.jsonl", "model")
 TOKEN_FILES = ("meta.json", "train.bin", "val.bin")
@@ -55,9 +59,12 @@ def check_out_dir(out_dir, init_from, force):
 
 class FolderLock:
     """Keeps other processes' FolderLocks from a folder, as long as this object lives. UserError if
-    another one holds it."""
+    another one holds it. On Windows it does nothing."""
 
     def __init__(self, folder):
+        self.handle = None
+        if fcntl is None:
+            return
         self.handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,7 +74,8 @@ class FolderLock:
             pass  # a file system without locks
 
     def __del__(self):
-        os.close(self.handle)
+        if self.handle is not None:
+            os.close(self.handle)
 
 
 def is_run(folder):

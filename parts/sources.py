@@ -27,7 +27,6 @@ HUB = {
 }
 ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose rows are documents
 PIECE = 1_000_000  # bytes of a text file that are read at a time
-VAL_SHARE = 0.05  # of whole text files
 # Where a text can be cut without a change to its tokens: a token of GPT-2's has no white space after
 # something else, but for \xa0.
 GPT2_SEAM = re.compile(rb"[^\s\xa0](?=[ \t\n\r])")
@@ -238,15 +237,15 @@ def pile_subset(path, meta):
 # --- text files
 
 
-def read_text(path, skip, cut, seam):
+def read_text(path, skip, val_share, seam):
     """Yields a text file from byte `skip` on, in Pieces of about PIECE bytes, so that a file of any size
-    fits into memory. They begin at seams, so that their tokens are the whole's. With cut, the last
-    VAL_SHARE is a document of its own, for val."""
+    fits into memory. They begin at seams, so that their tokens are the whole's. Its last val_share,
+    above 0, is a document of its own, for val."""
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         documents = [(0, size, None)]  # (begin, end, val)
-        if cut:
-            border = val_border(f, size, GPT2_SEAM if seam is NO_SEAM else seam)
+        if val_share:
+            border = val_border(f, size, val_share, GPT2_SEAM if seam is NO_SEAM else seam)
             documents = [(0, border, False), (border, size, True)]
         for begin, end, val in documents:
             if begin < skip and end <= skip:
@@ -264,9 +263,9 @@ def read_text(path, skip, cut, seam):
             yield Piece(part, True, end, end / max(1, size), val, last=(begin, end, val) == documents[-1])
 
 
-def val_border(f, size, seam):
-    """Where the last VAL_SHARE begins: not within a token or, where there is no seam, within a letter."""
-    border = size - int(size * VAL_SHARE)
+def val_border(f, size, share, seam):
+    """Where the last share begins: not within a token or, where there is no seam, within a letter."""
+    border = size - int(size * share)
     f.seek(border)
     ahead = f.read(PIECE)
     found = seam.search(ahead) or re.match(rb"[\x80-\xbf]*", ahead)

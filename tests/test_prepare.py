@@ -59,17 +59,43 @@ def test_the_same_files_give_the_same_bytes(run, stdlib):
 
 
 def test_local_files_are_cut_at_95_percent_when_they_are_few(run, tmp_path):
-    (tmp_path / "a.txt").write_bytes(bytes(range(200)))
+    content = bytes(range(200)) * 2000
+    (tmp_path / "a.txt").write_bytes(content)
     (tmp_path / "dir").mkdir()
-    (tmp_path / "dir/b.md").write_bytes(b"x" * 40)
+    (tmp_path / "dir/b.md").write_bytes(b"x" * 40_000)
     assert run("prepare_owt.py", "--files=a.txt,dir/*.md").code == 0
-    assert read_tokens("train", "files").tolist() == [*range(190), 256, *b"x" * 38, 256]
-    assert read_tokens("val", "files").tolist() == [*range(190, 200), 256, *b"x" * 2, 256]
+    assert read_tokens("train", "files").tolist() == [*content[:380_000], 256, *b"x" * 38_000, 256]
+    assert read_tokens("val", "files").tolist() == [*content[380_000:], 256, *b"x" * 2_000, 256]
+
+
+@pytest.mark.parametrize("size, val", [
+    (1_000_000, 50_000),
+    (200_000, 20_000),
+    (50_000, 10_000),
+])
+def test_of_little_text_more_is_val_and_the_gaps_standard_error_is_said(run, tmp_path, size, val):
+    """5 %, or 20,000 tokens, or a fifth; 0.42 / sqrt(tokens) was measured on the bundled model."""
+    (tmp_path / "a.txt").write_bytes(b"x" * size)
+    with open(tmp_path / "b.jsonl", "w") as f:
+        f.writelines(json.dumps(dict(text="x" * 99)) + "\n" for _ in range(size // 100))
+    done = run("prepare_owt.py", "--files=a.txt")
+    assert len(read_tokens("val", "files")) == val + 1
+    assert f"a standard error of about {0.42 / val ** 0.5:.4f} nats" in done.text
+    assert "note: a gap is some 0.02 nats" not in done.text
+    rows = run("prepare_owt.py", "--files=b.jsonl", "--dataset=rows")
+    assert len(read_tokens("val", "rows")) == pytest.approx(val if val < 50_000 else 20_000, rel=0.15)
+    assert "next: python train.py config/remove_ln_mine.py --init_from=path/to/model --dataset=rows" in rows.text
+
+
+def test_text_in_which_no_gap_can_be_seen_is_said_to_be_that(run, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 20_000)
+    done = run("prepare_owt.py", "--files=a.txt")
+    assert "note: a gap is some 0.02 nats, and will not be seen: prepare more text" in done.text
 
 
 def test_many_local_files_are_split_by_a_hash_of_their_path(run, tmp_path):
     for i in range(100):
-        (tmp_path / f"{i}.txt").write_text(f"document {i}")
+        (tmp_path / f"{i}.txt").write_text(f"document {i}" + " " * 5000)
     assert run("prepare_owt.py", "--dataset=mytext", "--files=*.txt").code == 0
 
     chosen = []
@@ -81,15 +107,16 @@ def test_many_local_files_are_split_by_a_hash_of_their_path(run, tmp_path):
     assert 0 < len(chosen) == meta["val"]["documents"]
     assert meta["train"]["documents"] == 100 - len(chosen)
     text = bytes(token if token < 256 else 0 for token in read_tokens("val", "mytext"))
-    assert sorted(text.split(b"\0")[:-1]) == sorted(b"document " + i.encode() for i in chosen)
+    assert sorted(text.split(b"\0")[:-1]) == sorted(b"document " + i.encode() + b" " * 5000 for i in chosen)
 
 
 def test_text_files_beside_rows_are_split_as_text_files(run, tmp_path):
-    (tmp_path / "a.txt").write_bytes(bytes(range(200)))
+    content = bytes(range(200)) * 2000
+    (tmp_path / "a.txt").write_bytes(content)
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert run("prepare_owt.py", "--dataset=mixed", "--files=a.txt,b.jsonl", "--val_every=2").code == 0
-    assert read_tokens("train", "mixed").tolist() == [*range(190), 256, *b"one", 256]
-    assert read_tokens("val", "mixed").tolist() == [*range(190, 200), 256, *b"two", 256]
+    assert read_tokens("train", "mixed").tolist() == [*content[:380_000], 256, *b"one", 256]
+    assert read_tokens("val", "mixed").tolist() == [*content[380_000:], 256, *b"two", 256]
 
 
 # --- GPT-2's tokens
@@ -137,7 +164,9 @@ def test_a_large_text_file_is_read_in_parts_with_the_tokens_of_the_whole(
     path.write_bytes(text.encode())
     monkeypatch.setattr(sources, "PIECE", 60)
 
-    pieces = list(sources.read_text(path, 0, cut, sources.GPT2_SEAM))
+    share = 0.05 * cut
+
+    pieces = list(sources.read_text(path, 0, share, sources.GPT2_SEAM))
 
     assert len(pieces) > 500
     assert max(len(piece.content) for piece in pieces) < 500
@@ -158,7 +187,7 @@ def test_a_large_text_file_is_read_in_parts_with_the_tokens_of_the_whole(
     assert sum(piece.ends for piece in pieces) == 1 + cut
     assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     for piece in pieces[:-1:20]:
-        rest = sources.read_text(path, piece.taken, cut, sources.GPT2_SEAM)
+        rest = sources.read_text(path, piece.taken, share, sources.GPT2_SEAM)
         assert b"".join(piece.content for piece in rest) == text.encode()[piece.taken :]
 
 
@@ -238,8 +267,8 @@ def test_what_another_try_left_is_not_taken_for_this_ones(run, tmp_path):
         (half / name).write_bytes(b"another's")
     (half / "progress.json").write_text('{"meta": "another"}')
     assert run("prepare_owt.py", "--files=a.txt").code == 0
-    assert read_tokens("train", "files").tolist() == [*range(190), 256]
-    assert read_tokens("val", "files").tolist() == [*range(190, 200), 256]
+    assert read_tokens("train", "files").tolist() == [*range(160), 256]
+    assert read_tokens("val", "files").tolist() == [*range(160, 200), 256]
     assert sorted(os.listdir("data/files")) == ["meta.json", "train.bin", "val.bin"]
 
 

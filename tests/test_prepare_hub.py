@@ -82,7 +82,7 @@ def test_a_hub_dataset_is_nanogpts_tokens_with_every_200th_document_in_val(hub, 
     write_parquet(tmp_path / "repo/data/train-00001-of-00002.parquet", docs[300:])
     write_parquet(tmp_path / "repo/data/test-00000-of-00001.parquet", ["not this"])
     hub.repos["datasets/org/stories"] = tmp_path / "repo"
-    done = prepare("--dataset=org/stories")
+    done = prepare("--dataset=org/stories", "--val_every=200")
     assert done.code == 0, done.text
     assert tokens("train", "stories") == nanogpt(without_every_200th(docs))
     assert tokens("val", "stories") == nanogpt(docs[::200])
@@ -93,7 +93,7 @@ def test_tokens_stops_early_at_a_documents_end(hub, prepare, tmp_path):
     docs = texts(3000)
     write_parquet(tmp_path / "repo/train.parquet", docs)
     hub.repos["datasets/org/stories"] = tmp_path / "repo"
-    done = prepare("--dataset=org/stories", "--tokens=100_000")
+    done = prepare("--dataset=org/stories", "--tokens=100_000", "--val_every=200")
     assert done.code == 0, done.text
     train = tokens("train", "stories")
     assert 100_000 <= len(train) + len(tokens("val", "stories")) < 600_000
@@ -107,7 +107,7 @@ def test_local_jsonl_and_parquet_rows(run, tmp_path, gpt2_tokenizer):
         for doc in docs[:100]:
             f.write(json.dumps({"body": doc}) + "\n")
     write_parquet(tmp_path / "b.parquet", docs[100:], "body")
-    args = ["--files=a.jsonl,b.parquet", "--column=body", "--tokenizer=gpt2", "--dataset=rows"]
+    args = ["--files=a.jsonl,b.parquet", "--column=body", "--tokenizer=gpt2", "--dataset=rows", "--val_every=200"]
     done = run("prepare_owt.py", *args)
     assert done.code == 0, done.text
     assert tokens("train", "rows") == nanogpt(without_every_200th(docs))
@@ -128,7 +128,7 @@ def test_subsets_of_the_pile_are_left_out_by_name(prepare, kind):
     else:
         table = {"text": docs, "meta": [json.dumps(meta) for meta in metas]}
         pq.write_table(pa.table(table), "pile.parquet")
-    args = ["--dataset=pile_text", f"--files=pile.{kind}", "--tokenizer=gpt2"]
+    args = ["--dataset=pile_text", f"--files=pile.{kind}", "--tokenizer=gpt2", "--val_every=200"]
     done = prepare(*args, "--without=OpenWebText2,Books3,BookCorpus2")
     assert done.code == 0, done.text
     kept = docs[::2]
@@ -149,7 +149,7 @@ def test_rows_that_are_tokens_already_are_taken_as_they_are(hub, prepare, tmp_pa
     rows = [[i, i + 1, 50256, 7] for i in range(400)]
     write_parquet(tmp_path / "repo/data/train-0.parquet", rows, "input_ids")
     hub.repos["datasets/org/tokenized"] = tmp_path / "repo"
-    done = prepare("--dataset=org/tokenized")
+    done = prepare("--dataset=org/tokenized", "--val_every=200")
     assert done.code == 0, done.text
     assert tokens("val", "tokenized") == rows[0] + rows[200]
     assert tokens("train", "tokenized") == sum(without_every_200th(rows), [])
@@ -194,7 +194,7 @@ def test_rows_of_another_tokenizers_ids(run, tmp_path):
     """A model of its own vocabulary, of 4,096 tokens with the last one as end-of-text, trains on them."""
     rows = [[5, 4000, i % 50, 4095] * 4 for i in range(400)]
     write_parquet(tmp_path / "a.parquet", rows, "input_ids")
-    done = run("prepare_owt.py", "--files=a.parquet", "--tokenizer=4096:4095", "--dataset=own")
+    done = run("prepare_owt.py", "--files=a.parquet", "--tokenizer=4096:4095", "--dataset=own", "--val_every=200")
     assert done.code == 0, done.text
     assert tokens("val", "own") == rows[0] + rows[200]
     assert len(tokens("train", "own")) == 398 * 16
@@ -259,7 +259,7 @@ def test_openwebtext_is_found_where_it_is_today(hub, prepare, tmp_path, layout):
         write_parquet(tmp_path / "owt" / layout / "0000.parquet", docs)
         (tmp_path / "owt/openwebtext.py").write_text("# a script that datasets no longer runs")
     hub.repos["datasets/Skylion007/openwebtext"] = tmp_path / "owt"
-    done = prepare("--dataset=owt", "--tokens=1_000_000")
+    done = prepare("--dataset=owt", "--tokens=1_000_000", "--val_every=200")
     assert done.code == 0, done.text
     assert tokens("val", "owt") == nanogpt([docs[0], docs[200]])
     assert "this is a part of OpenWebText: 250 of 8,013,769 documents" in done.text
@@ -318,7 +318,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatch
     write_parquet(tmp_path / "b.parquet", docs[12_000:])
     (tmp_path / "c.txt").write_text("\n".join(docs))
 
-    args = [*args, "--tokenizer=gpt2"]
+    args = [*args, "--tokenizer=gpt2", "--val_every=200"]
     command = [sys.executable, "-c", SLOW, *args, "--dataset=cut"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
