@@ -1,17 +1,24 @@
 # make demo: a virtual environment, then LayerNorm out of the bundled GPT-2, beside its control.   make test: the tests.
 # make test-tl3: those that need TransformerLens 3, in an environment of their own.
 PYTHON ?= python3
+# what these releases of the packages are built for
+CHECK = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 14) or sys.exit(\
+	"error: Python 3.11 to 3.14 is needed, and $(PYTHON) is %d.%d: make demo PYTHON=python3.12, for one" % v)'
 RUN = out/remove_ln_tiny
 CODE = train.py model.py schedule.py parts/data.py config/remove_ln_tiny.py $(wildcard assets/tiny/*)
 
 demo: $(RUN)/model/config.json $(RUN)_control/model/config.json
+	@echo "4 of 4: original, control and LN-free on the same windows: a minute"
 	.venv/bin/python eval.py --models=assets/tiny,$(RUN)_control,$(RUN) --dataset=stdlib --tokens=500_000 --json=$(RUN)/eval.json
 	.venv/bin/python plot.py $(RUN)
+	@echo "for these commands: source .venv/bin/activate"
 
 $(RUN)/model/config.json: $(CODE) data/stdlib/meta.json
+	@echo "2 of 4: the LayerNorms go, one at a time: about two minutes on two cores"
 	.venv/bin/python train.py config/remove_ln_tiny.py --force
 
 $(RUN)_control/model/config.json: $(CODE) config/control.py data/stdlib/meta.json
+	@echo "3 of 4: the control, the same batches with its LayerNorms kept: two minutes more"
 	.venv/bin/python train.py config/remove_ln_tiny.py config/control.py --force
 
 data/stdlib/meta.json: | .venv/installed
@@ -24,11 +31,14 @@ test-tl3: .venv-tl3/installed
 	.venv-tl3/bin/python -m pytest -q tests/transformer_lens_3.py
 
 .venv-tl3/installed: requirements.txt requirements-tl3.txt
+	@$(CHECK)
 	$(PYTHON) -m venv .venv-tl3
 	.venv-tl3/bin/pip install --quiet --disable-pip-version-check -r requirements-tl3.txt
 	touch $@
 
 .venv/installed: requirements.txt
+	@$(CHECK)
+	@echo "1 of 4: torch and eight more packages into .venv: one to five minutes, and 1 to 5 GB"
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

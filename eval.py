@@ -245,8 +245,8 @@ def show_cross_entropy(candidates, rows):
     name, windows, word = rows[0]["dataset"], rows[0]["windows"], token_word(rows[0]["dataset"])
     gap_to = "gap to control" if any(c.role == "control" for c in candidates) else "gap to original"
     print_table(
-        f"{name}: cross-entropy in nats per {word} ± standard error, over {windows:,} windows "
-        f"of {block_size} val {word}s, of {rows[0]['val']}",
+        f"{name}: cross-entropy in nats per {word} ± standard error\n"
+        f"over {windows:,} windows of {block_size} val tokens, of {rows[0]['val']}",
         candidates,
         [
             [f"nats per {word}", *with_errors(rows, "loss", ".4f")],
@@ -255,7 +255,7 @@ def show_cross_entropy(candidates, rows):
             [f"median {word}", *values(rows, "median", ".4f")],
             ["99.9th percentile", *values(rows, "p99_9", ".4f")],
             ["largest", *values(rows, "max", ".4f")],
-            ["not finite", *(f"{row['nonfinite']:,} {word}s" if row["nonfinite"] else "" for row in rows)],
+            ["not finite", *(f"{row['nonfinite']:,} tokens" if row["nonfinite"] else "" for row in rows)],
             ["KL from reference", *with_errors(rows, "kl", ".4f")],
             ["Jensen-Shannon", *with_errors(rows, "js", ".4f")],
             ["same top token", *values(rows, "agree", ".2%")],
@@ -303,8 +303,8 @@ def show_residual(candidates, rows):
             lines.append([f"{site}, {kind.replace('_', ' ')}", *cells])
     lines.append(["attention sink rate", *values(rows, "sink_rate", ".1%")])
     print_table(
-        f"residual: std before {len(shown)} of {len(sites)} sites (--json has all), mean ± spread over tokens "
-        f"of {rows[0]['windows']:,} windows of {block_size} of data/{rows[0]['data']}",
+        f"residual: std before {len(shown)} of {len(sites)} sites (--json has all), mean ± spread\n"
+        f"over tokens of {rows[0]['windows']:,} windows of {block_size} of data/{rows[0]['data']}",
         candidates,
         lines,
     )
@@ -366,7 +366,9 @@ def print_table(title, candidates, lines):
     cells = [["", *(TITLES[c.role] for c in candidates)], ["", *sources], *lines]
     labels, *columns = zip(*cells)
     label_width = max(map(len, labels))
-    print("\n" + textwrap.fill(title, WIDTH))
+    print()
+    for line in title.splitlines():
+        print(textwrap.fill(line, WIDTH))
     while columns:
         beside, width = [], label_width
         while columns and (not beside or width + 2 + max(map(len, columns[0])) <= WIDTH):

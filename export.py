@@ -23,6 +23,7 @@ import torch
 
 from configurator import configure, take_source
 from model import GPT
+from parts.card import card, how_to_open
 from parts.checkpoint import model_directory
 from parts.errors import UserError, on_disk
 from parts.tokenizer import copy_tokenizer, make_tokenizer
@@ -38,38 +39,6 @@ push = ""  # ORG/NAME: upload the directory to this hub repository, after asking
 FLOAT16_MAX = 65504
 MOST_APART = 0.1  # of a logit, from which an export is another model
 VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # where tiktoken has it from
-
-# of the model card
-HF_USE = """
-```python
-from transformers import GPT2LMHeadModel
-model = GPT2LMHeadModel.from_pretrained("{name}")
-
-from transformer_lens.model_bridge import TransformerBridge  # TransformerLens 4
-bridge = TransformerBridge.boot_transformers("{name}")
-
-from nnsight import LanguageModel
-traced = LanguageModel("{name}")
-```
-
-Its LayerNorm modules have layer_norm_epsilon = {eps:g}, which makes sqrt(var + eps) a constant,
-and weights that make up for it.
-{float16}
-"""
-FOLDED_USE = """
-```python
-from model import GPT  # of the repository that made it
-model = GPT.from_pretrained("{name}")
-
-from export import to_hooked  # TransformerLens 2 and 3
-hooked = to_hooked(model)
-
-from nnsight import NNsight
-traced = NNsight(model)
-```
-
-There is no LayerNorm in it; the unembedding is its own matrix, with a bias.
-"""
 
 
 # --- the forms
@@ -240,50 +209,6 @@ def write_tokenizer(model, folder, directory=""):
     return True
 
 
-def write_card(source, folder, name):
-    """README.md: what it is, its evaluation and settings where the run left them, and how to load it."""
-    metadata = "library_name: transformers" if to == "hf" else "tags: [interpretability]"
-    float16 = "float16 works too." if dtype == "float16" else "float16 overflows: use float32 or bfloat16."
-    use = HF_USE if to == "hf" else FOLDED_USE
-    lines = [
-        "---", metadata, "---", "# GPT-2 without LayerNorm", "",
-        f"Made from `{source}`: every LayerNorm divides by a constant, "
-        "so that the residual stream is read affinely (arXiv 2409.13710).",
-        *evaluation_lines(source),
-        use.format(name=name, eps=eps, float16=float16),
-        *settings_lines(source),
-    ]
-    with open(os.path.join(folder, "README.md"), "w") as f:
-        f.write("\n".join(lines) + "\n")
-
-
-def evaluation_lines(source):
-    """The table that `eval.py --json=SOURCE/eval.json` left, in Markdown."""
-    try:
-        with open(os.path.join(source, "eval.json")) as f:
-            rows = [row for row in json.load(f)["rows"] if row.get("loss") is not None]
-        lines = []
-        for row in rows:
-            role = row["role"].replace("ln_free", "LN-free")
-            gap = f"{row['gap']:+.4f} ± {row['gap_se']:.4f}" if row["gap"] is not None else ""
-            lines.append(f"| {row['dataset']} | {role} | {row['loss']:.4f} ± {row['loss_se']:.4f} | {gap} |")
-    except (OSError, ValueError, KeyError):
-        return ["", "Its evaluation: not measured."]
-    if lines:
-        lines = ["", "| dataset | model | loss, nats per token | gap to control |", "|---|---|---|---|", *lines]
-    return lines
-
-
-def settings_lines(source):
-    path = os.path.join(source, "settings.json")
-    if not os.path.exists(path):
-        return []
-    with open(path) as f:
-        settings = json.load(f)
-    assignments = [f"{key} = {value!r}" for key, value in settings.items()]
-    return ["Settings of the run:", "", "```python", *assignments, "```"]
-
-
 def write(model, new, source, directory, folder):
     """The new directory, whole or not at all; whether it has a tokenizer."""
     half = folder + ".tmp"
@@ -295,7 +220,9 @@ def write(model, new, source, directory, folder):
             with open(os.path.join(half, "generation_config.json"), "w") as f:
                 json.dump(dict(bos_token_id=model.config.eot, eos_token_id=model.config.eot), f)
             has_tokenizer = write_tokenizer(model, half, directory)
-            write_card(source, half, push or os.path.abspath(folder))
+            name = push or os.path.abspath(folder)
+            with open(os.path.join(half, "README.md"), "w") as f:
+                f.write(card(source, name, how_to_open(name, to, has_tokenizer, eps, dtype)))
             os.rename(half, folder)
     finally:
         shutil.rmtree(half, ignore_errors=True)  # this call made it

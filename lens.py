@@ -226,7 +226,7 @@ def main():
     show(found, old, tokenizer, target)
     show_layers(layer_by_layer(free, parts, target), layer_by_layer(with_ln, old_parts, target), tokenizer)
     print()
-    draw(found, old, path, f"{tokenizer.decode([target])!r} after {prompt[-40:]!r}")
+    draw(found, old, path, f"{tokenizer.decode([target])!a} after {prompt[-40:]!a}")  # any font has these letters
     print(f"next: python export.py {source} --to=hf")
 
 

@@ -17,7 +17,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configurator import take_source
+from parts.data import token_word
 from parts.errors import UserError, on_disk, show_user_errors_in_one_line
+from parts.files import read_dict
 
 COLORS = dict(ln_2="tab:green", ln_1qk="tab:purple", ln_1v="tab:brown", ln_f="black", eot="tab:gray", bos="tab:gray")
 
@@ -56,26 +58,61 @@ def plot_run(run):
     if os.path.exists(run + "_control/log.jsonl"):
         control = read_log(run + "_control")
     fig, (top, low) = plt.subplots(2, 1, sharex=True, figsize=(13, 7), height_ratios=(3, 2), layout="constrained")
-    draw_losses(top, free, control)
+    draw_losses(top, free, control, unit_of(run))
     draw_gap(low, free, control)
     draw_events(top, low, free["events"])
     save(fig, os.path.join(run, "loss.png"), "loss of a run")
     print(f"next: python lens.py {run} --prompt=TEXT; python export.py {run} --to=hf")
 
 
-def draw_losses(axis, free, control):
-    """Every step's train loss, and the val loss."""
-    for log, name, color in ((free, "LN-free", "tab:red"), (control, "control (LN kept)", "tab:blue")):
+def unit_of(run):
+    """byte or token, of the run's data set; token where that is gone."""
+    dataset = read_dict(os.path.join(run, "settings.json")).get("dataset", "")
+    try:
+        return token_word(dataset)
+    except UserError:
+        return "token"
+
+
+def smoothed(values):
+    """(n,) -> (n,): means over a window of about a 40th of them, narrower at the ends."""
+    values = np.array(values)
+    half = len(values) // 80
+    sums = np.cumsum([0, *values])
+    i = np.arange(len(values))
+    first, end = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
+    return (sums[end] - sums[first]) / (end - first)
+
+
+def draw_losses(axis, free, control, unit):
+    """Every step's train loss, smoothed too, and the val loss."""
+    for log, name, color in ((free, "LN-free", "tab:red"), (control, "control", "tab:blue")):
         if log is None:
             continue
-        axis.plot(log["loss"].keys(), log["loss"].values(), color=color, alpha=0.35, linewidth=0.8)
-        label = f"{name}: val (thin: train)"
-        axis.plot(log["val"].keys(), log["val"].values(), "o-", color=color, label=label, markersize=4)
-    axis.set_ylabel("loss, nats per token")
-    axis.legend(loc="upper right", framealpha=1)
+        steps, losses = list(log["loss"].keys()), list(log["loss"].values())
+        axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.6)
+        axis.plot(steps, smoothed(losses), color=color, linewidth=1.2, label=f"{name}, smoothed")
+        axis.plot(log["val"].keys(), log["val"].values(), "o", color=color, label=f"{name}, val", markersize=5)
+    axis.set_ylabel(f"loss, nats per {unit}")
+    beside(axis)
     # an event can throw the loss far up for a step or two; the axis follows all but those
     losses = np.array([*free["loss"].values(), *free["val"].values(), *(control or free)["loss"].values()])
     axis.set_ylim(losses.min() - 0.02, min(losses.max(), np.quantile(losses, 0.99) + 0.1) + 0.02)
+    if free["events"]:
+        draw_spike(axis, free)
+
+
+def draw_spike(axis, free):
+    """What the last event threw the loss up to, as a number: it can be beyond the axis."""
+    last, name = free["events"][-1]
+    after = {step: loss for step, loss in free["loss"].items() if step >= last}
+    if not after:
+        return
+    step = max(after, key=after.get)
+    at = step, min(after[step], axis.get_ylim()[1])
+    text = f"{after[step]:.2f} after {title_of(name)}"
+    arrow = dict(arrowstyle="->", color="black", linewidth=0.8)
+    axis.annotate(text, at, (12, -14), textcoords="offset points", fontsize=8, va="top", arrowprops=arrow)
 
 
 def draw_gap(axis, free, control):
@@ -83,31 +120,46 @@ def draw_gap(axis, free, control):
     if control:
         steps = sorted(free["loss"].keys() & control["loss"].keys())
         gap = np.array([free["loss"][s] - control["loss"][s] for s in steps])
-        axis.plot(steps, gap, color="tab:red", linewidth=0.8, label="train, same batches")
+        axis.plot(steps, gap, color="tab:red", alpha=0.25, linewidth=0.6)
+        axis.plot(steps, smoothed(gap), color="tab:red", linewidth=1.2, label="same batches, smoothed")
         steps = sorted(free["val"].keys() & control["val"].keys())
         val_gap = [free["val"][s] - control["val"][s] for s in steps]
         axis.plot(steps, val_gap, "o", color="black", markersize=4, label="val")
         axis.set_ylim(min(gap.min(), 0) - 0.005, np.quantile(gap, 0.97) * 1.2 + 0.01)
-        axis.legend(loc="upper left", framealpha=1)
+        beside(axis)
     axis.axhline(0, color="tab:blue", linewidth=0.8)
-    axis.set_ylabel("LN-free minus control, nats")
+    axis.set_ylabel("LN-free minus control")
     axis.set_xlabel("step")
 
 
+def beside(axis):
+    """The legend, outside of the axis."""
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def title_of(name):
+    """h.3.ln_2 -> ln_2; a treatment ends with its event."""
+    kind = name.split(".")[-1]
+    return kind + " off" if kind in ("bos", "eot") else kind
+
+
 def draw_events(top, low, events):
-    """A line at each step with an event, and above it the event's name."""
-    by_step = {}
+    """A line at each step with an event, and above it the name of each kind's first."""
+    first, number = {}, {}
+    alpha = 0.5 if len(events) < 40 else 0.25
     for step, name in events:
-        by_step.setdefault(step, []).append(name + (" off" if name in ("bos", "eot") else ""))
-    for step, names in by_step.items():
-        color = COLORS[names[0].removesuffix(" off").split(".")[-1]]
+        kind = title_of(name)
+        first.setdefault(kind, step)
+        number[kind] = number.get(kind, 0) + 1
         for axis in (top, low):
-            axis.axvline(step, color=color, linewidth=0.7, alpha=0.6)
-        text = ", ".join(names)
-        if len(names) > 3:
-            text = f"{names[0]} + {len(names) - 1} more"
-        above = top.get_xaxis_transform()
-        top.text(step, 1.01, text, transform=above, rotation=90, fontsize=6.5, color=color, ha="center", va="bottom")
+            axis.axvline(step, color=COLORS[kind.removesuffix(" off")], linewidth=0.7, alpha=alpha, zorder=0)
+    left, right = top.get_xlim()
+    place = -np.inf  # of the last name: the next one stands beside it
+    for kind, step in first.items():
+        place = max(step, place + (right - left) / 70)
+        text = kind if number[kind] == 1 else f"{kind} x {number[kind]}"
+        color, above = COLORS[kind.removesuffix(" off")], top.get_xaxis_transform()
+        top.text(place, 1.01, text, transform=above, rotation=90, fontsize=8, color=color, ha="center", va="bottom")
 
 
 # --- a residual stream
@@ -121,12 +173,13 @@ def plot_residual(source):
     size = 5 * len(kinds), 5
     fig, axes = plt.subplots(1, len(kinds), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axis, kind in zip(axes[0], kinds):
-        for row, color in zip(rows, plt.cm.tab10.colors * 9):
+        for i, (row, color) in enumerate(zip(rows, plt.cm.tab10.colors * 9)):
             found = [row["sites"].get(site, {}).get(kind) or {} for site in sites]
             mean = np.array([std.get("mean", np.nan) for std in found], float)
             spread = np.array([std.get("spread", np.nan) for std in found], float)
             label = f"{row['role'].replace('ln_free', 'LN-free')}: {row['source']}, sinks {row['sink_rate']:.1%}"
-            axis.plot(sites, mean, "o-", color=color, markersize=3, label=label)
+            width = max(1, 5 - 2 * i)  # where lines coincide, the one below is wider
+            axis.plot(sites, mean, "o-", color=color, markersize=3, linewidth=width, label=label)
             lower = np.maximum(mean - spread, mean / 10)  # the axis is logarithmic
             axis.fill_between(sites, lower, mean + spread, color=color, alpha=0.15, linewidth=0)
         axis.set_yscale("log")
@@ -134,7 +187,7 @@ def plot_residual(source):
         every = -(-len(sites) // 16)
         axis.set_xticks(range(0, len(sites), every), sites[::every], rotation=90, fontsize=8)
     axes[0][0].set_ylabel("std before the site (band: spread over tokens)")
-    axes[0][-1].legend(fontsize=7, loc="upper left")
+    fig.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     save(fig, source.removesuffix(".json") + ".png", "residual stream")
 
 

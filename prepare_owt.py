@@ -441,6 +441,8 @@ def main():
         column = column or "input_ids"
     meta = dict(tokenizer=chosen, vocab_size=made.vocab_size, eot=made.eot, source=origin,
                 asked_tokens=tokens, val_every=val_every, without=without, column=column)
+    if made.sha256:
+        meta["tokenizer_sha256"] = made.sha256
     if is_prepared(done, meta):
         return
     check_folder(done, TOKEN_FILES, ["meta.json"])

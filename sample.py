@@ -83,7 +83,8 @@ def main():
     directory = model_directory(source)
     model = GPT.from_pretrained(directory).eval()
     tokenizer = tokenizer_of(model, directory)
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+    given = tokenizer.encode(prompt).tolist()
+    ids = given or [tokenizer.eot]
     if model.ln_free() and not model.config.folded:
         model = model.fold()
     model = model.to(where, getattr(torch, dtype))
@@ -92,13 +93,14 @@ def main():
 
     print(prompt, end="", flush=True)
     drawn, shown, text = [], "", ""
+    before = len(tokenizer.decode(given))  # decoded together: alone, a first word may lose its space
     try:
         generator = torch.Generator(where).manual_seed(seed)
         for token in generate(model, ids, max_new_tokens, temperature, top_k, generator):
             if token == tokenizer.eot or token >= tokenizer.vocab_size:  # the model may have more, unused
                 break
             drawn.append(token)
-            text = tokenizer.decode(drawn)
+            text = tokenizer.decode(given + drawn)[before:]
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter can reach over several tokens
                 print(text[len(shown) :], end="", flush=True)
                 shown = text

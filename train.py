@@ -198,6 +198,8 @@ def evaluate():
 # --- the loop
 ranks.say(f"{parameters / 1e6:.2f} M parameters from {init_from}, {ranks.WORLD} x {device}, {dtype}, "
           f"{tokens_per_step:,} tokens a step, steps {start} to {max_iters}")
+ranks.say(f"val loss over {len(val_starts(val_tokens, eval_iters * batch_size, block_size)):,} windows "
+          f"of the {(len(val_tokens) - 1) // block_size:,} there are")
 for line in describe(ln_schedule, events):
     ranks.say(line)
 flops_per_step = tokens_per_step * flops_per_token(model, block_size)

@@ -176,7 +176,7 @@ def next_command(settings, removed):
     if removed and not os.path.isdir(run + "_control/model"):
         again = [arg for arg in sys.argv if arg not in ("--force", "--init_from=resume")]
         return command([*again, "config/control.py"]) + "  (its control)"
-    if not os.path.isdir(run + "/model"):
+    if not removed and (run == out_dir or not os.path.isdir(run + "/model")):
         return f"python eval.py --models={init_from},{out_dir} --dataset={settings['dataset']}"
     if os.path.dirname(run) == "out":
         return "python eval.py"

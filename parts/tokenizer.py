@@ -2,6 +2,7 @@
 Tokenizers: text to token ids, and back. GPT-2's, bytes, or the one that stands beside a model.
 """
 import filecmp
+import hashlib
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ class Tokenizer:
     eot: int
     encode: Callable | None = None  # text or UTF-8 bytes -> uint16 array; None: it is not known here
     decode: Callable | None = None  # a list of token ids -> text
+    sha256: str = ""  # of a tokenizer.json
 
 
 def make_tokenizer(name):
@@ -108,7 +110,9 @@ def read_tokenizer(name, directory):
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=False)
 
-    return Tokenizer(name, vocab_size, eot, encode, decode)
+    with open(path, "rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    return Tokenizer(name, vocab_size, eot, encode, decode, sha256)
 
 
 def directory_of(source):

@@ -4,6 +4,7 @@ every export. Oracles: the tokenizers library on the whole text, and transformer
 """
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -117,6 +118,42 @@ def test_every_export_carries_it(run, own_model, removed):
         assert found == encode(own_model, "class Reader:")
     written = pipeline("text-generation", "out/run/hf")("class Reader", max_new_tokens=4, do_sample=False)
     assert written[0]["generated_text"].startswith("class Reader")
+
+
+def test_another_tokenizer_under_the_same_path_is_another_preparation(run, own_model, tmp_path):
+    shutil.copytree(own_model, "mine")
+    (tmp_path / "a.txt").write_text(text(50))
+    args = ["--files=a.txt", "--dataset=own", "--tokenizer=mine"]
+    assert run("prepare_owt.py", *args).code == 0
+    assert "prepared already" in run("prepare_owt.py", *args).text
+    with open("mine/tokenizer.json", "a") as f:
+        f.write("\n")
+    assert "data/own holds tokenizer_sha256 " in run("prepare_owt.py", *args).error
+
+
+def test_sampled_words_keep_their_spaces(run, own_model):
+    """With a tokenizer whose decoder, as SentencePiece's, drops the space before the first word."""
+    words = ["one", "two", "three", "four"]
+    vocab = {END: 0, "\u2581": 1} | {"\u2581" + word: i for i, word in enumerate(words, 2)}
+    bpe = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=END))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+    bpe.decoder = decoders.Metaspace()
+    hf = random_hf(vocab_size=len(vocab))
+    with torch.no_grad():
+        hf.transformer.wte.weight[:2] = 0  # it never says END
+    hf.save_pretrained("words")
+    bpe.save("words/tokenizer.json")
+    with open("words/tokenizer_config.json", "w") as f:
+        json.dump(dict(eos_token=END), f)
+    done = run("sample.py", "words", "--prompt=one two", "--max_new_tokens=3", "--top_k=1")
+    assert done.code == 0, done.text
+    ids = [vocab["\u2581" + word] for word in done.text.split()]
+    assert len(ids) == 5
+    with torch.no_grad():
+        model, given = GPT.from_pretrained("words").eval(), ids[:2]
+        while len(given) < 5:
+            given.append(model(torch.tensor([given]))[0][0, -1].argmax().item())
+    assert given == ids
 
 
 def test_a_document_is_taken_whole_whatever_truncation_the_file_asks_for(run, own_model, tmp_path):

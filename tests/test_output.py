@@ -1,0 +1,168 @@
+"""
+What a person sees: tables of 80 columns, a bar that shows loss and speed, what to type next; and that
+nothing here needs Linux but where it says so.
+"""
+import os
+import pty
+import shlex
+import struct
+import subprocess
+import sys
+import termios
+from fcntl import ioctl
+
+import pytest
+import torch
+from conftest import REPO, SCHEDULE, SHORT, TINY, read_json
+
+import bench
+from model import LOSS_ROWS, pieces
+from parts import files
+
+
+def widest(text):
+    return max(map(len, text.splitlines()))
+
+
+def test_tables_have_at_most_80_columns_whatever_the_models_are_called(run, finished):
+    """Six models, two of them with long names: each loss of the JSON is in the table, and all that stands
+    beside it."""
+    for name in ("a_copy_with_quite_a_long_name", "another_copy_with_quite_a_long_name"):
+        os.makedirs("copies", exist_ok=True)
+        os.symlink(os.path.abspath("out/demo/model"), f"copies/{name}")
+    sources = [TINY, "out/demo_control", "out/demo", "copies/a_copy_with_quite_a_long_name"]
+    sources += ["copies/another_copy_with_quite_a_long_name", "out/demo/model"]
+    args = ["--dataset=stdlib,residual", "--tokens=2560", "--json=r.json"]
+    done = run("eval.py", f"--models={','.join(sources)}", *args)
+
+    assert done.code == 0, done.text
+    tables = done.text.split("next: ")[0]
+    assert widest(tables) <= 80
+    table = tables.split("residual:")[0]
+    for row in read_json("r.json")["rows"][:6]:
+        assert f"{row['loss']:.4f} ± {row['loss_se']:.4f}" in table
+    assert table.count("nats per byte   ") == table.count("loss correlation") == 2
+    assert "cross-entropy in nats per byte" in table
+    for end in ("out/demo_control", "…quite_a_long_name"):
+        assert end in table
+
+
+def test_the_residual_table_is_a_screenful_and_the_json_has_all(run, finished):
+    done = run("eval.py", "--dataset=residual", "--tokens=2560", "--json=r.json")
+    assert len(done.text.strip().splitlines()) <= 25
+    for row in read_json("r.json")["rows"]:
+        assert len(row["sites"]) == 9
+
+
+def run_on_terminal(columns, *command):
+    """All that the command wrote to a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    text = b""
+    while True:
+        try:
+            more = os.read(ours, 65536)
+        except OSError:  # Linux's end of file, of a terminal
+            break
+        if not more:
+            break
+        text += more
+    assert process.wait() == 0, text.decode()
+    return text.decode()
+
+
+def test_the_bar_shows_loss_and_speed_at_80_columns(run, stdlib):
+    rate = "--log_interval=100"
+    text = run_on_terminal(80, sys.executable, f"{REPO}/train.py", *SHORT, rate, "--out_dir=out/bar")
+    bars = [part for line in text.split("\n") for part in line.split("\r") if "/12 |" in part]
+    shown = [bar for bar in bars if "loss" in bar]
+    assert len(shown) > 2
+    for bar in shown:
+        assert len(bar.split("\x1b")[0]) <= 80
+        assert "tokens/s, MFU " in bar
+        assert bar.split("MFU ")[1].rstrip("\x1b[A").rstrip().endswith("%")
+
+
+def test_each_command_says_the_next_one(run, stdlib, tmp_path):
+    """Followed as printed, from the data to an export."""
+    os.symlink(os.path.join(REPO, "config"), tmp_path / "config")
+    trail = []
+
+    def follow(done):
+        assert done.code == 0, done.text
+        last = done.text.strip().splitlines()[-1]
+        assert last.startswith("next: "), last
+        trail.append(last.replace(REPO + "/train", "train")[len("next: python ") :].split("; python ")[0].split("  (")[0])
+        return shlex.split(trail[-1])
+
+    def short(command):
+        return [command[0], *command[1:], "--tokens=2560"] if command[0] == "eval.py" else command
+
+    text = "x" * 10_000
+    (tmp_path / "a.txt").write_text(text)
+    follow(run("prepare_owt.py", "--files=a.txt", f"--dataset={tmp_path.name}"))
+    command = follow(run("train.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine"))
+    command = follow(run(*command))
+    command = follow(run(*short(command)))
+    command = follow(run(*command))
+    assert command == ["lens.py", "out/mine", "--prompt=TEXT"]
+    command = follow(run(*command))
+    done = run(*command)
+    assert "next: out/mine/hf/README.md has the lines" in done.text
+    assert os.path.exists("out/mine/hf/README.md")
+    assert trail == [
+        f"train.py config/remove_ln_mine.py --init_from=path/to/model --dataset={tmp_path.name}",
+        shlex.join(["train.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine", "config/control.py"]),
+        "eval.py",
+        "plot.py out/mine",
+        "lens.py out/mine --prompt=TEXT",
+        "export.py out/mine --to=hf",
+    ]
+
+
+@pytest.mark.parametrize("args, following", [
+    (["--init_from=scratch", "--out_dir=out/new"], "train.py config/remove_ln_mine.py --init_from=out/new/model "),
+    ([f"--init_from={TINY}", "--out_dir=elsewhere"], f"eval.py --models={TINY},elsewhere --dataset=stdlib"),
+])
+def test_what_comes_next_depends_on_the_run(run, stdlib, args, following):
+    shape = ["--n_layer=1", "--n_head=1", "--n_embd=8"]
+    done = run("train.py", *SHORT, *shape, *args, "--max_iters=1")
+    assert f"next: python {following}" in done.text.splitlines()[-1]
+
+
+# --- other systems
+
+
+def test_without_fcntl_as_on_windows_folders_are_not_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    first, second = files.FolderLock(tmp_path), files.FolderLock(tmp_path)
+    del first, second
+
+
+def test_the_library_of_locks_is_not_needed_to_import(tmp_path):
+    code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import bench, eval, prepare_owt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("system, factor", [
+    ("linux", 1024),
+    ("darwin", 1),
+])
+def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch, system, factor):
+    import resource
+
+    class Usage:
+        ru_maxrss = 5000
+
+    monkeypatch.setattr(resource, "getrusage", lambda who: Usage)
+    monkeypatch.setattr(sys, "platform", system)
+    assert bench.peak_memory() == 5000 * factor
+
+
+def test_only_cuda_has_larger_pieces():
+    """The meta device stands for MPS, which shares the machine's memory."""
+    x = torch.empty(3 * LOSS_ROWS, 2, device="meta")
+    assert [len(piece) for piece in pieces(x, LOSS_ROWS)] == [LOSS_ROWS] * 3
