@@ -5,6 +5,7 @@ nothing here needs Linux but where it says so.
 import os
 import pty
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from fcntl import ioctl
 
 import pytest
 import torch
-from conftest import REPO, SCHEDULE, SHORT, TINY, read_json
+from conftest import REPO, SCHEDULE, SHORT, TINY, read_json, read_tokens
 
 import bench
 from model import LOSS_ROWS, pieces
@@ -132,7 +133,34 @@ def test_what_comes_next_depends_on_the_run(run, stdlib, args, following):
     assert f"next: python {following}" in done.text.splitlines()[-1]
 
 
+def test_a_run_says_how_many_val_windows_its_loss_is_over(run, stdlib):
+    done = run("train.py", *SHORT, "--max_iters=1")
+    there = (len(read_tokens("val", "stdlib")) - 1) // 32
+    assert f"val loss over 4 windows of the {there:,} there are\n" in done.text
+
+
 # --- other systems
+
+
+@pytest.mark.parametrize("version, refused", [
+    ((3, 10), True),
+    ((3, 11), False),
+    ((3, 14), False),
+    ((3, 15), True),
+])
+def test_an_installation_begins_with_pythons_version(tmp_path, version, refused):
+    """A script stands for Python: it answers for that version, and makes no environment."""
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(os.path.join(REPO, name), tmp_path)
+    fake = tmp_path / "python"
+    change = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+    fake.write_text(f"#!/bin/sh\n[ $1 = -c ] && exec {sys.executable} -c '{change}' \"$2\"\necho venv; exit 1\n")
+    fake.chmod(0o755)
+    done = subprocess.run(["make", ".venv/installed", f"PYTHON={fake}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    said = f"error: Python 3.11 to 3.14 is needed, and {fake} is {version[0]}.{version[1]}: "
+    assert (said in done.stderr) == refused
+    assert ("venv\n" in done.stdout) == (not refused)
 
 
 def test_without_fcntl_as_on_windows_folders_are_not_locked(tmp_path, monkeypatch):
