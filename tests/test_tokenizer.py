@@ -6,43 +6,14 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import TINY, random_hf, read_json, read_tokens, set_all_fake
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from conftest import END, TINY, random_hf, read_json, read_tokens, set_all_fake, text
+from tokenizers import decoders, models, pre_tokenizers
 
 from model import GPT
 from parts.tokenizer import make_tokenizer, tokenizer_of
-
-END = "<end>"
-WORDS = ["def read(self, size):\n", "    return self.buffer[:size]\n", "naïve café 😀\n", "class Reader:\n", END + "\n"]
-
-
-def text(n, seed=0):
-    return "".join(np.random.default_rng(seed).choice(WORDS, n))
-
-
-@pytest.fixture(scope="session")
-def own_model(tmp_path_factory):
-    """A random GPT-2 of 300 ids with a byte-level BPE of its own, saved as transformers saves them. Its
-    config.json keeps GPT2Config's end-of-text, which is none of its ids."""
-    directory = tmp_path_factory.mktemp("own")
-    bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([text(500)], trainer)
-    hf = random_hf(vocab_size=bpe.get_vocab_size(), n_positions=32)
-    hf.config.eos_token_id = 50256
-    hf.save_pretrained(directory)
-    bpe.save(str(directory / "tokenizer.json"))
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END)
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    return str(directory)
-
 
 def encode(directory, content):
     """What the tokenizers library gives, with the spelled end-of-text as text."""
