@@ -21,6 +21,22 @@ $(RUN)_control/model/config.json: $(CODE) config/control.py data/stdlib/meta.jso
 	@echo "3 of 4: the control, the same batches with its LayerNorms kept: two minutes more"
 	.venv/bin/python train.py config/remove_ln_tiny.py config/control.py --force
 
+# The testbed: half a minute for its text, then an hour or less on two cores for its model; then the table, run by run.
+TEXTS = data/testbed_texts
+PREPARE = .venv/bin/python prepare_owt.py --tokenizer=$(TEXTS)/tokenizer
+
+testbed: .venv/installed
+	.venv/bin/python testbed/texts.py
+	$(PREPARE) --dataset=testbed_pretrain --files='$(TEXTS)/pretrain/**/*.py'
+	$(PREPARE) --dataset=testbed_tune --files='$(TEXTS)/tune/**/*.py'
+	$(PREPARE) --dataset=testbed_choose --files='$(TEXTS)/choose/**/*.py' --val_every=1
+	$(PREPARE) --dataset=testbed_report --files='$(TEXTS)/report/**/*.py' --val_every=1
+	.venv/bin/python train.py config/pretrain_testbed.py
+
+ablations:
+	.venv/bin/python ablations.py
+	.venv/bin/python ablations.py --show
+
 data/stdlib/meta.json: | .venv/installed
 	.venv/bin/python prepare_owt.py
 
@@ -47,4 +63,4 @@ test-tl3: .venv-tl3/installed
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-tl3
+.PHONY: demo test test-tl3 testbed ablations

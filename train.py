@@ -55,6 +55,8 @@ bias = True  # in LayerNorms and linear maps, as GPT-2 has
 dropout = 0.0  # >= 0 and < 1: share of activations that are dropped, in fine-tuning too
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
 aux_loss_weight = 0.0  # >= 0: of the squared spread of the std before ln_f (arXiv 2507.02559)
+kl_weight = 0.0  # >= 0: of KL(original || model) beside the cross-entropy: it learns from what it was
+ce_weight = 1.0  # >= 0: of the cross-entropy
 # AdamW
 learning_rate = 6e-4  # >= 0: after warmup_iters; then a cosine to min_lr at lr_decay_iters
 min_lr = 6e-5  # >= 0: the cosine's floor
@@ -168,11 +170,18 @@ if resumed:
     if changed:
         ranks.say(changed)
 
+# --- the model as it was, to learn from
+original = None
+if kl_weight > 0:
+    if settings["init_from"] == "scratch":
+        raise UserError("kl_weight needs a model to start from: give --init_from")
+    original = GPT.from_pretrained(settings["init_from"]).to(device).eval().requires_grad_(False)
+
 # --- compiled and data parallel; removal switches the raw model, whose tensors these wrappers share
 compiled = model
 if compile:
     compiled = torch.compile(model)
-    model.summed_loss = torch.compile(model.summed_loss)  # a graph of its own: see GPT.loss_in_pieces
+    model.summed_losses = torch.compile(model.summed_losses)  # a graph of its own: see GPT.losses_in_pieces
 forward = compiled
 if ranks.WORLD > 1:
     gpus = [ranks.LOCAL_RANK] if device.startswith("cuda") else None
@@ -247,12 +256,13 @@ for step in range(start, max_iters + 1):
         if ranks.WORLD > 1:  # gradients are averaged once, with the last micro-batch
             forward.require_backward_grad_sync = i == micro_steps - 1
         with autocast:
+            target = None if original is None else (original.hidden(x), original.lm_head.weight)
+            _, loss, *more = forward(x, y, loss_only=True, with_spread=aux_loss_weight > 0, original=target)
+            objective = ce_weight * loss
             if aux_loss_weight > 0:
-                _, loss, spread = forward(x, y, loss_only=True, with_spread=True)
-                objective = loss + aux_loss_weight * spread
-            else:
-                _, loss = forward(x, y, loss_only=True)
-                objective = loss
+                objective = objective + aux_loss_weight * more[0]
+            if original is not None:
+                objective = objective + kl_weight * more[-1]
         (objective / micro_steps).backward()
         step_loss += loss.detach() / micro_steps
     if grad_clip > 0:

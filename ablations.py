@@ -1,0 +1,120 @@
+"""
+What makes a removal better: every run of a table on the testbed (`make testbed`), one after another.
+
+    python ablations.py                   # all that is not in the csv yet; stop it and start it as you like
+    python ablations.py --only=kl,control # the runs whose names begin so
+    python ablations.py --show=True       # the csv as a table: means over seeds, and the gap to the best with LN
+
+Each run is train.py with some flags, and eval.py beside the original on two val sets of packages that no
+model was trained on: choices are made on `testbed_choose`, and what is reported is on `testbed_report`. A
+line of ablations.csv has the commit, the flags, the seed, and what was measured.
+"""
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from statistics import mean, stdev
+
+from configurator import configure
+from parts.errors import UserError
+
+# -----------------------------------------------------------------------------
+only = ""  # beginnings of names, with commas between; "": all runs
+seeds = 1  # >= 1: of each run: 1, 2, ...
+steps = 350  # >= 1: of each run, as max_iters
+tokens = 300_000  # >= 1: of each val set
+path = "ablations.csv"  # what was measured
+show = False  # only print the table
+# -----------------------------------------------------------------------------
+
+CONFIG = "config/remove_ln_testbed.py"
+ORIGINAL = "out/testbed/model"
+CONTROL = ["config/control.py"]
+FIELDS = ["name", "steps", "seed", "commit", "flags", "seconds"]
+for part in ("choose", "report"):
+    FIELDS += [f"{part}_{what}" for what in ("loss", "loss_se", "kl", "agree", "max")]
+
+RUNS = {}
+for rate in ("1e-4", "2e-4", "4e-4", "8e-4", "1.6e-3"):
+    at = [f"--learning_rate={rate}"]
+    RUNS[f"recipe lr {rate}"] = at
+    RUNS[f"control lr {rate}"] = [*CONTROL, *at]
+    for weight in ("1", "4"):
+        RUNS[f"kl {weight} lr {rate}"] = [*at, f"--kl_weight={weight}"]
+        RUNS[f"control kl {weight} lr {rate}"] = [*CONTROL, *at, f"--kl_weight={weight}"]
+    RUNS[f"kl alone lr {rate}"] = [*at, "--kl_weight=1", "--ce_weight=0"]
+    RUNS[f"control kl alone lr {rate}"] = [*CONTROL, *at, "--kl_weight=1", "--ce_weight=0"]
+
+
+def done_already():
+    """{(name, steps, seed): row} of the csv."""
+    if not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        return {(row["name"], int(row["steps"]), int(row["seed"])): row for row in csv.DictReader(f)}
+
+
+def run(name, flags, seed):
+    """Train, evaluate, and append a line."""
+    out_dir = f"out/ablations/{name.replace(' ', '_')}_{steps}_{seed}"
+    command = [sys.executable, "train.py", CONFIG, f"--out_dir={out_dir}", *flags, f"--seed={seed}"]
+    command += [f"--max_iters={steps}", "--force"]
+    if CONTROL[0] in flags:
+        out_dir += "_control"
+    began = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seconds = time.monotonic() - began
+    result = f"{out_dir}/eval.json"
+    measure = [sys.executable, "eval.py", f"--models={ORIGINAL},{out_dir}", f"--json={result}"]
+    measure += ["--dataset=testbed_choose,testbed_report", f"--tokens={tokens}"]
+    subprocess.run(measure, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open(result) as f:
+        rows = json.load(f)["rows"]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    line = dict(name=name, steps=steps, seed=seed, commit=commit, flags=shlex.join(flags), seconds=round(seconds))
+    for row in rows:
+        part = row["dataset"].removeprefix("testbed_")
+        if row["source"] == out_dir:
+            line |= {f"{part}_{what}": row.get(what) for what in ("loss", "loss_se", "kl", "agree", "max")}
+    new = not os.path.exists(path)
+    with open(path, "a") as f:
+        writer = csv.DictWriter(f, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerow(line)
+    print(f"{name:<28} seed {seed}  {seconds:>5.0f} s  loss {line['choose_loss']:.4f}  KL {line['choose_kl']:.4f}", flush=True)
+
+
+def print_means():
+    """Means over seeds on `choose`, and on `report`; ± over seeds."""
+    by_name = {}
+    for (name, n, _), row in done_already().items():
+        by_name.setdefault((name, n), []).append(row)
+    print(f"{'':<32}{'steps':>6}{'seeds':>6}{'choose':>9}{'±':>8}{'KL':>8}{'report':>9}{'KL':>8}{'largest':>9}")
+    for (name, n), rows in sorted(by_name.items(), key=lambda item: mean(float(r["choose_loss"]) for r in item[1])):
+        def column(key):
+            return [float(row[key]) for row in rows]
+        spread = stdev(column("choose_loss")) if len(rows) > 1 else float("nan")
+        print(f"{name:<32}{n:>6}{len(rows):>6}{mean(column('choose_loss')):>9.4f}{spread:>8.4f}"
+              f"{mean(column('choose_kl')):>8.4f}{mean(column('report_loss')):>9.4f}"
+              f"{mean(column('report_kl')):>8.4f}{mean(column('report_max')):>9.2f}")
+
+
+def main():
+    configure(globals(), sys.argv[1:], __doc__)
+    if show:
+        return print_means()
+    if not os.path.isdir(ORIGINAL):
+        raise UserError(f"{ORIGINAL} is not there: run `make testbed` first")
+    beginnings = tuple(only.split(","))
+    for seed in range(1, seeds + 1):
+        for name, flags in RUNS.items():
+            if name.startswith(beginnings) and (name, steps, seed) not in done_already():
+                run(name, flags, seed)
+
+
+if __name__ == "__main__":
+    main()
