@@ -42,7 +42,7 @@ def read_log(run):
                 if "val_loss" in entry:
                     val[step] = entry["val_loss"]
                 if "event" in entry:
-                    events.append((step, entry["event"]))
+                    events.append((step, "" + entry["event"]))  # TypeError if it is no name
     except OSError:
         raise UserError(f"{path} is not there: {run} is not the out_dir of a run") from None
     except (ValueError, TypeError, KeyError) as e:
@@ -62,7 +62,8 @@ def plot_run(run):
     draw_gap(low, free, control)
     draw_events(top, low, free["events"])
     save(fig, os.path.join(run, "loss.png"), "loss of a run")
-    print(f"next: python lens.py {run} --prompt=TEXT; python export.py {run} --to=hf")
+    if free["events"]:
+        print(f"next: python lens.py {run} --prompt=TEXT; python export.py {run} --to=hf")
 
 
 def unit_of(run):
@@ -152,13 +153,13 @@ def draw_events(top, low, events):
         first.setdefault(kind, step)
         number[kind] = number.get(kind, 0) + 1
         for axis in (top, low):
-            axis.axvline(step, color=COLORS[kind.removesuffix(" off")], linewidth=0.7, alpha=alpha, zorder=0)
+            axis.axvline(step, color=COLORS.get(kind.removesuffix(" off"), "black"), linewidth=0.7, alpha=alpha, zorder=0)
     left, right = top.get_xlim()
     place = -np.inf  # of the last name: the next one stands beside it
     for kind, step in first.items():
         place = max(step, place + (right - left) / 70)
         text = kind if number[kind] == 1 else f"{kind} x {number[kind]}"
-        color, above = COLORS[kind.removesuffix(" off")], top.get_xaxis_transform()
+        color, above = COLORS.get(kind.removesuffix(" off"), "black"), top.get_xaxis_transform()
         top.text(place, 1.01, text, transform=above, rotation=90, fontsize=8, color=color, ha="center", va="bottom")
 
 

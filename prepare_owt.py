@@ -65,7 +65,8 @@ OWT_DOCUMENTS = 8_013_769
 VAL_SHARE = 0.05  # of whole text files
 VAL_EVERY = 200  # of rows
 VAL_TOKENS = 20_000  # not fewer, where they are at most a fifth of all
-TOKEN_SD = 0.42  # nats: a gap's standard error x sqrt(val tokens), on the bundled model
+# a gap's standard error x sqrt(val tokens), in nats: on the bundled model, and on one with a BPE of 4,096 tokens
+TOKEN_SD = dict(byte=0.42, token=0.59)
 # of an unfinished preparation
 HALF_FILES = (*TOKEN_FILES, "progress.json", "progress.json.tmp", "val_ordered.bin")
 BATCH = 1_000_000  # characters that a worker takes at a time
@@ -403,10 +404,10 @@ def finish(half, done, meta, progress):
     return meta
 
 
-def say_what_val_shows(n):
-    """Of n val tokens: the standard error to expect of a gap."""
-    error = TOKEN_SD / math.sqrt(max(1, n))
-    print(f"expect a standard error of about {error:.4f} nats of a gap (as the demo's, with {n:,} val tokens)")
+def say_what_val_shows(n, word):
+    """Of n val tokens, each a byte or a token: the standard error to expect of a gap."""
+    error = TOKEN_SD[word] / math.sqrt(max(1, n))
+    print(f"{n:,} val tokens: expect a standard error of about {error:.4f} nats of a gap")
     if error > 0.005:
         print(f"note: a gap is some 0.02 nats, and will not be seen: prepare more text, for {VAL_TOKENS:,} val tokens")
 
@@ -481,7 +482,7 @@ def main():
         print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
     if dataset == "owt" and progress["documents"] != OWT_DOCUMENTS:
         print(f"this is a part of OpenWebText: {progress['documents']:,} of {OWT_DOCUMENTS:,} documents")
-    say_what_val_shows(meta["val"]["tokens"])
+    say_what_val_shows(meta["val"]["tokens"], "byte" if chosen == "bytes" else "token")
     if val_every != 1:
         print(f"next: {next_command(name)}")
 

@@ -132,7 +132,7 @@ def license_of(original):
             return None
     try:
         return hub.ModelCard.load(path, ignore_metadata_errors=True).data.license
-    except (OSError, ValueError):
+    except Exception:  # whatever yaml finds wrong in a stranger's card
         return None
 
 

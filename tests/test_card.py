@@ -138,6 +138,18 @@ def test_of_a_model_and_text_of_ones_own_the_card_says_what_is_known(run, bare_r
     assert data.datasets is None
 
 
+@pytest.mark.parametrize("card", [
+    "---\nlicense: [mit\n---\n",
+    "no head",
+    "---\n5\n---\n",
+])
+def test_of_a_card_that_can_not_be_read_the_license_is_left_out(run, bare_run, tmp_path, card):
+    (tmp_path / "hf/README.md").write_text(card)
+    write_run(init_from=str(tmp_path / "hf"), dataset="text")
+    assert run("export.py", "out/mine", "--to=hf").code == 0
+    assert head("out/mine/hf").license is None
+
+
 def test_without_a_network_the_license_is_left_out(run, bare_run):
     write_run(init_from="gpt2", dataset="gone")
     assert run("export.py", "out/mine", "--to=hf").code == 0

@@ -83,7 +83,7 @@ def test_a_picture_of_what_is_not_a_run_is_refused(run, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("line", ["5", "{}", "not JSON"])
+@pytest.mark.parametrize("line", ["5", "{}", "not JSON", '{"step": 1, "event": 5}'])
 def test_a_log_that_is_none_is_named(run, line):
     os.makedirs("out/run")
     with open("out/run/log.jsonl", "w") as f:
