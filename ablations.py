@@ -3,7 +3,7 @@ What makes a removal better: every run of a table on the testbed (`make testbed`
 
     python ablations.py                   # all that is not in the csv yet; stop it and start it as you like
     python ablations.py --only=kl,control # the runs whose names begin so
-    python ablations.py --show=True       # the csv as a table: means over seeds, and the gap to the best with LN
+    python ablations.py --show            # the csv as a table
 
 Each run is train.py with some flags, and eval.py beside the original on two val sets of packages that no
 model was trained on: choices are made on `testbed_choose`, and what is reported is on `testbed_report`. A
@@ -11,6 +11,7 @@ line of ablations.csv has the commit, the flags, the seed, and what was measured
 """
 import csv
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -24,8 +25,8 @@ from parts.errors import UserError
 # -----------------------------------------------------------------------------
 only = ""  # beginnings of names, with commas between; "": all runs
 seeds = 1  # >= 1: of each run: 1, 2, ...
-steps = 350  # >= 1: of each run, as max_iters
-tokens = 300_000  # >= 1: of each val set
+steps = 300  # >= 1: of each run, as max_iters
+tokens = 150_000  # >= 1: of each val set
 path = "ablations.csv"  # what was measured
 show = False  # only print the table
 # -----------------------------------------------------------------------------
@@ -45,6 +46,8 @@ for rate in ("1e-4", "2e-4", "4e-4", "8e-4", "1.6e-3"):
     for weight in ("1", "4"):
         RUNS[f"kl {weight} lr {rate}"] = [*at, f"--kl_weight={weight}"]
         RUNS[f"control kl {weight} lr {rate}"] = [*CONTROL, *at, f"--kl_weight={weight}"]
+    taught = "--teacher=out/ablations/control_lr_4e-4_{steps}_{seed}_control/model"
+    RUNS[f"kl 1 to control lr {rate}"] = [*at, "--kl_weight=1", taught]
     RUNS[f"kl alone lr {rate}"] = [*at, "--kl_weight=1", "--ce_weight=0"]
     RUNS[f"control kl alone lr {rate}"] = [*CONTROL, *at, "--kl_weight=1", "--ce_weight=0"]
 
@@ -60,6 +63,7 @@ def done_already():
 def run(name, flags, seed):
     """Train, evaluate, and append a line."""
     out_dir = f"out/ablations/{name.replace(' ', '_')}_{steps}_{seed}"
+    flags = [flag.replace("{steps}", str(steps)).replace("{seed}", str(seed)) for flag in flags]
     command = [sys.executable, "train.py", CONFIG, f"--out_dir={out_dir}", *flags, f"--seed={seed}"]
     command += [f"--max_iters={steps}", "--force"]
     if CONTROL[0] in flags:
@@ -85,22 +89,25 @@ def run(name, flags, seed):
         if new:
             writer.writeheader()
         writer.writerow(line)
-    print(f"{name:<28} seed {seed}  {seconds:>5.0f} s  loss {line['choose_loss']:.4f}  KL {line['choose_kl']:.4f}", flush=True)
+    found = f"loss {line['choose_loss']:.4f}  KL {line['choose_kl']:.4f}"
+    print(f"{name:<28} seed {seed}  {seconds:>5.0f} s  {found}", flush=True)
 
 
 def print_means():
-    """Means over seeds on `choose`, and on `report`; ± over seeds."""
+    """Means over seeds of the losses on `choose` and on `report`; ± is the spread over seeds."""
     by_name = {}
     for (name, n, _), row in done_already().items():
         by_name.setdefault((name, n), []).append(row)
-    print(f"{'':<32}{'steps':>6}{'seeds':>6}{'choose':>9}{'±':>8}{'KL':>8}{'report':>9}{'KL':>8}{'largest':>9}")
-    for (name, n), rows in sorted(by_name.items(), key=lambda item: mean(float(r["choose_loss"]) for r in item[1])):
-        def column(key):
-            return [float(row[key]) for row in rows]
-        spread = stdev(column("choose_loss")) if len(rows) > 1 else float("nan")
-        print(f"{name:<32}{n:>6}{len(rows):>6}{mean(column('choose_loss')):>9.4f}{spread:>8.4f}"
-              f"{mean(column('choose_kl')):>8.4f}{mean(column('report_loss')):>9.4f}"
-              f"{mean(column('report_kl')):>8.4f}{mean(column('report_max')):>9.2f}")
+    print(f"{'':<24}{'steps':>6}{'seeds':>6}{'choose':>8}{'±':>7}{'KL':>7}{'report':>8}{'KL':>7}{'max':>7}")
+    lines = []
+    for (name, n), rows in by_name.items():
+        means = {key: mean(float(row[key]) for row in rows) for key in FIELDS[6:]}
+        spread = stdev(float(row["choose_loss"]) for row in rows) if len(rows) > 1 else math.nan
+        lines.append((means["choose_loss"], f"{name:<24}{n:>6}{len(rows):>6}{means['choose_loss']:>8.4f}{spread:>7.4f}"
+                      f"{means['choose_kl']:>7.4f}{means['report_loss']:>8.4f}{means['report_kl']:>7.4f}"
+                      f"{means['report_max']:>7.2f}"))
+    for _, line in sorted(lines):
+        print(line)
 
 
 def main():

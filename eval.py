@@ -32,7 +32,7 @@ from configurator import configure
 from model import GPT
 from parts import hellaswag, ranks
 from parts.checkpoint import model_directory
-from parts.compare import cast_linear_maps, mean_and_error, measure
+from parts.compare import calibration_error, cast_linear_maps, mean_and_error, measure
 from parts.data import open_tokens, read_meta, read_windows, token_word, val_starts
 from parts.device import autocast_to, pick_device, pick_dtype
 from parts.errors import UserError
@@ -47,7 +47,7 @@ from parts.verify import problems
 dataset = ""  # owt, pile, stdlib, a folder under data/, a text file, hellaswag, residual; "": the last run's
 models = ""  # model directories, out_dirs, hub repositories; "": the last run's original, control and LN-free model
 reference = ""  # the model that faithfulness is to; "": the original
-faithfulness = True  # KL, JS, top-1 agreement and correlation of token losses, against the reference
+faithfulness = True  # KL, JS, top-1 agreement and correlation of token losses, against the reference; entropy, ECE
 verify = False  # only test that the models are LN-free ("": the last run's), and fail if one is not
 tokens = 0  # >= 0: val tokens, spread evenly; 0: as published (owt 4.5 M, pile 10.2 M), else all of them
 block_size = 0  # >= 0: tokens in a window; 0: the smallest context of the models
@@ -236,6 +236,10 @@ def cross_entropy_rows(folder, candidates, reference, autocast):
                 row[key], row[key + "_se"] = mean_and_error(found[c.source][key])
             row["correlation"] = np.corrcoef(losses.ravel(), found[reference]["loss"].ravel())[0, 1]
             row["reference"] = reference
+        if "entropy" in found[c.source]:
+            row["entropy"], row["entropy_se"] = mean_and_error(found[c.source]["entropy"])
+            confidence, hit = (found[c.source][key].ravel() for key in ("confidence", "hit"))
+            row["calibration"] = calibration_error(confidence, hit)
         row["loss_by_position"] = losses.mean(0, dtype=np.float64).tolist()
         rows.append(row)
     return rows
@@ -256,6 +260,8 @@ def show_cross_entropy(candidates, rows):
             ["99.9th percentile", *values(rows, "p99_9", ".4f")],
             ["largest", *values(rows, "max", ".4f")],
             ["not finite", *(f"{row['nonfinite']:,} tokens" if row["nonfinite"] else "" for row in rows)],
+            ["entropy", *with_errors(rows, "entropy", ".4f")],
+            ["calibration error", *values(rows, "calibration", ".4f")],
             ["KL from reference", *with_errors(rows, "kl", ".4f")],
             ["Jensen-Shannon", *with_errors(rows, "js", ".4f")],
             ["same top token", *values(rows, "agree", ".2%")],
@@ -466,7 +472,7 @@ def main():
         if dtype == "bfloat16":
             cast_linear_maps(c.model)
     original = next((c.source for c in candidates if c.role == "original"), candidates[0].source)
-    faithful_to = (reference or original) if faithfulness and len(candidates) > 1 else None
+    faithful_to = (reference or original) if faithfulness else None
 
     rows, data_hashes = [], {}
     for name in names:

@@ -248,21 +248,21 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, loss_only=False, with_spread=False, original=None):
+    def forward(self, idx, targets=None, loss_only=False, with_spread=False, teacher=None):
         """idx, targets (B, T) -> logits (B, T, vocab), loss: mean nats per token, or None without
         targets. Targets of -1 don't count.
 
         With loss_only the logits are None: they are made, and made again for the gradient, in
         pieces that fit into memory. With with_spread another value follows, std_spread of the
-        residual stream before ln_f. With loss_only and original, what another model's unembedding reads
-        (B, T, C) and its weight (vocab, C), a last one follows: the mean KL(original || model), in nats
+        residual stream before ln_f. With loss_only and teacher, what another model's unembedding reads
+        (B, T, C) and its weight (vocab, C), a last one follows: the mean KL(teacher || model), in nats
         per token. ValueError if T is beyond block_size."""
         x, use_bos = self.run_blocks(idx)
         spread = self.std_spread(x, idx) if with_spread else None
         x = self.final_norm(x, use_bos)
         logits = loss = kl = None
         if loss_only:
-            loss, kl = self.losses_in_pieces(x, targets, original)
+            loss, kl = self.losses_in_pieces(x, targets, teacher)
         else:
             logits = self.lm_head(x)
             if targets is not None:
@@ -302,27 +302,27 @@ class GPT(nn.Module):
     # losses
 
     @torch.compiler.disable  # in one graph with the blocks, all pieces would be in memory at one time
-    def losses_in_pieces(self, x, targets, original=None):
-        """x (B, T, C), targets (B, T), original as forward's -> the mean loss and the mean KL(original ||
-        model), None without original; in nats per token."""
+    def losses_in_pieces(self, x, targets, teacher=None):
+        """x (B, T, C), targets (B, T), teacher as forward's -> the mean loss and the mean KL(teacher ||
+        model), None without a teacher; in nats per token."""
         rows, W = [x.flatten(0, 1), targets.flatten()], None
-        if original is not None:
-            rows.append(original[0].flatten(0, 1))
-            W = original[1]
+        if teacher is not None:
+            rows.append(teacher[0].flatten(0, 1))
+            W = teacher[1]
         total = 0
         for piece in zip(*(pieces(t, LOSS_ROWS) for t in rows)):
             total = total + checkpoint(self.summed_losses, W, *piece, use_reentrant=False)
         loss = total[0] / (rows[1] != -1).sum()
-        return loss, None if original is None else total[1] / len(rows[1])
+        return loss, None if teacher is None else total[1] / len(rows[1])
 
-    def summed_losses(self, W, x, targets, x_original=None):
-        """x and x_original (rows, C), targets (rows,), W (vocab, C) -> (2,): the sum of their losses and of
+    def summed_losses(self, W, x, targets, x_teacher=None):
+        """x and x_teacher (rows, C), targets (rows,), W (vocab, C) -> (2,): the sum of their losses and of
         their KL, in nats."""
         logits = self.lm_head(x).float()
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        if x_original is None:
+        if x_teacher is None:
             return torch.stack([loss, loss.new_zeros(())])
-        log_q = F.linear(x_original, W).float().log_softmax(-1)
+        log_q = F.linear(x_teacher, W).float().log_softmax(-1)
         kl = F.kl_div(logits.log_softmax(-1), log_q, log_target=True, reduction="sum")
         return torch.stack([loss, kl])
 

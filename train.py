@@ -55,8 +55,9 @@ bias = True  # in LayerNorms and linear maps, as GPT-2 has
 dropout = 0.0  # >= 0 and < 1: share of activations that are dropped, in fine-tuning too
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
 aux_loss_weight = 0.0  # >= 0: of the squared spread of the std before ln_f (arXiv 2507.02559)
-kl_weight = 0.0  # >= 0: of KL(original || model) beside the cross-entropy: it learns from what it was
+kl_weight = 0.0  # >= 0: of KL(teacher || model) in nats per token, beside the cross-entropy
 ce_weight = 1.0  # >= 0: of the cross-entropy
+teacher = ""  # the model with LN that kl_weight learns from; "": the one that it starts from
 # AdamW
 learning_rate = 6e-4  # >= 0: after warmup_iters; then a cosine to min_lr at lr_decay_iters
 min_lr = 6e-5  # >= 0: the cosine's floor
@@ -128,6 +129,17 @@ if settings["device"] == "auto" and device == "cpu" and parameters > 50e6:
 # what the model is, whatever the settings for init_from=scratch say
 settings |= {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "bias")}
 
+# --- the model to learn from, which is not trained
+if kl_weight > 0:
+    if settings["init_from"] == "scratch" and not teacher:
+        raise UserError("kl_weight needs a model to learn from: give --teacher")
+    with ranks.rank_0_first():
+        taught_by = GPT.from_pretrained(teacher or settings["init_from"])
+    taught_by.to(device).eval().requires_grad_(False)
+    if taught_by.config.vocab_size != model.config.vocab_size:
+        raise UserError(f"teacher {teacher} has a vocabulary of {taught_by.config.vocab_size}, "
+                        f"and the model one of {model.config.vocab_size}")
+
 # --- data: a batch is a function of seed and step, whatever the number of processes
 train_tokens = open_tokens(dataset, "train", block_size, model.config.vocab_size)
 val_tokens = open_tokens(dataset, "val", block_size, model.config.vocab_size)
@@ -170,18 +182,13 @@ if resumed:
     if changed:
         ranks.say(changed)
 
-# --- the model as it was, to learn from
-original = None
-if kl_weight > 0:
-    if settings["init_from"] == "scratch":
-        raise UserError("kl_weight needs a model to start from: give --init_from")
-    original = GPT.from_pretrained(settings["init_from"]).to(device).eval().requires_grad_(False)
-
 # --- compiled and data parallel; removal switches the raw model, whose tensors these wrappers share
 compiled = model
 if compile:
     compiled = torch.compile(model)
     model.summed_losses = torch.compile(model.summed_losses)  # a graph of its own: see GPT.losses_in_pieces
+    if kl_weight > 0:
+        taught_by.hidden = torch.compile(taught_by.hidden)
 forward = compiled
 if ranks.WORLD > 1:
     gpus = [ranks.LOCAL_RANK] if device.startswith("cuda") else None
@@ -256,12 +263,12 @@ for step in range(start, max_iters + 1):
         if ranks.WORLD > 1:  # gradients are averaged once, with the last micro-batch
             forward.require_backward_grad_sync = i == micro_steps - 1
         with autocast:
-            target = None if original is None else (original.hidden(x), original.lm_head.weight)
-            _, loss, *more = forward(x, y, loss_only=True, with_spread=aux_loss_weight > 0, original=target)
+            told = (taught_by.hidden(x), taught_by.lm_head.weight) if kl_weight > 0 else None
+            _, loss, *more = forward(x, y, loss_only=True, with_spread=aux_loss_weight > 0, teacher=told)
             objective = ce_weight * loss
             if aux_loss_weight > 0:
                 objective = objective + aux_loss_weight * more[0]
-            if original is not None:
+            if kl_weight > 0:
                 objective = objective + kl_weight * more[-1]
         (objective / micro_steps).backward()
         step_loss += loss.detach() / micro_steps

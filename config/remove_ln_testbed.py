@@ -4,10 +4,10 @@ init_from = "out/testbed/model"
 dataset = "testbed_tune"
 seed = 1
 
-# 16 x 256 = 4,096 tokens a step; 350 steps = 1.4 M tokens, none of them twice
+# 16 x 256 = 4,096 tokens a step; 300 steps = 1.2 M tokens, none of them twice
 batch_size = 16
 block_size = 256
-max_iters = 350
+max_iters = 300
 
 learning_rate = 4e-4
 min_lr = 1e-5
@@ -25,7 +25,7 @@ ln_schedule = [  # sites, from where to where in the run: remove_ln_tiny.py's, w
     ("bos", 0.24, None),
 ]
 
-eval_interval = 175
+eval_interval = 150
 eval_iters = 20
 log_interval = 50
 checkpoint_interval = 1000

@@ -13,6 +13,9 @@ from parts.data import read_windows
 from parts.ranks import RANK
 
 
+BY_TOKEN = ("loss", "confidence", "hit")  # what is kept for each token, and not as a window's mean
+
+
 def divergences(log_q, log_p):
     """Log-probabilities (rows, vocab) of a reference q and a model p -> of each row KL(q || p) and
     the Jensen-Shannon divergence, in nats, and whether both find the same token likeliest, (rows,)
@@ -25,12 +28,14 @@ def divergences(log_q, log_p):
 
 
 def compare(models, reference, hidden, targets):
-    """{name: {"loss", and where it is not the reference "kl", "js", "agree"}}, a value for each
-    token, (N,) each.
+    """{name: {"loss"; "confidence", the likeliest token's probability; "hit", whether that is the target;
+    "entropy", in nats; and where it is not the reference "kl", "js", "agree"}}, a value for each token,
+    (N,) each.
 
     models: {name: GPT}; hidden: {name: what its unembedding reads, (N, C)}; targets (N,)."""
-    found = {name: dict(loss=[], kl=[], js=[], agree=[]) for name in models}
-    found[reference] = dict(loss=[])
+    found = {name: dict(loss=[], confidence=[], hit=[], entropy=[], kl=[], js=[], agree=[]) for name in models}
+    for key in ("kl", "js", "agree"):
+        del found[reference][key]
     rows = zip(*(pieces(hidden[name], HEAD_ROWS) for name in models), pieces(targets, HEAD_ROWS))
     for *xs, y in rows:
         log_p = {}  # (rows, vocab) each
@@ -38,6 +43,10 @@ def compare(models, reference, hidden, targets):
             log_p[name] = model.exact_logits(x).log_softmax(-1)
         for name in models:
             found[name]["loss"].append(-log_p[name].gather(1, y.unsqueeze(1))[:, 0])
+            best, likeliest = log_p[name].max(-1)
+            found[name]["confidence"].append(best.exp())
+            found[name]["hit"].append((likeliest == y).float())
+            found[name]["entropy"].append(-(log_p[name].exp() * log_p[name]).sum(-1))
             if name != reference:
                 kl, js, agree = divergences(log_p[reference], log_p[name])
                 found[name]["kl"].append(kl)
@@ -51,13 +60,19 @@ def compare(models, reference, hidden, targets):
 
 @torch.inference_mode()
 def measure(models, reference, tokens, starts, block_size, batch_size, device, autocast):
-    """{name: {"loss": (windows, block_size), and against the reference "kl", "js", "agree":
-    (windows,)}} of the windows of tokens that begin at starts (windows,). reference: a name of
-    models, or None for the losses alone."""
-    result = {name: dict(loss=np.zeros((len(starts), block_size), np.float32)) for name in models}
-    if reference is not None:
-        for name in models.keys() - {reference}:
-            result[name] |= {key: np.zeros(len(starts)) for key in ("kl", "js", "agree")}
+    """{name: {"loss", "confidence" and "hit": (windows, block_size), "entropy" and against the reference
+    "kl", "js", "agree": (windows,)}} of the windows of tokens that begin at starts (windows,).
+    reference: a name of models, or None for the losses alone."""
+    result = {}
+    for name in models:
+        keys = ["loss"]
+        if reference is not None:
+            keys += ["confidence", "hit", "entropy"]
+            keys += ["kl", "js", "agree"] * (name != reference)
+        result[name] = {}
+        for key in keys:
+            shape = (len(starts), block_size) if key in BY_TOKEN else len(starts)
+            result[name][key] = np.zeros(shape, np.float32 if key in BY_TOKEN else np.float64)
     firsts = range(0, len(starts), batch_size)
     for i in tqdm(firsts, "windows", unit="batch", leave=False, disable=None if RANK == 0 else True):
         x, y = read_windows(tokens, starts[i : i + batch_size], block_size, device)
@@ -71,8 +86,19 @@ def measure(models, reference, tokens, starts, block_size, batch_size, device, a
         for name in models:
             for key, value in values[name].items():
                 value = value.view(y.shape).cpu()
-                result[name][key][i : i + batch_size] = value if key == "loss" else value.double().mean(-1)
+                result[name][key][i : i + batch_size] = value if key in BY_TOKEN else value.double().mean(-1)
     return result
+
+
+def calibration_error(confidence, hit, bins=15):
+    """Expected calibration error (Guo et al., arXiv 1706.04599): tokens (N,) in bins of equal width by their
+    confidence; the mean difference between a bin's confidence and its share of hits, by its tokens. NaN
+    where a confidence is."""
+    if not np.isfinite(confidence).all():
+        return math.nan
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    apart = np.bincount(which, confidence - hit, bins)  # sums over a bin
+    return np.abs(apart).sum() / len(confidence)
 
 
 def mean_and_error(windows):

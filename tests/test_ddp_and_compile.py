@@ -30,8 +30,12 @@ def torchrun(stdlib):
 # --- two processes
 
 
-def test_two_processes_see_the_same_run_as_one(run, torchrun):
-    args = [f"--ln_schedule={SCHEDULE}", "--eval_interval=5"]
+@pytest.mark.parametrize("losses", [
+    [],
+    ["--kl_weight=0.5", "--aux_loss_weight=0.1"],
+])
+def test_two_processes_see_the_same_run_as_one(run, torchrun, losses):
+    args = [f"--ln_schedule={SCHEDULE}", "--eval_interval=5", *losses]
     two = torchrun(*args, "--out_dir=out/two")
     assert two.code == 0, two.text
     assert two.text.count("step      0  loss") == 1  # rank 0 alone prints
@@ -168,14 +172,18 @@ def count_graphs():
 GRAPHS = 4
 
 
-def test_compiled_through_every_event_is_the_eager_run(run, stdlib, count_graphs):
+@pytest.mark.parametrize("losses, graphs", [
+    ([], GRAPHS),
+    (["--kl_weight=0.5"], GRAPHS + 1),  # the teacher's own
+])
+def test_compiled_through_every_event_is_the_eager_run(run, stdlib, count_graphs, losses, graphs):
     """float32; and the number of graphs stays small."""
-    args = ["train.py", *SHORT, "--dtype=float32", f"--ln_schedule={SCHEDULE}"]
+    args = ["train.py", *SHORT, "--dtype=float32", f"--ln_schedule={SCHEDULE}", *losses]
     assert run(*args, "--out_dir=out/eager").code == 0
     assert count_graphs() == 0
     assert run(*args, "--out_dir=out/compiled", "--compile=True").code == 0
     assert read_log("out/compiled", "loss") == pytest.approx(read_log("out/eager", "loss"), rel=1e-3)
-    assert count_graphs() == GRAPHS
+    assert count_graphs() == graphs
 
 
 def test_the_number_of_graphs_does_not_grow_with_layers_or_events(run, stdlib, count_graphs):

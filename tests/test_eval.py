@@ -191,9 +191,21 @@ def test_faithfulness_against_float64_by_hand(run, finished):
     losses_q = -log_q.gather(-1, targets).flatten().numpy()
     assert rows[2]["correlation"] == pytest.approx(np.corrcoef(losses_p, losses_q)[0, 1], abs=1e-4)
 
+    assert rows[2]["entropy"] == pytest.approx(-(p * log_p).sum(-1).mean().item(), abs=1e-5)
+    for row, log_probs in ((rows[0], log_q), (rows[2], log_p)):
+        confidence, guess = log_probs.exp().max(-1)
+        hit = (guess == windows[:, 1:]).double()
+        by_hand = 0
+        for low in range(15):
+            inside = (confidence >= low / 15) & (confidence < (low + 1) / 15)
+            if inside.any():
+                by_hand += inside.double().mean() * (confidence[inside].mean() - hit[inside].mean()).abs()
+        assert row["calibration"] == pytest.approx(by_hand.item(), abs=1e-3)
+        assert row["calibration"] > 0.01
+
     assert rows[2]["reference"] == TINY
     assert "kl" not in rows[0]
-    for label in ("KL from reference", "same top token", "99.9th percentile"):
+    for label in ("KL from reference", "same top token", "99.9th percentile", "entropy", "calibration error"):
         assert label in done.text
 
 

@@ -606,3 +606,36 @@ def test_the_auxiliary_loss_pulls_to_a_mean_that_is_a_constant(hf_and_ours):
         (model.transformer.h[0].mlp.c_fc.bias, hf.transformer.h[0].mlp.c_fc.bias),
     ):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [
+    1024,
+    17,
+])
+def test_kl_to_another_model_against_transformers_in_float64(hf_and_ours, monkeypatch, rows):
+    """Its value, and its gradient beside the cross-entropy's; whole and in pieces, the last one shorter."""
+    monkeypatch.setattr("model.LOSS_ROWS", rows)
+    before, teacher = hf_and_ours(seed=1)
+    hf, model = hf_and_ours(seed=2)
+    idx = torch.randint(0, 299, (2, 30))
+    targets = torch.randint(0, 299, (2, 30))
+
+    with torch.no_grad():
+        q = before.double()(idx).logits.log_softmax(-1)
+    p = hf.double()(idx).logits.log_softmax(-1)
+    expected = (q.exp() * (q - p)).sum(-1).mean()
+    loss = torch.nn.functional.nll_loss(p.flatten(0, 1), targets.flatten())
+    (loss + 0.7 * expected).backward()
+
+    teacher, model = teacher.double(), model.double().train()
+    with torch.no_grad():
+        read = teacher.hidden(idx), teacher.lm_head.weight
+    _, ours, kl = model(idx, targets, loss_only=True, teacher=read)
+    (ours + 0.7 * kl).backward()
+    assert kl.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert kl.item() > 0.01
+    for mine, theirs in (
+        (model.transformer.wte.weight, hf.transformer.wte.weight),
+        (model.transformer.h[0].mlp.c_fc.bias, hf.transformer.h[0].mlp.c_fc.bias),
+    ):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-7, rtol=1e-4)
