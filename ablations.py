@@ -34,22 +34,26 @@ show = False  # only print the table
 CONFIG = "config/remove_ln_testbed.py"
 ORIGINAL = "out/testbed/model"
 CONTROL = ["config/control.py"]
+MEASURED = ("loss", "loss_se", "kl", "agree", "max")
 FIELDS = ["name", "steps", "seed", "commit", "flags", "seconds"]
-for part in ("choose", "report"):
-    FIELDS += [f"{part}_{what}" for what in ("loss", "loss_se", "kl", "agree", "max")]
+FIELDS += [f"{part}_{what}" for part in ("choose", "report") for what in MEASURED]
 
-RUNS = {}
-for rate in ("1e-4", "2e-4", "4e-4", "8e-4", "1.6e-3"):
-    at = [f"--learning_rate={rate}"]
-    RUNS[f"recipe lr {rate}"] = at
-    RUNS[f"control lr {rate}"] = [*CONTROL, *at]
-    for weight in ("1", "4"):
-        RUNS[f"kl {weight} lr {rate}"] = [*at, f"--kl_weight={weight}"]
-        RUNS[f"control kl {weight} lr {rate}"] = [*CONTROL, *at, f"--kl_weight={weight}"]
-    taught = "--teacher=out/ablations/control_lr_4e-4_{steps}_{seed}_control/model"
-    RUNS[f"kl 1 to control lr {rate}"] = [*at, "--kl_weight=1", taught]
-    RUNS[f"kl alone lr {rate}"] = [*at, "--kl_weight=1", "--ce_weight=0"]
-    RUNS[f"control kl alone lr {rate}"] = [*CONTROL, *at, "--kl_weight=1", "--ce_weight=0"]
+
+def all_runs():
+    """{name: flags of train.py}."""
+    runs = {}
+    for rate in ("1e-4", "2e-4", "4e-4", "8e-4", "1.6e-3"):
+        at = [f"--learning_rate={rate}"]
+        runs[f"recipe lr {rate}"] = at
+        runs[f"control lr {rate}"] = [*CONTROL, *at]
+        for weight in ("1", "4"):
+            runs[f"kl {weight} lr {rate}"] = [*at, f"--kl_weight={weight}"]
+            runs[f"control kl {weight} lr {rate}"] = [*CONTROL, *at, f"--kl_weight={weight}"]
+        taught = "--teacher=out/ablations/control_lr_4e-4_{steps}_{seed}_control/model"
+        runs[f"kl 1 to control lr {rate}"] = [*at, "--kl_weight=1", taught]
+        runs[f"kl alone lr {rate}"] = [*at, "--kl_weight=1", "--ce_weight=0"]
+        runs[f"control kl alone lr {rate}"] = [*CONTROL, *at, "--kl_weight=1", "--ce_weight=0"]
+    return runs
 
 
 def done_already():
@@ -82,7 +86,7 @@ def run(name, flags, seed):
     for row in rows:
         part = row["dataset"].removeprefix("testbed_")
         if row["source"] == out_dir:
-            line |= {f"{part}_{what}": row.get(what) for what in ("loss", "loss_se", "kl", "agree", "max")}
+            line |= {f"{part}_{what}": row.get(what) for what in MEASURED}
     new = not os.path.exists(path)
     with open(path, "a") as f:
         writer = csv.DictWriter(f, FIELDS)
@@ -118,7 +122,7 @@ def main():
         raise UserError(f"{ORIGINAL} is not there: run `make testbed` first")
     beginnings = tuple(only.split(","))
     for seed in range(1, seeds + 1):
-        for name, flags in RUNS.items():
+        for name, flags in all_runs().items():
             if name.startswith(beginnings) and (name, steps, seed) not in done_already():
                 run(name, flags, seed)
 

@@ -139,6 +139,10 @@ if kl_weight > 0:
     if taught_by.config.vocab_size != model.config.vocab_size:
         raise UserError(f"teacher {teacher} has a vocabulary of {taught_by.config.vocab_size}, "
                         f"and the model one of {model.config.vocab_size}")
+    if taught_by.config.folded:
+        raise UserError(f"teacher {teacher} is folded: name the model with LN")
+    if taught_by.config.block_size < block_size:
+        raise UserError(f"block_size {block_size} is beyond the {taught_by.config.block_size} positions of {teacher}")
 
 # --- data: a batch is a function of seed and step, whatever the number of processes
 train_tokens = open_tokens(dataset, "train", block_size, model.config.vocab_size)

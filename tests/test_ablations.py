@@ -6,7 +6,6 @@ import os
 import runpy
 import zipfile
 
-import pytest
 from conftest import REPO, default_settings
 
 import ablations
@@ -35,7 +34,7 @@ def test_of_a_wheel_its_source_is_taken_without_tables_and_other_encodings(tmp_p
 
 def test_every_run_of_the_table_has_settings_that_train_py_knows():
     known = default_settings()
-    for name, flags in ablations.RUNS.items():
+    for name, flags in ablations.all_runs().items():
         for flag in flags:
             if flag.startswith("--"):
                 assert flag[2:].split("=")[0] in known, name
@@ -60,14 +59,3 @@ def test_the_table_has_means_over_seeds_the_best_first(run):
 
 def test_without_the_testbed_nothing_is_run(run):
     assert "out/testbed/model is not there: run `make testbed` first" in run("ablations.py").error
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--kl_weight=1", "--init_from=scratch", "--n_layer=1"], "kl_weight needs a model to learn from"),
-    (["--kl_weight=1", "--teacher=other"], "teacher other has a vocabulary of 300, and the model one of 320"),
-])
-def test_a_teacher_that_can_not_teach_is_refused(run, stdlib, flags, message):
-    from conftest import SHORT, random_hf
-
-    random_hf().save_pretrained("other")
-    assert message in run("train.py", *SHORT, *flags).error

@@ -330,3 +330,18 @@ def test_removal_from_a_folded_model_is_refused_and_fine_tuning_an_ln_free_one_i
     for source in ("free", "folded"):
         assert run(*RUN, f"--init_from={source}", "--dataset=mine", f"--out_dir=out/{source}").code == 0
         assert GPT.from_pretrained(f"out/{source}/model").ln_free()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--kl_weight=1", "--init_from=scratch", "--n_layer=1"], "kl_weight needs a model to learn from"),
+    (["--kl_weight=1", "--teacher=short"], "block_size 32 is beyond the 16 positions of short"),
+    (["--kl_weight=1", "--teacher=folded"], "teacher folded is folded: name the model with LN"),
+    (["--kl_weight=1", "--teacher=nowhere/at/all"], "there is no directory nowhere/at/all"),
+    (["--kl_weight=-1"], "kl_weight is -1.0, but it must be 0 or more"),
+    (["--kl_weight=1", "--teacher=other"], "teacher other has a vocabulary of 300, and the model one of 320"),
+])
+def test_a_teacher_that_can_not_teach_is_refused(run, stdlib, flags, message):
+    random_hf().save_pretrained("other")
+    random_hf(vocab_size=320, n_positions=16).save_pretrained("short")
+    set_all_fake(GPT.from_pretrained(TINY)).fold().save_pretrained("folded")
+    assert message in run("train.py", *SHORT, *flags).error
