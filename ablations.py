@@ -64,25 +64,32 @@ def done_already():
         return {(row["name"], int(row["steps"]), int(row["seed"])): row for row in csv.DictReader(f)}
 
 
+def call(*command):
+    """UserError, with the last line that it printed, if a script fails."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stdout + done.stderr).strip().splitlines()[-1:]
+        raise UserError(f"{shlex.join(command)} ended with {done.returncode}: {' '.join(last)}")
+
+
 def run(name, flags, seed):
     """Train, evaluate, and append a line."""
     out_dir = f"out/ablations/{name.replace(' ', '_')}_{steps}_{seed}"
     flags = [flag.replace("{steps}", str(steps)).replace("{seed}", str(seed)) for flag in flags]
-    command = [sys.executable, "train.py", CONFIG, f"--out_dir={out_dir}", *flags, f"--seed={seed}"]
-    command += [f"--max_iters={steps}", "--force"]
+    settings = [f"--out_dir={out_dir}", *flags, f"--seed={seed}", f"--max_iters={steps}", "--force"]
+    began = time.monotonic()
+    call("train.py", CONFIG, *settings)
+    seconds = time.monotonic() - began
     if CONTROL[0] in flags:
         out_dir += "_control"
-    began = time.monotonic()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    seconds = time.monotonic() - began
     result = f"{out_dir}/eval.json"
-    measure = [sys.executable, "eval.py", f"--models={ORIGINAL},{out_dir}", f"--json={result}"]
-    measure += ["--dataset=testbed_choose,testbed_report", f"--tokens={tokens}"]
-    subprocess.run(measure, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    val = ["--dataset=testbed_choose,testbed_report", f"--tokens={tokens}"]
+    call("eval.py", f"--models={ORIGINAL},{out_dir}", f"--json={result}", *val)
     with open(result) as f:
         rows = json.load(f)["rows"]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    line = dict(name=name, steps=steps, seed=seed, commit=commit, flags=shlex.join(flags), seconds=round(seconds))
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    line = dict(name=name, steps=steps, seed=seed, commit=git.stdout.strip(), flags=shlex.join(flags))
+    line["seconds"] = round(seconds)
     for row in rows:
         part = row["dataset"].removeprefix("testbed_")
         if row["source"] == out_dir:
@@ -107,9 +114,9 @@ def print_means():
     for (name, n), rows in by_name.items():
         means = {key: mean(float(row[key]) for row in rows) for key in FIELDS[6:]}
         spread = stdev(float(row["choose_loss"]) for row in rows) if len(rows) > 1 else math.nan
-        lines.append((means["choose_loss"], f"{name:<24}{n:>6}{len(rows):>6}{means['choose_loss']:>8.4f}{spread:>7.4f}"
-                      f"{means['choose_kl']:>7.4f}{means['report_loss']:>8.4f}{means['report_kl']:>7.4f}"
-                      f"{means['report_max']:>7.2f}"))
+        line = f"{name:<24}{n:>6}{len(rows):>6}{means['choose_loss']:>8.4f}{spread:>7.4f}{means['choose_kl']:>7.4f}"
+        line += f"{means['report_loss']:>8.4f}{means['report_kl']:>7.4f}{means['report_max']:>7.2f}"
+        lines.append((means["choose_loss"], line))
     for _, line in sorted(lines):
         print(line)
 

@@ -47,7 +47,7 @@ from parts.verify import problems
 dataset = ""  # owt, pile, stdlib, a folder under data/, a text file, hellaswag, residual; "": the last run's
 models = ""  # model directories, out_dirs, hub repositories; "": the last run's original, control and LN-free model
 reference = ""  # the model that faithfulness is to; "": the original
-faithfulness = True  # KL, JS, top-1 agreement and correlation of token losses, against the reference; entropy, ECE
+faithfulness = True  # KL, JS, same top token, correlation of losses, against the reference; entropy, calibration
 verify = False  # only test that the models are LN-free ("": the last run's), and fail if one is not
 tokens = 0  # >= 0: val tokens, spread evenly; 0: as published (owt 4.5 M, pile 10.2 M), else all of them
 block_size = 0  # >= 0: tokens in a window; 0: the smallest context of the models
@@ -230,7 +230,8 @@ def cross_entropy_rows(folder, candidates, reference, autocast):
         row["to_original_source"] = row["to_original"] = row["to_original_se"] = None
         if c.role != "original" and original:
             row["to_original_source"] = original
-            row["to_original"], row["to_original_se"] = mean_and_error(losses.mean(1) - found[original]["loss"].mean(1))
+            apart = losses.mean(1) - found[original]["loss"].mean(1)
+            row["to_original"], row["to_original_se"] = mean_and_error(apart)
         if reference is not None and c.source != reference:
             for key in ("kl", "js", "agree"):
                 row[key], row[key + "_se"] = mean_and_error(found[c.source][key])
@@ -300,7 +301,8 @@ def residual_rows(folder, candidates, autocast):
 
 def show_residual(candidates, rows):
     sites = list(max((row["sites"] for row in rows), key=len))  # of the deepest model
-    shown = list(dict.fromkeys(sites[round(i * (len(sites) - 1) / 5)] for i in range(6)))  # a screenful
+    six = [round(i * (len(sites) - 1) / 5) for i in range(6)]  # a screenful
+    shown = [sites[i] for i in dict.fromkeys(six)]
     lines = []
     for site in shown:
         for kind in ("position_0", "eot", "others"):
@@ -402,6 +404,30 @@ def finite(value):
     return value
 
 
+def check_json():
+    """UserError if --json can't be written at the end."""
+    if not json:
+        return
+    if not os.path.isdir(os.path.dirname(json) or "."):
+        raise UserError(f"--json={json}: there is no directory {os.path.dirname(json)}")
+    if os.path.isdir(json):
+        raise UserError(f"--json={json} is a directory: name a file")
+    check_file(json, ["command", "rows"])
+
+
+def write_result(rows, data_hashes, weights):
+    """The file of --json: the rows, and with what they were measured."""
+    write_json(json, dict(
+        command=shlex.join(["python", *sys.argv]),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+        dtype=dtype,
+        device=device,
+        data_sha256=data_hashes,
+        weights_sha256=weights,
+        rows=finite(rows),
+    ))
+
+
 def weights_hash(model):
     digest = hashlib.sha256()
     for p in model.state_dict().values():
@@ -422,15 +448,16 @@ def verify_models(sources):
     return all(verdicts)
 
 
-def next_commands(candidates, names):
-    """What to type after the tables; none where there is no run to go on with."""
+def say_next(candidates, names):
+    """What to type after the tables, if there is a run to go on with."""
     commands = []
     if json and "residual" in names:
         commands.append(f"python plot.py {json}")
     runs = [c.source for c in candidates if c.role == "ln_free" and is_run(c.source)]
     if runs:
         commands += [f"python plot.py {runs[-1]}", f"python export.py {runs[-1]} --to=hf"]
-    return "; ".join(commands)
+    if commands:
+        ranks.say("next: " + "; ".join(commands))
 
 
 def main():
@@ -438,12 +465,7 @@ def main():
     configure(globals(), sys.argv[1:], __doc__)
     device = pick_device(device)
     autocast = autocast_to(pick_dtype(dtype, device), device)
-    if json:
-        if not os.path.isdir(os.path.dirname(json) or "."):
-            raise UserError(f"--json={json}: there is no directory {os.path.dirname(json)}")
-        if os.path.isdir(json):
-            raise UserError(f"--json={json} is a directory: name a file")
-        check_file(json, ["command", "rows"])
+    check_json()
     if verify:
         sources = items(models) or last_run()[0][-1:]
         sys.exit(0 if ranks.RANK > 0 or verify_models(sources) else 1)
@@ -491,17 +513,8 @@ def main():
             show(candidates, found)
 
     if json and ranks.RANK == 0:
-        write_json(json, dict(
-            command=shlex.join(["python", *sys.argv]),
-            versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-            dtype=dtype,
-            device=device,
-            data_sha256=data_hashes,
-            weights_sha256=weights,
-            rows=finite(rows),
-        ))
-    if next_commands(candidates, names):
-        ranks.say("next: " + next_commands(candidates, names))
+        write_result(rows, data_hashes, weights)
+    say_next(candidates, names)
     ranks.leave()
 
 

@@ -222,7 +222,7 @@ def write(model, new, source, directory, folder):
             has_tokenizer = write_tokenizer(model, half, directory)
             name = push or os.path.abspath(folder)
             with open(os.path.join(half, "README.md"), "w") as f:
-                f.write(card(source, name, how_to_open(name, to, has_tokenizer, eps, dtype)))
+                f.write(card(source, name, to, how_to_open(name, to, has_tokenizer, eps, dtype)))
             os.rename(half, folder)
     finally:
         shutil.rmtree(half, ignore_errors=True)  # this call made it

@@ -42,7 +42,9 @@ def read_log(run):
                 if "val_loss" in entry:
                     val[step] = entry["val_loss"]
                 if "event" in entry:
-                    events.append((step, "" + entry["event"]))  # TypeError if it is no name
+                    if not isinstance(entry["event"], str):
+                        raise TypeError("an event is no name")
+                    events.append((step, entry["event"]))
     except OSError:
         raise UserError(f"{path} is not there: {run} is not the out_dir of a run") from None
     except (ValueError, TypeError, KeyError) as e:
@@ -93,7 +95,8 @@ def draw_losses(axis, free, control, unit):
         steps, losses = list(log["loss"].keys()), list(log["loss"].values())
         axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.6)
         axis.plot(steps, smoothed(losses), color=color, linewidth=1.2, label=f"{name}, smoothed")
-        axis.plot(log["val"].keys(), log["val"].values(), "o", color=color, label=f"{name}, val", markersize=5)
+        steps, losses = log["val"].keys(), log["val"].values()
+        axis.plot(steps, losses, "o", color=color, label=f"{name}, val", markersize=5)
     axis.set_ylabel(f"loss, nats per {unit}")
     beside(axis)
     # an event can throw the loss far up for a step or two; the axis follows all but those
@@ -144,6 +147,10 @@ def title_of(name):
     return kind + " off" if kind in ("bos", "eot") else kind
 
 
+def color_of(kind):
+    return COLORS.get(kind.removesuffix(" off"), "black")
+
+
 def draw_events(top, low, events):
     """A line at each step with an event, and above it the name of each kind's first."""
     first, number = {}, {}
@@ -153,14 +160,14 @@ def draw_events(top, low, events):
         first.setdefault(kind, step)
         number[kind] = number.get(kind, 0) + 1
         for axis in (top, low):
-            axis.axvline(step, color=COLORS.get(kind.removesuffix(" off"), "black"), linewidth=0.7, alpha=alpha, zorder=0)
+            axis.axvline(step, color=color_of(kind), linewidth=0.7, alpha=alpha, zorder=0)
     left, right = top.get_xlim()
     place = -np.inf  # of the last name: the next one stands beside it
     for kind, step in first.items():
         place = max(step, place + (right - left) / 70)
         text = kind if number[kind] == 1 else f"{kind} x {number[kind]}"
-        color, above = COLORS.get(kind.removesuffix(" off"), "black"), top.get_xaxis_transform()
-        top.text(place, 1.01, text, transform=above, rotation=90, fontsize=8, color=color, ha="center", va="bottom")
+        where = dict(transform=top.get_xaxis_transform(), rotation=90, ha="center", va="bottom")
+        top.text(place, 1.01, text, fontsize=8, color=color_of(kind), **where)
 
 
 # --- a residual stream

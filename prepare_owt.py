@@ -76,7 +76,7 @@ NOTHING = dict(tokens=0, documents=0, eot_appended=0)  # counts of a split, as i
 # --- train or val
 
 
-def val_rule(sources, bytes_per_token):
+def val_rule(sources, chosen):
     """A function (source, index of the document) -> True: val; False: train; a share: so much of the
     file, at its end, is val."""
     if val_every == 1:
@@ -85,10 +85,11 @@ def val_rule(sources, bytes_per_token):
         chosen = set(nanogpt_val_documents().tolist())
         return lambda source, i: i in chosen
     size = max(1, sum(source.size for source in sources))
-    needed = min(0.2, VAL_TOKENS * bytes_per_token / size)
+    val_size = VAL_TOKENS * bytes_per_token(chosen)
+    needed = min(0.2, val_size / size)  # as a share
     share = max(VAL_SHARE, needed)
-    asked = min(size, tokens * bytes_per_token or size)
-    every = val_every or max(5, min(VAL_EVERY, asked // (VAL_TOKENS * bytes_per_token)))
+    asked = min(size, tokens * bytes_per_token(chosen) or size)
+    every = val_every or max(5, min(VAL_EVERY, asked // val_size))
     # By a hash of the path, a file stays on its side when others come or go.
     by_hash, found = {}, 0
     for source in sources:
@@ -409,7 +410,8 @@ def say_what_val_shows(n, word):
     error = TOKEN_SD[word] / math.sqrt(max(1, n))
     print(f"{n:,} val tokens: expect a standard error of about {error:.4f} nats of a gap")
     if error > 0.005:
-        print(f"note: a gap is some 0.02 nats, and will not be seen: prepare more text, for {VAL_TOKENS:,} val tokens")
+        print("note: a gap is some 0.02 nats, and will not be seen: prepare more text, "
+              f"for {VAL_TOKENS:,} val tokens")
 
 
 def next_command(name):
@@ -418,9 +420,9 @@ def next_command(name):
     return f"python train.py {config or mine}"
 
 
-def main():
-    global column
-    configure(globals(), sys.argv[1:], __doc__)
+def request():
+    """What is asked for: (the folder's name, whether it is on a hub, the Tokenizer, what meta.json says of
+    all that). UserError."""
     on_hub = dataset in HUB or "/" in dataset
     if files and (on_hub or dataset == "stdlib"):
         raise UserError(f"{dataset} has a source of its own; give the files another name with --dataset=NAME")
@@ -431,36 +433,27 @@ def main():
     name = name.partition("@")[0].split("/")[-1]
     if name in ("", ".", ".."):
         raise UserError(f"--dataset={dataset} does not end in a folder name for data/")
-    done, half = os.path.join("data", name), os.path.join("data", name + ".tmp")
-
-    chosen = tokenizer or ("gpt2" if on_hub else "bytes")
-    made = make_tokenizer(chosen)
+    made = make_tokenizer(tokenizer or ("gpt2" if on_hub else "bytes"))
     origin = f"stdlib of Python {sys.version.split()[0]}"
     if files or on_hub:
         origin = files or f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip()
-    if made.encode is None:
-        column = column or "input_ids"
-    meta = dict(tokenizer=chosen, vocab_size=made.vocab_size, eot=made.eot, source=origin,
-                asked_tokens=tokens, val_every=val_every, without=without, column=column)
+    taken = column or ("input_ids" if made.encode is None else "")
+    meta = dict(tokenizer=made.name, vocab_size=made.vocab_size, eot=made.eot, source=origin,
+                asked_tokens=tokens, val_every=val_every, without=without, column=taken)
     if made.sha256:
         meta["tokenizer_sha256"] = made.sha256
-    if is_prepared(done, meta):
-        return
-    check_folder(done, TOKEN_FILES, ["meta.json"])
-    check_folder(half, HALF_FILES, ["progress.json", "meta.json"])
-    sources = find_sources(on_hub)
-    with on_disk("can't write into data"):
-        os.makedirs("data", exist_ok=True)
-    check_disk(name, sources, chosen)
-    with on_disk(f"can't write into {half}"):
-        os.makedirs(half, exist_ok=True)
-    lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
+    return name, on_hub, made, meta
+
+
+def prepare(name, half, sources, made, meta):
+    """All documents into the unfinished folder. Returns how many, and their tokens; what breaks it off says
+    how to go on."""
     progress = open_progress(half, meta)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last note is written
     try:
-        write(half, sources, val_rule(sources, bytes_per_token(chosen)), chosen, progress)
+        write(half, sources, val_rule(sources, made.name), made.name, progress)
         if not written(progress):
-            raise UserError(f"there is no document in {origin}")
+            raise UserError(f"there is no document in {meta['source']}")
         if dataset == "owt" and not tokens and progress["documents"] == OWT_DOCUMENTS:
             order_val_as_nanogpt(half, made.eot)
     except UserError:  # bad input: nothing to resume
@@ -476,13 +469,34 @@ def main():
                         f"after {written(progress):,} tokens") from None
     except KeyboardInterrupt:
         sys.exit(f"interrupted: run the same command to resume after {written(progress):,} tokens")
+    return progress
+
+
+def main():
+    global column
+    configure(globals(), sys.argv[1:], __doc__)
+    name, on_hub, made, meta = request()
+    column = meta["column"]
+    done, half = os.path.join("data", name), os.path.join("data", name + ".tmp")
+    if is_prepared(done, meta):
+        return
+    check_folder(done, TOKEN_FILES, ["meta.json"])
+    check_folder(half, HALF_FILES, ["progress.json", "meta.json"])
+    sources = find_sources(on_hub)
+    with on_disk("can't write into data"):
+        os.makedirs("data", exist_ok=True)
+    check_disk(name, sources, made.name)
+    with on_disk(f"can't write into {half}"):
+        os.makedirs(half, exist_ok=True)
+    lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
+    progress = prepare(name, half, sources, made, meta)
     with on_disk(f"can't write {done}"):
         meta = finish(half, done, meta, progress)
     for which in ("train", "val"):
         print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
     if dataset == "owt" and progress["documents"] != OWT_DOCUMENTS:
         print(f"this is a part of OpenWebText: {progress['documents']:,} of {OWT_DOCUMENTS:,} documents")
-    say_what_val_shows(meta["val"]["tokens"], "byte" if chosen == "bytes" else "token")
+    say_what_val_shows(meta["val"]["tokens"], "byte" if made.name == "bytes" else "token")
     if val_every != 1:
         print(f"next: {next_command(name)}")
 

@@ -142,7 +142,8 @@ if kl_weight > 0:
     if taught_by.config.folded:
         raise UserError(f"teacher {teacher} is folded: name the model with LN")
     if taught_by.config.block_size < block_size:
-        raise UserError(f"block_size {block_size} is beyond the {taught_by.config.block_size} positions of {teacher}")
+        most = taught_by.config.block_size
+        raise UserError(f"block_size {block_size} is beyond the {most} positions of {teacher}")
 
 # --- data: a batch is a function of seed and step, whatever the number of processes
 train_tokens = open_tokens(dataset, "train", block_size, model.config.vocab_size)

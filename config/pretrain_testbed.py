@@ -1,5 +1,5 @@
-# The testbed's model: a GPT-2 of 2.6 M parameters on the source code of Python packages, none of it seen
-# twice. `make testbed` makes its text.
+# The testbed's model: a GPT-2 of 2.6 M parameters on the source code of Python packages. `make testbed`
+# makes its text, of which it sees less than half.
 out_dir = "out/testbed"
 init_from = "scratch"
 dataset = "testbed_pretrain"

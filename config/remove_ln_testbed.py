@@ -4,7 +4,7 @@ init_from = "out/testbed/model"
 dataset = "testbed_tune"
 seed = 1
 
-# 16 x 256 = 4,096 tokens a step; 300 steps = 1.2 M tokens, none of them twice
+# 16 x 256 = 4,096 tokens a step; 300 steps = 1.2 M tokens of 16 M
 batch_size = 16
 block_size = 256
 max_iters = 300

@@ -66,13 +66,13 @@ def how_to_open(name, to, has_tokenizer, eps, dtype):
     return lines.format(name=name, eps=eps, float16=float16)
 
 
-def card(source, name, opening):
+def card(source, name, to, opening):
     """The text of README.md. source: the run or model that was exported; name: where the export will
-    be; opening: what how_to_open gives."""
+    be; to: its form; opening: what how_to_open gives."""
     settings = read_dict(os.path.join(source, "settings.json"))
     rows = evaluation(source)
     lines = [
-        "---", metadata(settings.get("init_from", source), settings.get("dataset"), name, rows), "---",
+        "---", metadata(settings.get("init_from", source), settings.get("dataset"), name, to, rows), "---",
         "# GPT-2 without LayerNorm", "",
         f"Made from `{source}`: every LayerNorm divides by a constant, "
         "so that the residual stream is read affinely (arXiv 2409.13710).",
@@ -86,8 +86,9 @@ def card(source, name, opening):
     return "\n".join(lines) + "\n"
 
 
-def metadata(original, dataset, name, rows):
-    """The YAML at the card's head: what is not known is left out."""
+def metadata(original, dataset, name, to, rows):
+    """The YAML at the card's head: what is not known is left out. The folded form opens in no library that
+    the hub knows."""
     results = []
     for row in rows:
         if row["role"] == "ln_free":
@@ -100,7 +101,7 @@ def metadata(original, dataset, name, rows):
                 metric_value=round(row["loss"], 4),
             ))
     return hub.ModelCardData(
-        library_name="transformers",
+        library_name="transformers" if to == "hf" else None,
         tags=["gpt2", "interpretability", "layernorm-free"],
         base_model=repository(original),
         license=license_of(original),
@@ -149,9 +150,9 @@ def evaluation(source):
     try:
         with open(os.path.join(source, "eval.json")) as f:
             rows = [row for row in json.load(f)["rows"] if row.get("loss") is not None]
-        [(row["dataset"], row["role"], row["loss"] + row["loss_se"]) for row in rows]
+        table(rows)  # a row that is none of eval.py's can't be shown
         return rows
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 

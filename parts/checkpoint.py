@@ -171,7 +171,8 @@ def next_command(settings, removed):
     """What to type after a finished run. removed: whether some site of its model is fake."""
     out_dir, init_from = settings["out_dir"], settings["init_from"]
     if not removed and init_from == "scratch":
-        return f"python train.py config/remove_ln_mine.py --init_from={out_dir}/model --dataset={settings['dataset']}"
+        flags = f"--init_from={out_dir}/model --dataset={settings['dataset']}"
+        return f"python train.py config/remove_ln_mine.py {flags}"
     run = out_dir.removesuffix("_control")
     if removed and not os.path.isdir(run + "_control/model"):
         again = [arg for arg in sys.argv if arg not in ("--force", "--init_from=resume")]

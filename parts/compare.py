@@ -3,6 +3,7 @@ Several models on the same windows: each token's loss, and how far a model's nex
 is from a reference's.
 """
 import math
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -33,9 +34,7 @@ def compare(models, reference, hidden, targets):
     (N,) each.
 
     models: {name: GPT}; hidden: {name: what its unembedding reads, (N, C)}; targets (N,)."""
-    found = {name: dict(loss=[], confidence=[], hit=[], entropy=[], kl=[], js=[], agree=[]) for name in models}
-    for key in ("kl", "js", "agree"):
-        del found[reference][key]
+    found = {name: defaultdict(list) for name in models}
     rows = zip(*(pieces(hidden[name], HEAD_ROWS) for name in models), pieces(targets, HEAD_ROWS))
     for *xs, y in rows:
         log_p = {}  # (rows, vocab) each

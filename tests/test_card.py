@@ -76,6 +76,7 @@ def test_the_lines_of_a_form_without_tokenizer_take_token_ids(run, bare_run):
 def test_the_lines_of_the_folded_form_open_it(run, bare_run):
     """Those for TransformerLens 3 are run by `make test-tl3`."""
     assert run("export.py", "out/mine", "--to=folded").code == 0
+    assert head("out/mine/folded").library_name is None  # transformers can't open it
     found = run_lines("out/mine/folded", until="from export import to_hooked")
     ids = torch.randint(0, 299, (1, 20))
     with torch.no_grad(), found["traced"].trace(ids):
@@ -136,6 +137,19 @@ def test_of_a_model_and_text_of_ones_own_the_card_says_what_is_known(run, bare_r
     assert data.license == "apache-2.0"
     assert data.base_model is None
     assert data.datasets is None
+
+
+@pytest.mark.parametrize("row", [
+    dict(dataset=5, role="ln_free", loss="3.0", loss_se=1),
+    dict(role="ln_free", loss=3.0),
+    5,
+])
+def test_an_evaluation_that_is_none_is_left_out(run, bare_run, row):
+    with open("out/mine/eval.json", "w") as f:
+        json.dump(dict(rows=[row]), f)
+    assert run("export.py", "out/mine", "--to=hf").code == 0
+    with open("out/mine/hf/README.md") as f:
+        assert "Its evaluation: not measured." in f.read()
 
 
 @pytest.mark.parametrize("card", [
