@@ -42,17 +42,15 @@ FIELDS += [f"{part}_{what}" for part in ("choose", "report") for what in MEASURE
 def all_runs():
     """{name: flags of train.py}."""
     runs = {}
-    for rate in ("1e-4", "2e-4", "4e-4", "8e-4", "1.6e-3"):
+    for rate in ("1e-4", "2e-4", "4e-4", "8e-4"):
         at = [f"--learning_rate={rate}"]
         runs[f"recipe lr {rate}"] = at
         runs[f"control lr {rate}"] = [*CONTROL, *at]
-        for weight in ("1", "4"):
-            runs[f"kl {weight} lr {rate}"] = [*at, f"--kl_weight={weight}"]
-            runs[f"control kl {weight} lr {rate}"] = [*CONTROL, *at, f"--kl_weight={weight}"]
-        taught = "--teacher=out/ablations/control_lr_4e-4_{steps}_{seed}_control/model"
-        runs[f"kl 1 to control lr {rate}"] = [*at, "--kl_weight=1", taught]
-        runs[f"kl alone lr {rate}"] = [*at, "--kl_weight=1", "--ce_weight=0"]
-        runs[f"control kl alone lr {rate}"] = [*CONTROL, *at, "--kl_weight=1", "--ce_weight=0"]
+        for share in ("0.5", "0.8", "1"):
+            runs[f"kl {share} lr {rate}"] = [*at, f"--kl_share={share}"]
+            runs[f"control kl {share} lr {rate}"] = [*CONTROL, *at, f"--kl_share={share}"]
+    taught = "--teacher=out/ablations/control_lr_2e-4_{steps}_{seed}_control/model"
+    runs["kl 0.5 to control"] = ["--learning_rate=4e-4", "--kl_share=0.5", taught]
     return runs
 
 

@@ -107,7 +107,7 @@ def train_speed(way):
     forward = model
     if way.compiled:
         forward = torch.compile(model)
-        model.summed_losses = torch.compile(model.summed_losses)
+        model.piece_loss = torch.compile(model.piece_loss)
     idx = torch.randint(vocab_size - 1, (batch_size, block_size + 1), device=device)
     times = []
     for _ in range(2 + steps):

@@ -124,12 +124,13 @@ def read_comments(path):
 def check_bound(name, value, comment):
     """UserError unless the value keeps to the bound that its comment begins with."""
     bound, colon, _ = comment.partition(": ")
-    number = re.fullmatch(r">= (\S+)(?: and < (\S+))?", bound)
+    number = re.fullmatch(r">= (\S+)(?: and (<=?) (\S+))?", bound)
     if number and colon:
-        low, high = (eval(n or "None") for n in number.groups())  # of our own source, as 2**63
-        if value < low or (high is not None and value >= high):
-            below = f", and below {high}" if high else ""
-            raise UserError(f"{name} is {value}, but it must be {low} or more{below}")
+        low, below, high = number.groups()
+        low, high = eval(low), eval(high or "None")  # of our own source, as 2**63
+        if value < low or (below == "<" and value >= high) or (below == "<=" and value > high):
+            also = {None: "", "<": f", and below {high}", "<=": f", and at most {high}"}[below]
+            raise UserError(f"{name} is {value}, but it must be {low} or more{also}")
     choices = re.fullmatch(r"(?:\w+, )*\w+ or \w+", bound)
     if choices and colon and value not in re.split(r", | or ", bound):
         raise UserError(f"{name} is {value!r}, but it must be {bound}")

@@ -212,11 +212,75 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x, use_bos))
 
 
+def piece_loss(logits, targets, teacher_logits, kl_share):
+    """logits and teacher_logits (rows, V), targets (rows,) -> the sum of the cross-entropies, the sum of
+    KL(teacher || model), both in nats, and the gradient of each row's loss by its logits, (rows, V).
+
+    With p and q the distributions of model and teacher, and t the target as a distribution, that gradient is
+    p - (1 - kl_share) t - kl_share q. It has no meaning where a target is -1, which doesn't count."""
+    counts = targets != -1
+    at = targets.clamp(min=0).unsqueeze(-1)  # (rows, 1)
+    log_p = at_least_float32(logits).log_softmax(-1)
+    ce = -(log_p.gather(-1, at).squeeze(-1) * counts).sum()
+    kl, gradient = torch.zeros_like(ce), log_p.exp()
+    if teacher_logits is not None:
+        log_q = at_least_float32(teacher_logits).log_softmax(-1)
+        q = log_q.exp()
+        kl = ((q * (log_q - log_p)).sum(-1) * counts).sum()
+        gradient = gradient - kl_share * q
+    return ce, kl, gradient.scatter_add(-1, at, gradient.new_full(at.shape, kl_share - 1))
+
+
+class LossInPieces(torch.autograd.Function):
+    """The unembedding and the loss of its logits in one: see GPT.losses_in_pieces.
+
+    Logits are far larger than what they are made of: GPT-2 has 50,257 a token. So each piece of them
+    becomes its part of the loss and of the gradient, and is gone before the next is made. The idea is
+    Liger Kernel's (arXiv 2410.10989)."""
+
+    @staticmethod
+    def forward(ctx, x, W, b, targets, x_teacher, W_teacher, kl_share, piece_loss, with_gradient):
+        """x and x_teacher (N, C), W and W_teacher (V, C), b (V,), targets (N,); b and what is the teacher's
+        may be None -> loss, ce, kl, scalars."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        w, w_b, w_teacher = (None if t is None else t.to(dtype) for t in (W, b, W_teacher))
+        counted = (targets != -1).unsqueeze(-1)
+        share = counted / counted.sum().to(W.dtype)  # of each token in the mean, (N, 1)
+        grad_x, grad_W = torch.empty_like(x), torch.zeros_like(W)
+        grad_b = None if b is None else torch.zeros_like(b)
+        ce = kl = 0
+        rows = piece_rows(x, LOSS_ROWS)
+        for i in range(0, len(x), rows):
+            piece = slice(i, i + rows)
+            read = x[piece].to(dtype)
+            logits = F.linear(read, w, w_b)
+            told = None if x_teacher is None else F.linear(x_teacher[piece].to(dtype), w_teacher)
+            piece_ce, piece_kl, gradient = piece_loss(logits, targets[piece], told, kl_share)
+            ce, kl = ce + piece_ce, kl + piece_kl
+            if with_gradient:
+                gradient = gradient.to(dtype)
+                grad_x[piece] = gradient @ w * share[piece]
+                grad_W += gradient.T @ (read * share[piece]).to(dtype)
+                if b is not None:
+                    grad_b += (gradient * share[piece]).sum(0)
+        ce, kl = ce / counted.sum(), kl / counted.sum()
+        ctx.save_for_backward(grad_x, grad_W, grad_b)
+        ctx.mark_non_differentiable(ce, kl)
+        return (1 - kl_share) * ce + kl_share * kl, ce, kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, by_loss, *_):
+        return *(None if grad is None else grad * by_loss for grad in ctx.saved_tensors), *[None] * 6
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # recompute each block's activations in the backward pass
+        self.piece_loss = piece_loss  # train.py compiles it, apart from the blocks
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -252,23 +316,23 @@ class GPT(nn.Module):
         """idx, targets (B, T) -> logits (B, T, vocab), loss: mean nats per token, or None without
         targets. Targets of -1 don't count.
 
-        With loss_only the logits are None: they are made, and made again for the gradient, in
-        pieces that fit into memory. With with_spread another value follows, std_spread of the
-        residual stream before ln_f. With loss_only and teacher, what another model's unembedding reads
-        (B, T, C) and its weight (vocab, C), a last one follows: the mean KL(teacher || model), in nats
-        per token. ValueError if T is beyond block_size."""
+        With loss_only the logits are None: they exist piece by piece alone, see LossInPieces. With
+        with_spread or a teacher a third value follows, a dict: "spread", std_spread of the residual stream
+        before ln_f; "ce" and "kl", see losses_in_pieces, of which the loss is then a mixture. ValueError if T
+        is beyond block_size."""
         x, use_bos = self.run_blocks(idx)
-        spread = self.std_spread(x, idx) if with_spread else None
+        more = {"spread": self.std_spread(x, idx)} if with_spread else {}
         x = self.final_norm(x, use_bos)
-        logits = loss = kl = None
+        logits = loss = None
         if loss_only:
-            loss, kl = self.losses_in_pieces(x, targets, teacher)
+            loss, ce, kl = self.losses_in_pieces(x, targets, teacher)
+            if teacher is not None:
+                more |= {"ce": ce, "kl": kl}
         else:
             logits = self.lm_head(x)
             if targets is not None:
                 loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
-        more = [value for value in (spread, kl) if value is not None]
-        return (logits, loss, *more)
+        return (logits, loss, more) if more else (logits, loss)
 
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """idx (B, T) -> what the unembedding reads, (B, T, C). pos (B, T): the tokens' positions,
@@ -303,28 +367,17 @@ class GPT(nn.Module):
 
     @torch.compiler.disable  # in one graph with the blocks, all pieces would be in memory at one time
     def losses_in_pieces(self, x, targets, teacher=None):
-        """x (B, T, C), targets (B, T), teacher as forward's -> the mean loss and the mean KL(teacher ||
-        model), None without a teacher; in nats per token."""
-        rows, W = [x.flatten(0, 1), targets.flatten()], None
-        if teacher is not None:
-            rows.append(teacher[0].flatten(0, 1))
-            W = teacher[1]
-        total = 0
-        for piece in zip(*(pieces(t, LOSS_ROWS) for t in rows)):
-            total = total + checkpoint(self.summed_losses, W, *piece, use_reentrant=False)
-        loss = total[0] / (rows[1] != -1).sum()
-        return loss, None if teacher is None else total[1] / len(rows[1])
+        """x (B, T, C), targets (B, T) -> the loss to learn from, and as figures without gradient the mean
+        cross-entropy and the mean KL(teacher || model); all in nats per token.
 
-    def summed_losses(self, W, x, targets, x_teacher=None):
-        """x and x_teacher (rows, C), targets (rows,), W (vocab, C) -> (2,): the sum of their losses and of
-        their KL, in nats."""
-        logits = self.lm_head(x).float()
-        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        if x_teacher is None:
-            return torch.stack([loss, loss.new_zeros(())])
-        log_q = F.linear(x_teacher, W).float().log_softmax(-1)
-        kl = F.kl_div(logits.log_softmax(-1), log_q, log_target=True, reduction="sum")
-        return torch.stack([loss, kl])
+        teacher: what another model's unembedding reads (B, T, C), its weight (vocab, C), and the KL's share of
+        the loss, of which the rest is the cross-entropy. Without one the loss is the cross-entropy, and KL 0."""
+        read, W, kl_share = teacher or (None, None, 0.0)
+        read = None if read is None else read.flatten(0, 1)
+        head = self.lm_head.weight, self.lm_head.bias
+        with_gradient = torch.is_grad_enabled()
+        return LossInPieces.apply(
+            x.flatten(0, 1), *head, targets.flatten(), read, W, kl_share, self.piece_loss, with_gradient)
 
     def exact_logits(self, x):
         """x (..., C) -> logits (..., vocab) in float32, under autocast too. GPT-2's lie far from zero,
@@ -611,6 +664,11 @@ def is_published_ln_free(hf):
     return hf.get("layer_norm_epsilon", 1e-5) > 1
 
 
+def piece_rows(x, rows):
+    """How many rows of x a piece has: GPU_ROWS times as many on a CUDA GPU."""
+    return GPU_ROWS * rows if x.is_cuda else rows
+
+
 def pieces(x, rows):
-    """x (N, ...) -> tensors of so many rows; GPU_ROWS times as many on a CUDA GPU."""
-    return x.split(GPU_ROWS * rows if x.is_cuda else rows)
+    """x (N, ...) -> tensors of so many rows."""
+    return x.split(piece_rows(x, rows))

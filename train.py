@@ -55,9 +55,8 @@ bias = True  # in LayerNorms and linear maps, as GPT-2 has
 dropout = 0.0  # >= 0 and < 1: share of activations that are dropped, in fine-tuning too
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
 aux_loss_weight = 0.0  # >= 0: of the squared spread of the std before ln_f (arXiv 2507.02559)
-kl_weight = 0.0  # >= 0: of KL(teacher || model) in nats per token, beside the cross-entropy
-ce_weight = 1.0  # >= 0: of the cross-entropy
-teacher = ""  # the model with LN that kl_weight learns from; "": the one that it starts from
+kl_share = 0.0  # >= 0 and <= 1: of KL(teacher || model) in the loss to learn from; the rest is the cross-entropy
+teacher = ""  # the model with LN that kl_share learns from; "": the one that it starts from
 # AdamW
 learning_rate = 6e-4  # >= 0: after warmup_iters; then a cosine to min_lr at lr_decay_iters
 min_lr = 6e-5  # >= 0: the cosine's floor
@@ -130,9 +129,9 @@ if settings["device"] == "auto" and device == "cpu" and parameters > 50e6:
 settings |= {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "bias")}
 
 # --- the model to learn from, which is not trained
-if kl_weight > 0:
+if kl_share > 0:
     if settings["init_from"] == "scratch" and not teacher:
-        raise UserError("kl_weight needs a model to learn from: give --teacher")
+        raise UserError("kl_share needs a model to learn from: give --teacher")
     with ranks.rank_0_first():
         taught_by = GPT.from_pretrained(teacher or settings["init_from"])
     taught_by.to(device).eval().requires_grad_(False)
@@ -191,8 +190,8 @@ if resumed:
 compiled = model
 if compile:
     compiled = torch.compile(model)
-    model.summed_losses = torch.compile(model.summed_losses)  # a graph of its own: see GPT.losses_in_pieces
-    if kl_weight > 0:
+    model.piece_loss = torch.compile(model.piece_loss)  # a graph of its own: see GPT.losses_in_pieces
+    if kl_share > 0:
         taught_by.hidden = torch.compile(taught_by.hidden)
 forward = compiled
 if ranks.WORLD > 1:
@@ -263,20 +262,18 @@ for step in range(start, max_iters + 1):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-    step_loss = torch.zeros((), device=device)
+    step_losses = torch.zeros(2, device=device)  # cross-entropy, KL
     for i, (x, y) in enumerate(batches(step)):
         if ranks.WORLD > 1:  # gradients are averaged once, with the last micro-batch
             forward.require_backward_grad_sync = i == micro_steps - 1
         with autocast:
-            told = (taught_by.hidden(x), taught_by.lm_head.weight) if kl_weight > 0 else None
+            told = (taught_by.hidden(x), taught_by.lm_head.weight, kl_share) if kl_share > 0 else None
             _, loss, *more = forward(x, y, loss_only=True, with_spread=aux_loss_weight > 0, teacher=told)
-            objective = ce_weight * loss
-            if aux_loss_weight > 0:
-                objective = objective + aux_loss_weight * more[0]
-            if kl_weight > 0:
-                objective = objective + kl_weight * more[-1]
+        parts = more[0] if more else {}
+        objective = loss + aux_loss_weight * parts.get("spread", 0.0)
         (objective / micro_steps).backward()
-        step_loss += loss.detach() / micro_steps
+        step_losses[0] += parts.get("ce", loss).detach() / micro_steps
+        step_losses[1] += parts.get("kl", 0.0) / micro_steps
     if grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:
@@ -284,7 +281,7 @@ for step in range(start, max_iters + 1):
     model.zero_grad(set_to_none=True)
 
     # the log
-    loss = ranks.mean(step_loss).item()
+    loss, kl = ranks.mean(step_losses).tolist()
     if not math.isfinite(loss):
         bar.close()
         ranks.leave()
@@ -292,7 +289,8 @@ for step in range(start, max_iters + 1):
                         "Try a lower learning_rate or more steps between events")
     seconds = time.perf_counter() - began
     speed, mfu = tokens_per_step / seconds, flops_per_step / seconds / peak
-    log.write(dict(step=step, loss=loss, lr=lr, tokens_per_s=round(speed), mfu=round(mfu, 4)))
+    taught = dict(kl=kl) if kl_share > 0 else {}
+    log.write(dict(step=step, loss=loss, **taught, lr=lr, tokens_per_s=round(speed), mfu=round(mfu, 4)))
     bar.update()
     bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}")
     if bar.disable and step % log_interval == 0:

@@ -333,12 +333,13 @@ def test_removal_from_a_folded_model_is_refused_and_fine_tuning_an_ln_free_one_i
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--kl_weight=1", "--init_from=scratch", "--n_layer=1"], "kl_weight needs a model to learn from"),
-    (["--kl_weight=1", "--teacher=short"], "block_size 32 is beyond the 16 positions of short"),
-    (["--kl_weight=1", "--teacher=folded"], "teacher folded is folded: name the model with LN"),
-    (["--kl_weight=1", "--teacher=nowhere/at/all"], "there is no directory nowhere/at/all"),
-    (["--kl_weight=-1"], "kl_weight is -1.0, but it must be 0 or more"),
-    (["--kl_weight=1", "--teacher=other"], "teacher other has a vocabulary of 300, and the model one of 320"),
+    (["--kl_share=1", "--init_from=scratch", "--n_layer=1"], "kl_share needs a model to learn from"),
+    (["--kl_share=1", "--teacher=short"], "block_size 32 is beyond the 16 positions of short"),
+    (["--kl_share=1", "--teacher=folded"], "teacher folded is folded: name the model with LN"),
+    (["--kl_share=1", "--teacher=nowhere/at/all"], "there is no directory nowhere/at/all"),
+    (["--kl_share=-1"], "kl_share is -1.0, but it must be 0 or more, and at most 1"),
+    (["--kl_share=1.5"], "kl_share is 1.5, but it must be 0 or more, and at most 1"),
+    (["--kl_share=1", "--teacher=other"], "teacher other has a vocabulary of 300, and the model one of 320"),
 ])
 def test_a_teacher_that_can_not_teach_is_refused(run, stdlib, flags, message):
     random_hf().save_pretrained("other")

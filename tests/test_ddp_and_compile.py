@@ -32,7 +32,7 @@ def torchrun(stdlib):
 
 @pytest.mark.parametrize("losses", [
     [],
-    ["--kl_weight=0.5", "--aux_loss_weight=0.1"],
+    ["--kl_share=0.5", "--aux_loss_weight=0.1"],
 ])
 def test_two_processes_see_the_same_run_as_one(run, torchrun, losses):
     args = [f"--ln_schedule={SCHEDULE}", "--eval_interval=5", *losses]
@@ -168,13 +168,13 @@ def count_graphs():
     return count
 
 
-# the blocks and a piece of the loss, each in training and in evaluation
-GRAPHS = 4
+# the blocks in training and in evaluation, and a piece of the loss
+GRAPHS = 3
 
 
 @pytest.mark.parametrize("losses, graphs", [
     ([], GRAPHS),
-    (["--kl_weight=0.5"], GRAPHS + 1),  # the teacher's own
+    (["--kl_share=0.5"], GRAPHS + 2),  # the teacher's own, and a piece with KL
 ])
 def test_compiled_through_every_event_is_the_eager_run(run, stdlib, count_graphs, losses, graphs):
     """float32; and the number of graphs stays small."""

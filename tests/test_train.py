@@ -259,7 +259,7 @@ def log_without_speed(folder):
 def test_an_interrupted_run_ends_with_the_same_bits(removal, monkeypatch, step):
     """SIGTERM arrives while a step reads its data. Dropout and the std's average go on as they were, and
     what it learns from is the same original."""
-    args = ["--dropout=0.1", "--std_momentum=0.5", "--kl_weight=0.5"]
+    args = ["--dropout=0.1", "--std_momentum=0.5", "--kl_share=0.5"]
     whole = removal(*args, "--out_dir=out/whole")
     assert whole.code == 0, whole.text
     train_starts = data.train_starts
