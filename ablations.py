@@ -49,6 +49,36 @@ def all_runs():
         for share in ("0.5", "0.8", "1"):
             runs[f"kl {share} lr {rate}"] = [*at, f"--kl_share={share}"]
             runs[f"control kl {share} lr {rate}"] = [*CONTROL, *at, f"--kl_share={share}"]
+    rate = "--learning_rate=4e-4"
+    for muon_rate in ("2e-4", "4e-4", "8e-4", "1.6e-3"):
+        runs[f"muon lr {muon_rate}"] = [f"--learning_rate={muon_rate}", "--muon=True"]
+    runs["constant harmonic"] = [rate, "--std_mean=harmonic"]
+    runs["constant squares"] = [rate, "--std_mean=squares"]
+    runs["constant over all"] = [rate, "--std_over=all"]
+    runs["constant momentum 0.9"] = [rate, "--std_momentum=0.9"]
+    runs["refit"] = [rate, "--event_start=refit"]
+    runs["taper 10"] = [rate, "--taper=10"]
+    runs["taper 30"] = [rate, "--taper=30"]
+    runs["beta2 0.95"] = [rate, "--beta2=0.95"]
+    runs["beta2 0.999"] = [rate, "--beta2=0.999"]
+    runs["aux 0.1"] = [rate, "--aux_loss_weight=0.1"]
+    runs["aux 1"] = [rate, "--aux_loss_weight=1"]
+    ends = [("ln_f", 0.195, None), ("eot", 0.21, None), ("bos", 0.24, None)]
+    for name, schedule in {
+        "down": [("ln_2", (0.03, 0.075), None, "down"), ("ln_1qk", (0.075, 0.12), None, "down"),
+                 ("ln_1v", (0.12, 0.19), None, "down"), *ends],
+        "attention first": [("ln_1qk", (0.03, 0.075), None), ("ln_1v", (0.075, 0.12), None),
+                            ("ln_2", (0.12, 0.19), None), *ends],
+        "ln_f first": [("ln_f", 0.03, None), ("ln_2", (0.04, 0.09), None), ("ln_1qk", (0.09, 0.14), None),
+                       ("ln_1v", (0.14, 0.19), None), *ends[1:]],
+        "at once": [("ln_2", 0.03, 0), ("ln_1qk", 0.03, 0), ("ln_1v", 0.03, 0), ("ln_f", 0.03, None),
+                    ("eot", 0.03, None), ("bos", 0.03, None)],
+        "bos and eot late": [*[("ln_2", (0.03, 0.075), None), ("ln_1qk", (0.075, 0.12), None),
+                               ("ln_1v", (0.12, 0.19), None)], ends[0], ("eot", 0.5, None), ("bos", 0.6, None)],
+        "slow": [("ln_2", (0.05, 0.2), None), ("ln_1qk", (0.2, 0.35), None), ("ln_1v", (0.35, 0.55), None),
+                 ("ln_f", 0.55, None), ("eot", 0.6, None), ("bos", 0.65, None)],
+    }.items():
+        runs[f"order {name}"] = [rate, f"--ln_schedule={schedule}"]
     taught = "--teacher=out/ablations/control_lr_2e-4_{steps}_{seed}_control/model"
     runs["kl 0.5 to control"] = ["--learning_rate=4e-4", "--kl_share=0.5", taught]
     return runs

@@ -80,6 +80,7 @@ class LayerNorm(nn.Module):
         self.register_buffer("avg_std", torch.tensor(1.0), persistent=False)
         self.register_buffer("bos_std", torch.tensor(1.0), persistent=False)
         self.ln_mode = "real"
+        self.gate = 1.0
 
     @property
     def ln_mode(self):
@@ -98,6 +99,8 @@ class LayerNorm(nn.Module):
             std = torch.where(self.fake, self.constant(use_bos), std_of(x, self.eps))
         elif self.ln_mode == "fake":
             std = self.constant(use_bos)
+            if self.gate < 1:  # EXPERIMENT
+                std = self.gate * std + (1 - self.gate) * std_of(x, self.eps)
         else:  # the same as below with std_of(x), in one kernel
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         x32 = at_least_float32(x)  # as F.layer_norm computes, under autocast too
@@ -441,7 +444,7 @@ class GPT(nn.Module):
         return (idx != self.config.eot) & (torch.arange(idx.shape[1], device=idx.device) > 0)
 
     @torch.no_grad()
-    def observe_std(self, idx, over="ordinary"):
+    def observe_std(self, idx, over="ordinary", std_mean="mean"):
         """idx (B, T) -> {site: tensor [avg std, bos std]} of the sites that are still real: the std
         of what they read, its mean over ordinary tokens, or with over="all" over all of them, and its
         mean over position 0. ValueError if there is no such token."""
@@ -455,7 +458,9 @@ class GPT(nn.Module):
 
             def observe(site, args, name=name):
                 std = std_of(args[0], site.eps).squeeze(-1)  # (B, T)
-                observed[name] = torch.stack([std[averaged].mean(), std[:, 0].mean()])
+                how = {"mean": lambda s: s.mean(), "harmonic": lambda s: 1 / (1 / s).mean(),
+                       "squares": lambda s: s.square().mean() / s.mean()}[std_mean]
+                observed[name] = torch.stack([how(std[averaged]), how(std[:, 0])])
 
             hooks.append(site.register_forward_pre_hook(observe))
         try:

@@ -56,6 +56,10 @@ dropout = 0.0  # >= 0 and < 1: share of activations that are dropped, in fine-tu
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
 aux_loss_weight = 0.0  # >= 0: of the squared spread of the std before ln_f (arXiv 2507.02559)
 kl_share = 0.0  # >= 0 and <= 1: of KL(teacher || model) in the loss to learn from; the rest is the cross-entropy
+muon = False  # EXPERIMENT: the blocks' matrices by Muon
+event_start = "none"  # EXPERIMENT: none or refit: the next matrix by least squares at an event
+taper = 0  # >= 0: EXPERIMENT: steps from the std to the constant
+std_mean = "mean"  # EXPERIMENT: mean, harmonic or squares
 teacher = ""  # the model with LN that kl_share learns from; "": the one that it starts from
 # AdamW
 learning_rate = 6e-4  # >= 0: after warmup_iters; then a cosine to min_lr at lr_decay_iters
@@ -177,7 +181,13 @@ model.gradient_checkpointing = gradient_checkpointing
 matrices = [p for p in model.parameters() if p.dim() >= 2]  # and embeddings
 vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and LNs
 groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)]
+optimizers = []
+if muon:
+    blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    groups[0]["params"] = [p for p in matrices if all(p is not q for q in blocks)]
+    optimizers.append(torch.optim.Muon(blocks, lr=learning_rate, weight_decay=weight_decay,
+                                       adjust_lr_fn="match_rms_adamw"))
+optimizers += [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)]
 torch.manual_seed(seed + ranks.RANK)  # another dropout on every process
 if resumed:
     checkpoint.load_optimizers(optimizers, resumed)
@@ -251,7 +261,10 @@ for step in range(start, max_iters + 1):
     # the removal: before the step's forward pass, on its own batches
     with autocast:
         ids = (x for x, _ in batches(step))
-        removed = remove(model, events, step, ids, ranks.mean, std_over, std_momentum)
+        removed = remove(model, events, step, ids, ranks.mean, std_over, std_momentum, event_start, std_mean)
+    for at, kind, layer in events:
+        if taper and at <= step and kind not in ("eot", "bos"):
+            model.sites()[kind if layer is None else f"h.{layer}.{kind}"].gate = min(1.0, (step - at + 1) / taper)
     for entry in removed:
         log.write(entry)
         ranks.say(f"step {step:>6}  " + describe_event(entry))
