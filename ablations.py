@@ -56,6 +56,9 @@ def all_runs():
     runs["constant squares"] = [rate, "--std_mean=squares"]
     runs["constant over all"] = [rate, "--std_over=all"]
     runs["constant momentum 0.9"] = [rate, "--std_momentum=0.9"]
+    for weight in ("0.1", "1", "10"):
+        runs[f"kl 0.5 hidden {weight}"] = [rate, "--kl_share=0.5", f"--hidden_weight={weight}"]
+    runs["control kl 0.5 hidden 1"] = [*CONTROL, rate, "--kl_share=0.5", "--hidden_weight=1"]
     runs["refit"] = [rate, "--event_start=refit"]
     runs["taper 10"] = [rate, "--taper=10"]
     runs["taper 30"] = [rate, "--taper=30"]

@@ -56,6 +56,7 @@ dropout = 0.0  # >= 0 and < 1: share of activations that are dropped, in fine-tu
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
 aux_loss_weight = 0.0  # >= 0: of the squared spread of the std before ln_f (arXiv 2507.02559)
 kl_share = 0.0  # >= 0 and <= 1: of KL(teacher || model) in the loss to learn from; the rest is the cross-entropy
+hidden_weight = 0.0  # >= 0: EXPERIMENT: of the mean relative squared error of the blocks' outputs
 muon = False  # EXPERIMENT: the blocks' matrices by Muon
 event_start = "none"  # EXPERIMENT: none or refit: the next matrix by least squares at an event
 taper = 0  # >= 0: EXPERIMENT: steps from the std to the constant
@@ -147,6 +148,11 @@ if kl_share > 0:
     if taught_by.config.block_size < block_size:
         most = taught_by.config.block_size
         raise UserError(f"block_size {block_size} is beyond the {most} positions of {teacher}")
+
+outputs = {model: [], taught_by: []} if hidden_weight > 0 else {}
+for of in outputs:
+    for block in of.transformer.h:
+        block.register_forward_hook(lambda _, args, out, of=of: outputs[of].append(out))
 
 # --- data: a batch is a function of seed and step, whatever the number of processes
 train_tokens = open_tokens(dataset, "train", block_size, model.config.vocab_size)
@@ -259,6 +265,8 @@ for step in range(start, max_iters + 1):
         break
 
     # the removal: before the step's forward pass, on its own batches
+    for seen in outputs.values():
+        seen.clear()
     with autocast:
         ids = (x for x, _ in batches(step))
         removed = remove(model, events, step, ids, ranks.mean, std_over, std_momentum, event_start, std_mean)
@@ -283,6 +291,12 @@ for step in range(start, max_iters + 1):
             told = (taught_by.hidden(x), taught_by.lm_head.weight, kl_share) if kl_share > 0 else None
             _, loss, *more = forward(x, y, loss_only=True, with_spread=aux_loss_weight > 0, teacher=told)
         parts = more[0] if more else {}
+        if hidden_weight > 0:
+            outputs[model][:] = outputs[model][-model.config.n_layer:]
+            errors = [((a - b).square().sum(-1) / b.square().sum(-1)).mean() for a, b in zip(*outputs.values())]
+            loss = loss + hidden_weight * sum(errors) / len(errors)
+            for seen in outputs.values():
+                seen.clear()
         objective = loss + aux_loss_weight * parts.get("spread", 0.0)
         (objective / micro_steps).backward()
         step_losses[0] += parts.get("ce", loss).detach() / micro_steps

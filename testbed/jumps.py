@@ -1,0 +1,114 @@
+"""
+What a removal does to the loss before any training, one site at a time, on the testbed's model.
+
+    python testbed/jumps.py
+
+For each site: the spread of the std that it divides by, and by how much the loss on `testbed_choose` grows
+when this site alone is fake, with the constant from 16 windows of `testbed_tune` as the mean of the std, the
+harmonic mean 1 / mean(1/s), and the least-squares one mean(s^2) / mean(s), or with the matrix that reads the site
+fitted anew to the outputs that it had. Position 0 has a constant of its own throughout.
+"""
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from model import GPT, std_of
+from parts.data import open_tokens, read_windows, val_starts
+
+MODEL = "out/testbed/model"
+MEANS = {
+    "mean": lambda s: s.mean(),
+    "harmonic": lambda s: 1 / (1 / s).mean(),
+    "squares": lambda s: s.square().mean() / s.mean(),
+}
+
+
+def windows(dataset, split, n, model):
+    """x and y, (n, 256) each, spread evenly over the file."""
+    tokens = open_tokens(dataset, split, 256, model.config.vocab_size)
+    return read_windows(tokens, val_starts(tokens, n, 256), 256, "cpu")
+
+
+@torch.no_grad()
+def loss_of(model, x, y):
+    """Mean nats per token."""
+    read = torch.cat([model.hidden(rows) for rows in x.split(16)]).flatten(0, 1)
+    return model.token_losses(read, y.flatten()).double().mean().item()
+
+
+@torch.no_grad()
+def what_sites_read(model, x):
+    """{site: (its input (N, T, C), use_bos)}."""
+    seen, hooks = {}, []
+    for name, site in model.sites().items():
+        hooks.append(site.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args})))
+    model.hidden(x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def reader_of(model, name):
+    """The matrix and bias, views, that read a site; None for ln_f, whose matrix is the embedding too."""
+    if name == "ln_f":
+        return None
+    _, layer, kind = name.split(".")
+    block, C = model.transformer.h[int(layer)], model.config.n_embd
+    linear = block.mlp.c_fc if kind == "ln_2" else block.attn.c_attn
+    rows = {"ln_2": slice(0, 4 * C), "ln_1qk": slice(0, 2 * C), "ln_1v": slice(2 * C, 3 * C)}[kind]
+    return linear.weight.data[rows], linear.bias.data[rows]
+
+
+@torch.no_grad()
+def refit(W, b, before, after):
+    """Change W and b so that W after + b is nearest to what W before + b was: least squares over the rows
+    (N, C) of both, with a ridge of 0.01 of the mean square towards what they are."""
+    before, after = before.double(), after.double()
+    z = torch.cat([after, torch.ones_like(after[:, :1])], 1)
+    gram = z.T @ z
+    ridge = 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    change = torch.linalg.solve(gram + ridge, z.T @ ((before - after) @ W.T.double()))
+    W += change[:-1].T
+    b += change[-1]
+
+
+def main():
+    model = GPT.from_pretrained(MODEL).eval()
+    model.set_treatment("bos", True)
+    batch, _ = windows("testbed_tune", "train", 16, model)
+    x, y = windows("testbed_choose", "val", 64, model)
+    seen = what_sites_read(model, batch)
+    original = loss_of(model, x, y)
+    print(f"loss {original:.4f}; spread: standard deviation of the std over ordinary tokens, by its mean\n")
+    print(f"{'':<12}{'std':>8}{'spread':>8}" + "".join(f"{how:>10}" for how in [*MEANS, "refit"]))
+    found = []
+    for name, site in model.sites().items():
+        read, use_bos = seen[name]
+        std = std_of(read, site.eps).squeeze(-1)
+        ordinary = std[model.ordinary(batch)]
+        spread = (ordinary.std() / ordinary.mean()).item()
+        before = site(read, use_bos)
+        site.ln_mode = "fake"
+        jumps = []
+        for mean in MEANS.values():
+            model.set_std({name: (mean(ordinary), mean(std[:, 0]))})
+            jumps.append(loss_of(model, x, y) - original)
+        model.set_std({name: (ordinary.mean(), std[:, 0].mean())})
+        if reader_of(model, name):
+            W, b = reader_of(model, name)
+            kept = W.clone(), b.clone()
+            refit(W, b, before.flatten(0, 1), site(read, use_bos).flatten(0, 1))
+            jumps.append(loss_of(model, x, y) - original)
+            W.copy_(kept[0])
+            b.copy_(kept[1])
+        site.ln_mode = "real"
+        found.append((spread, jumps[0]))
+        print(f"{name:<12}{ordinary.mean():>8.3f}{spread:>8.3f}" + "".join(f"{jump:>+10.4f}" for jump in jumps))
+    ranks = torch.tensor(found).T.argsort().argsort().double()
+    print(f"\nrank correlation of spread and jump: {torch.corrcoef(ranks)[0, 1]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
