@@ -59,6 +59,8 @@ def all_runs():
     for weight in ("0.1", "1", "10"):
         runs[f"kl 0.5 hidden {weight}"] = [rate, "--kl_share=0.5", f"--hidden_weight={weight}"]
     runs["control kl 0.5 hidden 1"] = [*CONTROL, rate, "--kl_share=0.5", "--hidden_weight=1"]
+    for temperature in ("2", "0.5"):
+        runs[f"kl 0.5 temperature {temperature}"] = [rate, "--kl_share=0.5", f"--temperature={temperature}"]
     runs["refit"] = [rate, "--event_start=refit"]
     runs["taper 10"] = [rate, "--taper=10"]
     runs["taper 30"] = [rate, "--taper=30"]

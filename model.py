@@ -25,6 +25,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+TEMPERATURE = 1.0
 KINDS = ("ln_1qk", "ln_1v", "ln_2")  # the sites of a block
 LOSS_ROWS = 1024  # tokens whose logits exist at one time when only the loss is asked for
 HEAD_ROWS = 128  # the same, where there is no gradient: glibc maps anew each time what is beyond 32 MB
@@ -230,7 +231,12 @@ def piece_loss(logits, targets, teacher_logits, kl_share):
         log_q = at_least_float32(teacher_logits).log_softmax(-1)
         q = log_q.exp()
         kl = ((q * (log_q - log_p)).sum(-1) * counts).sum()
-        gradient = gradient - kl_share * q
+        if TEMPERATURE == 1:
+            gradient = gradient - kl_share * q
+        else:  # EXPERIMENT
+            T = TEMPERATURE
+            p_t, q_t = (at_least_float32(x).div(T).softmax(-1) for x in (logits, teacher_logits))
+            gradient = (1 - kl_share) * gradient + kl_share * T * (p_t - q_t)
     return ce, kl, gradient.scatter_add(-1, at, gradient.new_full(at.shape, kl_share - 1))
 
 

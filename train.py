@@ -56,6 +56,7 @@ dropout = 0.0  # >= 0 and < 1: share of activations that are dropped, in fine-tu
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
 aux_loss_weight = 0.0  # >= 0: of the squared spread of the std before ln_f (arXiv 2507.02559)
 kl_share = 0.0  # >= 0 and <= 1: of KL(teacher || model) in the loss to learn from; the rest is the cross-entropy
+temperature = 1.0  # EXPERIMENT: of both distributions in KL
 hidden_weight = 0.0  # >= 0: EXPERIMENT: of the mean relative squared error of the blocks' outputs
 muon = False  # EXPERIMENT: the blocks' matrices by Muon
 event_start = "none"  # EXPERIMENT: none or refit: the next matrix by least squares at an event
@@ -149,6 +150,8 @@ if kl_share > 0:
         most = taught_by.config.block_size
         raise UserError(f"block_size {block_size} is beyond the {most} positions of {teacher}")
 
+import model as model_py
+model_py.TEMPERATURE = temperature
 outputs = {model: [], taught_by: []} if hidden_weight > 0 else {}
 for of in outputs:
     for block in of.transformer.h:
