@@ -11,7 +11,6 @@ line of ablations.csv has the commit, the flags, the seed, and what was measured
 """
 import csv
 import json
-import math
 import os
 import shlex
 import subprocess
@@ -42,7 +41,7 @@ FIELDS += [f"{part}_{what}" for part in ("choose", "report") for what in MEASURE
 def all_runs():
     """{name: flags of train.py}."""
     runs = {}
-    for rate in ("1e-4", "2e-4", "4e-4", "8e-4"):
+    for rate in ("1e-4", "2e-4", "4e-4", "8e-4", "1.6e-3"):
         at = [f"--learning_rate={rate}"]
         runs[f"recipe lr {rate}"] = at
         runs[f"control lr {rate}"] = [*CONTROL, *at]
@@ -50,7 +49,7 @@ def all_runs():
             runs[f"kl {share} lr {rate}"] = [*at, f"--kl_share={share}"]
             runs[f"control kl {share} lr {rate}"] = [*CONTROL, *at, f"--kl_share={share}"]
     rate = "--learning_rate=4e-4"
-    for muon_rate in ("2e-4", "4e-4", "8e-4", "1.6e-3"):
+    for muon_rate in ("4e-4", "8e-4", "1.6e-3", "3.2e-3"):
         runs[f"muon lr {muon_rate}"] = [f"--learning_rate={muon_rate}", "--muon=True"]
     runs["constant harmonic"] = [rate, "--std_mean=harmonic"]
     runs["constant squares"] = [rate, "--std_mean=squares"]
@@ -137,27 +136,43 @@ def run(name, flags, seed):
     print(f"{name:<28} seed {seed}  {seconds:>5.0f} s  {found}", flush=True)
 
 
-def print_means():
-    """Means over seeds of the losses on `choose` and on `report`; ± is the spread over seeds."""
-    by_name = {}
-    for (name, n, _), row in done_already().items():
-        by_name.setdefault((name, n), []).append(row)
-    print(f"{'':<24}{'steps':>6}{'seeds':>6}{'choose':>8}{'±':>7}{'KL':>7}{'report':>8}{'KL':>7}{'max':>7}")
-    lines = []
-    for (name, n), rows in by_name.items():
-        means = {key: mean(float(row[key]) for row in rows) for key in FIELDS[6:]}
-        spread = stdev(float(row["choose_loss"]) for row in rows) if len(rows) > 1 else math.nan
-        line = f"{name:<24}{n:>6}{len(rows):>6}{means['choose_loss']:>8.4f}{spread:>7.4f}{means['choose_kl']:>7.4f}"
-        line += f"{means['report_loss']:>8.4f}{means['report_kl']:>7.4f}{means['report_max']:>7.2f}"
-        lines.append((means["choose_loss"], line))
-    for _, line in sorted(lines):
+def means():
+    """The csv's rows of a name and a number of steps in one: [{"name", "steps", "seeds", "gap", "gap_sd", ...}],
+    the lowest loss on `choose` first. The gap is on `report`, to the model with LN that has the lowest loss on
+    `choose` at as many steps, over the seeds that both have."""
+    groups = {}
+    for (name, n, seed), row in done_already().items():
+        numbers = {key: float(row[key]) for key in FIELDS[6:]}
+        groups.setdefault((name, n), {})[seed] = numbers
+    found = []
+    for (name, n), seeds_of in groups.items():
+        mean_of = {key: mean(row[key] for row in seeds_of.values()) for key in FIELDS[6:]}
+        found.append(dict(name=name, steps=n, seeds=seeds_of, **mean_of))
+    found.sort(key=lambda row: row["choose_loss"])
+    for row in found:
+        best = next((r for r in found if r["name"].startswith("control") and r["steps"] == row["steps"]), None)
+        both = row["seeds"].keys() & best["seeds"].keys() if best else ()
+        gaps = [row["seeds"][seed]["report_loss"] - best["seeds"][seed]["report_loss"] for seed in both]
+        row["gap"] = mean(gaps) if gaps else None
+        row["gap_sd"] = stdev(gaps) if len(gaps) > 1 else None
+    return found
+
+
+def print_means(rows):
+    """± is the standard deviation over seeds."""
+    print(f"{'':<25}{'steps':>6}{'seeds':>6}{'choose':>8}{'report':>8}{'KL':>7}{'max':>6}{'gap':>8}{'±':>6}")
+    for row in rows:
+        line = f"{row['name']:<25}{row['steps']:>6}{len(row['seeds']):>6}{row['choose_loss']:>8.4f}"
+        line += f"{row['report_loss']:>8.4f}{row['report_kl']:>7.4f}{row['report_max']:>6.1f}"
+        line += "" if row["gap"] is None else f"{row['gap']:>+8.4f}"
+        line += "" if row["gap_sd"] is None else f"{row['gap_sd']:>6.4f}"[:6]
         print(line)
 
 
 def main():
     configure(globals(), sys.argv[1:], __doc__)
     if show:
-        return print_means()
+        return print_means(means())
     if not os.path.isdir(ORIGINAL):
         raise UserError(f"{ORIGINAL} is not there: run `make testbed` first")
     beginnings = tuple(only.split(","))
