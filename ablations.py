@@ -60,6 +60,8 @@ def all_runs():
     runs["control kl 0.5 hidden 1"] = [*CONTROL, rate, "--kl_share=0.5", "--hidden_weight=1"]
     for temperature in ("2", "0.5"):
         runs[f"kl 0.5 temperature {temperature}"] = [rate, "--kl_share=0.5", f"--temperature={temperature}"]
+    for near in ("0.003", "0.01"):
+        runs[f"kl 0.5 adaptive {near}"] = ["--learning_rate=8e-4", "--kl_share=0.5", f"--adaptive={near}"]
     runs["refit"] = [rate, "--event_start=refit"]
     runs["taper 10"] = [rate, "--taper=10"]
     runs["taper 30"] = [rate, "--taper=30"]

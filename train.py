@@ -28,7 +28,7 @@ from parts.errors import UserError
 from parts.files import check_out_dir
 from parts.speed import flops_per_token, peak_flops
 from parts.tokenizer import copy_tokenizer
-from schedule import check_modes, describe, describe_event, learning_rate_at, remove, set_treatments, timeline
+from schedule import check_modes, describe, describe_event, learning_rate_at, remove, set_treatments, site_name, timeline
 
 # -----------------------------------------------------------------------------
 # settings: a default, and a comment that says what it means; configurator.py checks the bound in it
@@ -57,6 +57,7 @@ gradient_checkpointing = False  # recompute activations in the backward pass: le
 aux_loss_weight = 0.0  # >= 0: of the squared spread of the std before ln_f (arXiv 2507.02559)
 kl_share = 0.0  # >= 0 and <= 1: of KL(teacher || model) in the loss to learn from; the rest is the cross-entropy
 temperature = 1.0  # EXPERIMENT: of both distributions in KL
+adaptive = 0.0  # >= 0: EXPERIMENT: the next event when the smoothed KL is back within this of what it was, or max_iters / 25 steps on
 hidden_weight = 0.0  # >= 0: EXPERIMENT: of the mean relative squared error of the blocks' outputs
 muon = False  # EXPERIMENT: the blocks' matrices by Muon
 event_start = "none"  # EXPERIMENT: none or refit: the next matrix by least squares at an event
@@ -249,7 +250,17 @@ columns = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # 80 hol
 bar = tqdm(total=max_iters, initial=start, bar_format=columns, disable=None if ranks.RANK == 0 else True)
 model.train()
 
+waiting, smooth, before = (list(events) if adaptive else []), 0.0, 0.0
+if adaptive:
+    events.clear()
 for step in range(start, max_iters + 1):
+    if waiting:
+        wait = step - events[-1][0] if events else step
+        if wait >= max_iters // 25 or (wait >= 1 and step >= 5 and (smooth <= before + adaptive)):
+            events.append((step, *waiting.pop(0)[1:]))
+            before = smooth
+        if not waiting:
+            ranks.say(f"what was done: {[(site_name(*e[1:]), e[0], None) for e in events]}")
     if interruption.on_any_rank(device):
         checkpoint.save(out_dir, step, model, optimizers, settings)
         bar.close()
@@ -312,6 +323,7 @@ for step in range(start, max_iters + 1):
 
     # the log
     loss, kl = ranks.mean(step_losses).tolist()
+    smooth = 0.7 * smooth + 0.3 * kl
     if not math.isfinite(loss):
         bar.close()
         ranks.leave()
