@@ -49,7 +49,7 @@ def all_runs():
             runs[f"kl {share} lr {rate}"] = [*at, f"--kl_share={share}"]
             runs[f"control kl {share} lr {rate}"] = [*CONTROL, *at, f"--kl_share={share}"]
     rate = "--learning_rate=4e-4"
-    for muon_rate in ("4e-4", "8e-4", "1.6e-3", "3.2e-3"):
+    for muon_rate in ("2e-4", "4e-4", "8e-4", "1.6e-3"):
         runs[f"muon lr {muon_rate}"] = [f"--learning_rate={muon_rate}", "--muon=True"]
     runs["constant harmonic"] = [rate, "--std_mean=harmonic"]
     runs["constant squares"] = [rate, "--std_mean=squares"]
