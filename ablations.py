@@ -162,12 +162,12 @@ def means():
 
 def print_means(rows):
     """± is the standard deviation over seeds."""
-    print(f"{'':<25}{'steps':>6}{'seeds':>6}{'choose':>8}{'report':>8}{'KL':>7}{'max':>6}{'gap':>8}{'±':>6}")
+    print(f"{'':<24}{'steps':>6}{'seeds':>6}{'choose':>8}{'report':>8}{'KL':>7}{'max':>6}{'gap':>8}{'±':>7}")
     for row in rows:
-        line = f"{row['name']:<25}{row['steps']:>6}{len(row['seeds']):>6}{row['choose_loss']:>8.4f}"
+        line = f"{row['name']:<24}{row['steps']:>6}{len(row['seeds']):>6}{row['choose_loss']:>8.4f}"
         line += f"{row['report_loss']:>8.4f}{row['report_kl']:>7.4f}{row['report_max']:>6.1f}"
         line += "" if row["gap"] is None else f"{row['gap']:>+8.4f}"
-        line += "" if row["gap_sd"] is None else f"{row['gap_sd']:>6.4f}"[:6]
+        line += "" if row["gap_sd"] is None else f"{row['gap_sd']:>7.4f}"
         print(line)
 
 

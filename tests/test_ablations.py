@@ -42,19 +42,31 @@ def test_every_run_of_the_table_has_settings_that_train_py_knows():
                 assert os.path.isfile(os.path.join(REPO, flag)), name
 
 
-def test_the_table_has_means_over_seeds_the_best_first(run):
+def test_the_table_has_means_over_seeds_and_the_gap_to_the_best_model_with_ln(run):
+    """The best one is chosen on `choose`, and the gap is on `report`, over the seeds that both have."""
+    rows = [  # name, steps, seed, loss on choose, loss on report
+        ("recipe", 300, 1, 3.30, 3.50),
+        ("recipe", 300, 2, 3.32, 3.56),
+        ("control a", 300, 1, 3.20, 3.45),
+        ("control a", 300, 2, 3.22, 3.47),
+        ("control a", 300, 3, 3.24, 9.99),
+        ("control b", 300, 1, 3.25, 3.00),  # better on report alone
+        ("recipe", 150, 1, 3.40, 3.60),
+    ]
     with open("ablations.csv", "w") as f:
         writer = csv.DictWriter(f, ablations.FIELDS)
         writer.writeheader()
-        for name, seed, loss in (("worse", 1, 3.0), ("worse", 2, 3.2), ("better", 1, 3.05)):
-            numbers = {key: 0.5 for key in ablations.FIELDS[6:]} | dict(choose_loss=loss)
-            writer.writerow(dict(name=name, steps=300, seed=seed) | numbers)
+        for name, steps, seed, choose, report in rows:
+            numbers = {key: 0.5 for key in ablations.FIELDS[6:]} | dict(choose_loss=choose, report_loss=report)
+            writer.writerow(dict(name=name, steps=steps, seed=seed) | numbers)
     done = run("ablations.py", "--show")
     assert done.code == 0, done.text
-    head, first, second = done.text.strip("\n").splitlines()
-    assert max(map(len, (head, first, second))) <= 80
-    assert first.split()[:4] == ["better", "300", "1", "3.0500"]
-    assert second.split()[:5] == ["worse", "300", "2", "3.1000", f"{0.2 / 2 ** 0.5:.4f}"]
+    head, *lines = done.text.strip("\n").splitlines()
+    assert max(map(len, (head, *lines))) <= 80
+    assert [line[:9].strip() for line in lines] == ["control a", "control b", "recipe", "recipe"]
+    # gaps of 0.05 and 0.09: their mean, and 0.04 / sqrt(2)
+    assert lines[2].split() == ["recipe", "300", "2", "3.3100", "3.5300", "0.5000", "0.5", "+0.0700", "0.0283"]
+    assert lines[3].split() == ["recipe", "150", "1", "3.4000", "3.6000", "0.5000", "0.5"]
 
 
 def test_without_the_testbed_nothing_is_run(run):

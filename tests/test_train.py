@@ -285,6 +285,18 @@ def test_an_interrupted_run_ends_with_the_same_bits(removal, monkeypatch, step):
     assert read_json("out/run/settings.json")["init_from"] == TINY  # eval.py's original, not `resume`
 
 
+def test_the_log_has_the_kl_from_the_original_which_the_first_step_does_not_have_yet(run, stdlib):
+    """In float32, before any event, the model is its own teacher; then it leaves it."""
+    short = ["--kl_share=0.5", "--dtype=float32", "--ln_schedule=[('ln_2', 3, 0)]", "--learning_rate=1e-3"]
+    assert run("train.py", *SHORT, *short).code == 0
+    kl = read_log("out/run", "kl")
+    assert len(kl) == 12
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert 1e-4 < kl[2] < kl[3]  # at step 3 the four ln_2 go
+    assert run("train.py", *SHORT, "--out_dir=out/plain").code == 0
+    assert read_log("out/plain", "kl") == []
+
+
 class Killed(BaseException):
     """Raised where a kill would end the process."""
 
