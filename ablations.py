@@ -23,71 +23,104 @@ from parts.errors import UserError
 
 # -----------------------------------------------------------------------------
 only = ""  # beginnings of names, with commas between; "": all runs
-seeds = 1  # >= 1: of each run: 1, 2, ...
-steps = 300  # >= 1: of each run, as max_iters
 tokens = 150_000  # >= 1: of each val set
 path = "ablations.csv"  # what was measured
 show = False  # only print the table
+picture = ""  # with show: a file to draw the gap over tokens into
 # -----------------------------------------------------------------------------
 
 CONFIG = "config/remove_ln_testbed.py"
 ORIGINAL = "out/testbed/model"
-CONTROL = ["config/control.py"]
 MEASURED = ("loss", "loss_se", "kl", "agree", "max")
-FIELDS = ["name", "steps", "seed", "commit", "flags", "seconds"]
-FIELDS += [f"{part}_{what}" for part in ("choose", "report") for what in MEASURED]
+NUMBERS = [f"{part}_{what}" for part in ("choose", "report") for what in MEASURED]
+FIELDS = ["name", "steps", "seed", "commit", "flags", "seconds", *NUMBERS]
+
+CONTROL = ["config/control.py"]
+LEARN = ["--kl_share=0.5"]
+RATES = ("1e-4", "2e-4", "4e-4", "8e-4", "1.6e-3")
+METHODS = {  # flags, and rates with the best one between others
+    "recipe": ([], RATES[:4]),
+    "control": (CONTROL, RATES[:4]),
+    "kl 0.5": (LEARN, RATES[1:]),
+    "control kl 0.5": ([*LEARN, *CONTROL], RATES[1:]),
+}
+# each at the rate that was best on `choose`
+CHOSEN = ("recipe lr 4e-4", "control lr 2e-4", "kl 0.5 lr 8e-4", "control kl 0.5 lr 8e-4")
+STEPS = 300  # 1.2 M tokens
+
+LAST = [("ln_f", 0.195, None), ("eot", 0.21, None), ("bos", 0.24, None)]
+ORDERS = {
+    "down": [
+        ("ln_2", (0.03, 0.075), None, "down"),
+        ("ln_1qk", (0.075, 0.12), None, "down"),
+        ("ln_1v", (0.12, 0.19), None, "down"),
+        *LAST,
+    ],
+    "ln_f first": [
+        ("ln_f", 0.03, None),
+        ("ln_2", (0.04, 0.09), None),
+        ("ln_1qk", (0.09, 0.14), None),
+        ("ln_1v", (0.14, 0.19), None),
+        *LAST[1:],
+    ],
+    "at once": [
+        ("ln_2", 0.03, 0),
+        ("ln_1qk", 0.03, 0),
+        ("ln_1v", 0.03, 0),
+        ("ln_f", 0.03, None),
+        ("eot", 0.03, None),
+        ("bos", 0.03, None),
+    ],
+    "bos and eot late": [
+        ("ln_2", (0.03, 0.075), None),
+        ("ln_1qk", (0.075, 0.12), None),
+        ("ln_1v", (0.12, 0.19), None),
+        ("ln_f", 0.195, None),
+        ("eot", 0.5, None),
+        ("bos", 0.6, None),
+    ],
+    "slow": [
+        ("ln_2", (0.05, 0.2), None),
+        ("ln_1qk", (0.2, 0.35), None),
+        ("ln_1v", (0.35, 0.55), None),
+        ("ln_f", 0.55, None),
+        ("eot", 0.6, None),
+        ("bos", 0.65, None),
+    ],
+}
+
+
+def settings_of_runs():
+    """{name: flags of train.py}."""
+    runs = {}
+    for method, (flags, rates) in METHODS.items():
+        for rate in rates:
+            runs[f"{method} lr {rate}"] = [f"--learning_rate={rate}", *flags]
+    at = "--learning_rate=4e-4"
+    for share in ("0.8", "1"):
+        runs[f"kl {share} lr 4e-4"] = [at, f"--kl_share={share}"]
+    for beta2 in ("0.95", "0.999"):
+        runs[f"beta2 {beta2}"] = [at, f"--beta2={beta2}"]
+    for weight in ("0.1", "1"):
+        runs[f"aux {weight}"] = [at, f"--aux_loss_weight={weight}"]
+    runs["constant over all"] = [at, "--std_over=all"]
+    runs["constant momentum 0.9"] = [at, "--std_momentum=0.9"]
+    for order, ln_schedule in ORDERS.items():
+        runs[f"order {order}"] = [at, f"--ln_schedule={ln_schedule}"]
+    return runs
 
 
 def all_runs():
-    """{name: flags of train.py}."""
-    runs = {}
-    for rate in ("1e-4", "2e-4", "4e-4", "8e-4", "1.6e-3"):
-        at = [f"--learning_rate={rate}"]
-        runs[f"recipe lr {rate}"] = at
-        runs[f"control lr {rate}"] = [*CONTROL, *at]
-        for share in ("0.5", "0.8", "1"):
-            runs[f"kl {share} lr {rate}"] = [*at, f"--kl_share={share}"]
-            runs[f"control kl {share} lr {rate}"] = [*CONTROL, *at, f"--kl_share={share}"]
-    rate = "--learning_rate=4e-4"
-    for muon_rate in ("2e-4", "4e-4", "8e-4", "1.6e-3"):
-        runs[f"muon lr {muon_rate}"] = [f"--learning_rate={muon_rate}", "--muon=True"]
-    runs["constant harmonic"] = [rate, "--std_mean=harmonic"]
-    runs["constant squares"] = [rate, "--std_mean=squares"]
-    runs["constant over all"] = [rate, "--std_over=all"]
-    runs["constant momentum 0.9"] = [rate, "--std_momentum=0.9"]
-    for weight in ("0.1", "1", "10"):
-        runs[f"kl 0.5 hidden {weight}"] = [rate, "--kl_share=0.5", f"--hidden_weight={weight}"]
-    runs["control kl 0.5 hidden 1"] = [*CONTROL, rate, "--kl_share=0.5", "--hidden_weight=1"]
-    for temperature in ("2", "0.5"):
-        runs[f"kl 0.5 temperature {temperature}"] = [rate, "--kl_share=0.5", f"--temperature={temperature}"]
-    for near in ("0.003", "0.01"):
-        runs[f"kl 0.5 adaptive {near}"] = ["--learning_rate=8e-4", "--kl_share=0.5", f"--adaptive={near}"]
-    runs["refit"] = [rate, "--event_start=refit"]
-    runs["taper 10"] = [rate, "--taper=10"]
-    runs["taper 30"] = [rate, "--taper=30"]
-    runs["beta2 0.95"] = [rate, "--beta2=0.95"]
-    runs["beta2 0.999"] = [rate, "--beta2=0.999"]
-    runs["aux 0.1"] = [rate, "--aux_loss_weight=0.1"]
-    runs["aux 1"] = [rate, "--aux_loss_weight=1"]
-    ends = [("ln_f", 0.195, None), ("eot", 0.21, None), ("bos", 0.24, None)]
-    for name, schedule in {
-        "down": [("ln_2", (0.03, 0.075), None, "down"), ("ln_1qk", (0.075, 0.12), None, "down"),
-                 ("ln_1v", (0.12, 0.19), None, "down"), *ends],
-        "attention first": [("ln_1qk", (0.03, 0.075), None), ("ln_1v", (0.075, 0.12), None),
-                            ("ln_2", (0.12, 0.19), None), *ends],
-        "ln_f first": [("ln_f", 0.03, None), ("ln_2", (0.04, 0.09), None), ("ln_1qk", (0.09, 0.14), None),
-                       ("ln_1v", (0.14, 0.19), None), *ends[1:]],
-        "at once": [("ln_2", 0.03, 0), ("ln_1qk", 0.03, 0), ("ln_1v", 0.03, 0), ("ln_f", 0.03, None),
-                    ("eot", 0.03, None), ("bos", 0.03, None)],
-        "bos and eot late": [*[("ln_2", (0.03, 0.075), None), ("ln_1qk", (0.075, 0.12), None),
-                               ("ln_1v", (0.12, 0.19), None)], ends[0], ("eot", 0.5, None), ("bos", 0.6, None)],
-        "slow": [("ln_2", (0.05, 0.2), None), ("ln_1qk", (0.2, 0.35), None), ("ln_1v", (0.35, 0.55), None),
-                 ("ln_f", 0.55, None), ("eot", 0.6, None), ("bos", 0.65, None)],
-    }.items():
-        runs[f"order {name}"] = [rate, f"--ln_schedule={schedule}"]
-    taught = "--teacher=out/ablations/control_lr_2e-4_{steps}_{seed}_control/model"
-    runs["kl 0.5 to control"] = ["--learning_rate=4e-4", "--kl_share=0.5", taught]
-    return runs
+    """[(name, steps, seed)]: every rate of each method; what was chosen by it with more seeds, and for fewer and
+    more steps; what changes one thing of the recipe, at half the steps."""
+    names = list(settings_of_runs())
+    swept = [name for name in names if name.rpartition(" lr ")[0] in METHODS]
+    runs = [(name, STEPS, 1) for name in swept]
+    runs += [(name, STEPS, seed) for seed in (2, 3) for name in CHOSEN]
+    runs += [(name, STEPS // 2, seed) for seed in (1, 2, 3) for name in CHOSEN[2:]]
+    runs += [(name, steps, 1) for steps in (STEPS // 4, STEPS // 2, 2 * STEPS) for name in CHOSEN if name != CHOSEN[1]]
+    runs += [(name, STEPS // 2, 1) for name in ("kl 0.5 lr 4e-4", *names[len(swept) :])]
+    return list(dict.fromkeys(runs))
 
 
 def done_already():
@@ -106,11 +139,12 @@ def call(*command):
         raise UserError(f"{shlex.join(command)} ended with {done.returncode}: {' '.join(last)}")
 
 
-def run(name, flags, seed):
+def run(name, steps, seed):
     """Train, evaluate, and append a line."""
     out_dir = f"out/ablations/{name.replace(' ', '_')}_{steps}_{seed}"
-    flags = [flag.replace("{steps}", str(steps)).replace("{seed}", str(seed)) for flag in flags]
+    flags = settings_of_runs()[name]
     settings = [f"--out_dir={out_dir}", *flags, f"--seed={seed}", f"--max_iters={steps}", "--force"]
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     began = time.monotonic()
     call("train.py", CONFIG, *settings)
     seconds = time.monotonic() - began
@@ -121,7 +155,6 @@ def run(name, flags, seed):
     call("eval.py", f"--models={ORIGINAL},{out_dir}", f"--json={result}", *val)
     with open(result) as f:
         rows = json.load(f)["rows"]
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     line = dict(name=name, steps=steps, seed=seed, commit=git.stdout.strip(), flags=shlex.join(flags))
     line["seconds"] = round(seconds)
     for row in rows:
@@ -144,11 +177,11 @@ def means():
     `choose` at as many steps, over the seeds that both have."""
     groups = {}
     for (name, n, seed), row in done_already().items():
-        numbers = {key: float(row[key]) for key in FIELDS[6:]}
+        numbers = {key: float(row[key]) for key in NUMBERS}
         groups.setdefault((name, n), {})[seed] = numbers
     found = []
     for (name, n), seeds_of in groups.items():
-        mean_of = {key: mean(row[key] for row in seeds_of.values()) for key in FIELDS[6:]}
+        mean_of = {key: mean(row[key] for row in seeds_of.values()) for key in NUMBERS}
         found.append(dict(name=name, steps=n, seeds=seeds_of, **mean_of))
     found.sort(key=lambda row: row["choose_loss"])
     for row in found:
@@ -171,17 +204,49 @@ def print_means(rows):
         print(line)
 
 
+def draw(rows, file):
+    """The gap over tokens, of the recipe and of the best method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, color in ((CHOSEN[0], "tab:red"), (CHOSEN[2], "tab:green")):
+        points = sorted((row["steps"] * 4096 / 1e6, row["gap"]) for row in rows if row["name"] == name and row["gap"])
+        axis.plot(*zip(*points), "o-", color=color, label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    ticks = [steps * 4096 / 1e6 for steps in (STEPS // 4, STEPS // 2, STEPS, 2 * STEPS)]
+    axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    axis.yaxis.set_major_formatter("{x:.3g}")
+    axis.set_xlabel("million tokens of fine-tuning")
+    axis.set_ylabel("gap to the best model with LN, nats per token")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    print(f"next: look at {file}")
+
+
 def main():
     configure(globals(), sys.argv[1:], __doc__)
     if show:
-        return print_means(means())
+        rows = means()
+        print_means(rows)
+        return draw(rows, picture) if picture else None
     if not os.path.isdir(ORIGINAL):
         raise UserError(f"{ORIGINAL} is not there: run `make testbed` first")
     beginnings = tuple(only.split(","))
-    for seed in range(1, seeds + 1):
-        for name, flags in all_runs().items():
-            if name.startswith(beginnings) and (name, steps, seed) not in done_already():
-                run(name, flags, seed)
+    failed = 0
+    for name, steps, seed in all_runs():
+        if name.startswith(beginnings) and (name, steps, seed) not in done_already():
+            try:
+                run(name, steps, seed)
+            except UserError as e:
+                failed += 1
+                print(f"{name}, {steps} steps, seed {seed}: {e}", flush=True)
+    if failed:
+        raise UserError(f"{failed} runs failed, see above; the others are in {path}")
 
 
 if __name__ == "__main__":

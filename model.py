@@ -25,13 +25,12 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-TEMPERATURE = 1.0
 KINDS = ("ln_1qk", "ln_1v", "ln_2")  # the sites of a block
-LOSS_ROWS = 1024  # tokens whose logits exist at one time when only the loss is asked for
-HEAD_ROWS = 128  # the same, where there is no gradient: glibc maps anew each time what is beyond 32 MB
+LOSS_ROWS = 1024  # tokens whose logits exist at one time in training
+EVAL_ROWS = 128  # the same for the exact logits of an evaluation: glibc maps anew each time what is beyond 32 MB
 # With CUDA each piece costs kernel launches, and a gradient of the size of the whole unembedding: so
-# pieces there are 8 times as large.
-GPU_ROWS = 8
+# pieces there are this many times as large.
+GPU_FACTOR = 8
 
 
 @dataclass
@@ -81,7 +80,6 @@ class LayerNorm(nn.Module):
         self.register_buffer("avg_std", torch.tensor(1.0), persistent=False)
         self.register_buffer("bos_std", torch.tensor(1.0), persistent=False)
         self.ln_mode = "real"
-        self.gate = 1.0
 
     @property
     def ln_mode(self):
@@ -100,8 +98,6 @@ class LayerNorm(nn.Module):
             std = torch.where(self.fake, self.constant(use_bos), std_of(x, self.eps))
         elif self.ln_mode == "fake":
             std = self.constant(use_bos)
-            if self.gate < 1:  # EXPERIMENT
-                std = self.gate * std + (1 - self.gate) * std_of(x, self.eps)
         else:  # the same as below with std_of(x), in one kernel
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         x32 = at_least_float32(x)  # as F.layer_norm computes, under autocast too
@@ -221,7 +217,8 @@ def piece_loss(logits, targets, teacher_logits, kl_share):
     KL(teacher || model), both in nats, and the gradient of each row's loss by its logits, (rows, V).
 
     With p and q the distributions of model and teacher, and t the target as a distribution, that gradient is
-    p - (1 - kl_share) t - kl_share q. It has no meaning where a target is -1, which doesn't count."""
+    p - (1 - kl_share) t - kl_share q. It has no meaning where a target is -1, which doesn't count. Written by
+    hand: who changes a loss changes its gradient here too."""
     counts = targets != -1
     at = targets.clamp(min=0).unsqueeze(-1)  # (rows, 1)
     log_p = at_least_float32(logits).log_softmax(-1)
@@ -231,13 +228,16 @@ def piece_loss(logits, targets, teacher_logits, kl_share):
         log_q = at_least_float32(teacher_logits).log_softmax(-1)
         q = log_q.exp()
         kl = ((q * (log_q - log_p)).sum(-1) * counts).sum()
-        if TEMPERATURE == 1:
-            gradient = gradient - kl_share * q
-        else:  # EXPERIMENT
-            T = TEMPERATURE
-            p_t, q_t = (at_least_float32(x).div(T).softmax(-1) for x in (logits, teacher_logits))
-            gradient = (1 - kl_share) * gradient + kl_share * T * (p_t - q_t)
+        gradient = gradient - kl_share * q
     return ce, kl, gradient.scatter_add(-1, at, gradient.new_full(at.shape, kl_share - 1))
+
+
+def centred(W, dtype):
+    """W (V, C) or (V,) less its mean over V, in dtype: so much smaller logits with the same softmax. GPT-2's lie
+    near -100, where bfloat16's steps of 0.5 would be a noise in KL as large as KL. None stays None."""
+    if W is None or W.dtype == dtype:
+        return W
+    return (W - W.mean(0)).to(dtype)
 
 
 class LossInPieces(torch.autograd.Function):
@@ -249,15 +249,19 @@ class LossInPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, b, targets, x_teacher, W_teacher, kl_share, piece_loss, with_gradient):
-        """x and x_teacher (N, C), W and W_teacher (V, C), b (V,), targets (N,); b and what is the teacher's
-        may be None -> loss, ce, kl, scalars."""
+        """x and x_teacher (N, C), W and W_teacher (V, C), b (V,), targets (N,), of which -1 doesn't count; b and
+        what is the teacher's may be None. piece_loss: the function above, or compiled; with_gradient: whether
+        backward will be called -> loss, ce, kl, scalars, the last two without gradient. The matrix products are
+        in autocast's dtype."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        w, w_b, w_teacher = (None if t is None else t.to(dtype) for t in (W, b, W_teacher))
+        w, w_b, w_teacher = (centred(t, dtype) for t in (W, b, W_teacher))
         counted = (targets != -1).unsqueeze(-1)
         share = counted / counted.sum().to(W.dtype)  # of each token in the mean, (N, 1)
-        grad_x, grad_W = torch.empty_like(x), torch.zeros_like(W)
-        grad_b = None if b is None else torch.zeros_like(b)
+        grad_x = grad_W = grad_b = None
+        if with_gradient:
+            grad_x, grad_W = torch.empty_like(x), torch.zeros_like(W)
+            grad_b = None if b is None else torch.zeros_like(b)
         ce = kl = 0
         rows = piece_rows(x, LOSS_ROWS)
         for i in range(0, len(x), rows):
@@ -285,6 +289,9 @@ class LossInPieces(torch.autograd.Function):
 
 
 class GPT(nn.Module):
+    """GPT-2, whole or folded. Beside its weights it has what ln_state saves, the sites' modes and constants and the
+    two treatments; and two ways to compute the same: gradient_checkpointing, and piece_loss, which may be compiled."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -327,8 +334,10 @@ class GPT(nn.Module):
 
         With loss_only the logits are None: they exist piece by piece alone, see LossInPieces. With
         with_spread or a teacher a third value follows, a dict: "spread", std_spread of the residual stream
-        before ln_f; "ce" and "kl", see losses_in_pieces, of which the loss is then a mixture. ValueError if T
-        is beyond block_size."""
+        before ln_f; "ce" and "kl", of which the loss is then a mixture: see losses_in_pieces. ValueError if T
+        is beyond block_size, or a teacher is given without loss_only."""
+        if teacher is not None and not loss_only:
+            raise ValueError("a teacher's KL is part of the loss in pieces: give loss_only=True too")
         x, use_bos = self.run_blocks(idx)
         more = {"spread": self.std_spread(x, idx)} if with_spread else {}
         x = self.final_norm(x, use_bos)
@@ -340,7 +349,7 @@ class GPT(nn.Module):
         else:
             logits = self.lm_head(x)
             if targets is not None:
-                loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+                loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
         return (logits, loss, more) if more else (logits, loss)
 
     def hidden(self, idx, pos=None, mask=None, cache=None):
@@ -376,17 +385,19 @@ class GPT(nn.Module):
 
     @torch.compiler.disable  # in one graph with the blocks, all pieces would be in memory at one time
     def losses_in_pieces(self, x, targets, teacher=None):
-        """x (B, T, C), targets (B, T) -> the loss to learn from, and as figures without gradient the mean
-        cross-entropy and the mean KL(teacher || model); all in nats per token.
+        """x (B, T, C), targets (B, T) -> the loss; and for the log, without gradient, the mean cross-entropy and
+        the mean KL(teacher || model); all in nats per token.
 
-        teacher: what another model's unembedding reads (B, T, C), its weight (vocab, C), and the KL's share of
-        the loss, of which the rest is the cross-entropy. Without one the loss is the cross-entropy, and KL 0."""
-        read, W, kl_share = teacher or (None, None, 0.0)
-        read = None if read is None else read.flatten(0, 1)
-        head = self.lm_head.weight, self.lm_head.bias
-        with_gradient = torch.is_grad_enabled()
+        teacher: what another model's unembedding reads (B, T, C), its weight (vocab, C), no bias, and the KL's
+        share of the loss, of which the rest is the cross-entropy. Without one the loss is the cross-entropy, and
+        KL 0."""
+        x_teacher, W_teacher, kl_share = teacher or (None, None, 0.0)
+        if x_teacher is not None:
+            x_teacher = x_teacher.flatten(0, 1)
+        x, targets, head = x.flatten(0, 1), targets.flatten(), self.lm_head
+        told = x_teacher, W_teacher, kl_share
         return LossInPieces.apply(
-            x.flatten(0, 1), *head, targets.flatten(), read, W, kl_share, self.piece_loss, with_gradient)
+            x, head.weight, head.bias, targets, *told, self.piece_loss, torch.is_grad_enabled())
 
     def exact_logits(self, x):
         """x (..., C) -> logits (..., vocab) in float32, under autocast too. GPT-2's lie far from zero,
@@ -398,7 +409,7 @@ class GPT(nn.Module):
     def token_losses(self, x, targets):
         """x (N, C), targets (N,) -> each token's loss in nats (N,), float32."""
         losses = []
-        for x_piece, targets_piece in zip(pieces(x, HEAD_ROWS), pieces(targets, HEAD_ROWS)):
+        for x_piece, targets_piece in zip(pieces(x, EVAL_ROWS), pieces(targets, EVAL_ROWS)):
             losses.append(F.cross_entropy(self.exact_logits(x_piece), targets_piece, reduction="none"))
         return torch.cat(losses)
 
@@ -450,7 +461,7 @@ class GPT(nn.Module):
         return (idx != self.config.eot) & (torch.arange(idx.shape[1], device=idx.device) > 0)
 
     @torch.no_grad()
-    def observe_std(self, idx, over="ordinary", std_mean="mean"):
+    def observe_std(self, idx, over="ordinary"):
         """idx (B, T) -> {site: tensor [avg std, bos std]} of the sites that are still real: the std
         of what they read, its mean over ordinary tokens, or with over="all" over all of them, and its
         mean over position 0. ValueError if there is no such token."""
@@ -464,9 +475,7 @@ class GPT(nn.Module):
 
             def observe(site, args, name=name):
                 std = std_of(args[0], site.eps).squeeze(-1)  # (B, T)
-                how = {"mean": lambda s: s.mean(), "harmonic": lambda s: 1 / (1 / s).mean(),
-                       "squares": lambda s: s.square().mean() / s.mean()}[std_mean]
-                observed[name] = torch.stack([how(std[averaged]), how(std[:, 0])])
+                observed[name] = torch.stack([std[averaged].mean(), std[:, 0].mean()])
 
             hooks.append(site.register_forward_pre_hook(observe))
         try:
@@ -676,10 +685,10 @@ def is_published_ln_free(hf):
 
 
 def piece_rows(x, rows):
-    """How many rows of x a piece has: GPU_ROWS times as many on a CUDA GPU."""
-    return GPU_ROWS * rows if x.is_cuda else rows
+    """How many rows of x a piece has: GPU_FACTOR times as many on a CUDA GPU."""
+    return GPU_FACTOR * rows if x.is_cuda else rows
 
 
 def pieces(x, rows):
-    """x (N, ...) -> tensors of so many rows."""
+    """x (N, ...) -> tensors of piece_rows(x, rows) rows each, the last one of fewer."""
     return x.split(piece_rows(x, rows))

@@ -143,7 +143,7 @@ def set_treatments(model, events, step):
         model.set_treatment(kind, on)
 
 
-def remove(model, events, step, batches, mean, over, momentum, event_start="none", std_mean="mean"):
+def remove(model, events, step, batches, mean, over, momentum):
     """Carry out a step's events on the raw model, before its forward pass, and return a log entry for
     each. Where a site goes, measure the constants of all sites that are still real first; with a
     momentum, at each step until the last one goes.
@@ -153,8 +153,7 @@ def remove(model, events, step, batches, mean, over, momentum, event_start="none
     due = [(kind, layer) for at, kind, layer in events if at == step]
     site_steps = [at for at, kind, _ in events if kind not in TREATMENTS]
     if step in site_steps or (momentum > 0 and step < max(site_steps, default=0)):
-        batches = list(batches)
-        measure(model, batches, mean, over, momentum if step > 0 else 0.0, std_mean)
+        measure(model, batches, mean, over, momentum if step > 0 else 0.0)
     entries = []
     for kind, layer in due:
         name = site_name(kind, layer)
@@ -162,8 +161,6 @@ def remove(model, events, step, batches, mean, over, momentum, event_start="none
             model.set_treatment(kind, False)
             entries.append(dict(step=step, event=name, treatment="off"))
         else:
-            if event_start == "refit" and layer is not None:
-                refit(model, batches, kind, layer)
             model.set_ln_mode(kind, layer, "fake")
             site = model.sites()[name]
             std = dict(avg_std=site.avg_std.item(), bos_std=site.bos_std.item())
@@ -172,45 +169,12 @@ def remove(model, events, step, batches, mean, over, momentum, event_start="none
 
 
 @torch.no_grad()
-def refit(model, batches, kind, layer):
-    """EXPERIMENT: the matrix and bias that read the site become those whose output on the batch, with the site
-    fake, is nearest to the output with it real: least squares, with a ridge towards what they are."""
-    block = model.transformer.h[layer]
-    site = getattr(block, kind)
-    linear = block.mlp.c_fc if kind == "ln_2" else block.attn.c_attn
-    C = len(site.weight)
-    rows = {"ln_2": slice(0, 4 * C), "ln_1qk": slice(0, 2 * C), "ln_1v": slice(2 * C, 3 * C)}[kind]
-    seen = []
-    hook = site.register_forward_pre_hook(lambda _, args: seen.append(args))
-    model.eval()
-    for idx in batches:
-        model.hidden(idx)
-    model.train()
-    hook.remove()
-    with torch.autocast(batches[0].device.type, enabled=False):
-        gram = cross = 0
-        for x, use_bos in seen:
-            x = x.float()
-            before = site(x, use_bos).flatten(0, 1).double()
-            site.ln_mode = "fake"
-            after = site(x, use_bos).flatten(0, 1).double()
-            site.ln_mode = "real"
-            z = torch.cat([after, torch.ones_like(after[:, :1])], 1)
-            missing = (before - after) @ linear.weight[rows].T.double()
-            gram, cross = gram + z.T @ z, cross + z.T @ missing
-        ridge = 0.01 * gram.diagonal().mean() * torch.eye(C + 1, dtype=torch.double)
-        change = torch.linalg.solve(gram + ridge, cross)
-        linear.weight[rows] += change[:-1].T.float()
-        linear.bias[rows] += change[-1].float()
-
-
-@torch.no_grad()
-def measure(model, batches, mean, over, momentum, std_mean="mean"):
+def measure(model, batches, mean, over, momentum):
     """Set the constants of all sites that are still real, in one pass. A constant must fit the weights
     of this moment, and the tokens that come next: so it is measured at the event, on the step's own
     batch. Those of sites that go later are measured again then."""
     model.eval()  # without dropout
-    observed = [model.observe_std(idx, over, std_mean) for idx in batches]
+    observed = [model.observe_std(idx, over) for idx in batches]
     model.train()
     for name in observed[0]:
         std = mean(torch.stack([stds[name] for stds in observed]).mean(0))  # [avg std, bos std]

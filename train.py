@@ -28,7 +28,7 @@ from parts.errors import UserError
 from parts.files import check_out_dir
 from parts.speed import flops_per_token, peak_flops
 from parts.tokenizer import copy_tokenizer
-from schedule import check_modes, describe, describe_event, learning_rate_at, remove, set_treatments, site_name, timeline
+from schedule import check_modes, describe, describe_event, learning_rate_at, remove, set_treatments, timeline
 
 # -----------------------------------------------------------------------------
 # settings: a default, and a comment that says what it means; configurator.py checks the bound in it
@@ -55,14 +55,7 @@ bias = True  # in LayerNorms and linear maps, as GPT-2 has
 dropout = 0.0  # >= 0 and < 1: share of activations that are dropped, in fine-tuning too
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
 aux_loss_weight = 0.0  # >= 0: of the squared spread of the std before ln_f (arXiv 2507.02559)
-kl_share = 0.0  # >= 0 and <= 1: of KL(teacher || model) in the loss to learn from; the rest is the cross-entropy
-temperature = 1.0  # EXPERIMENT: of both distributions in KL
-adaptive = 0.0  # >= 0: EXPERIMENT: the next event when the smoothed KL is back within this of what it was, or max_iters / 25 steps on
-hidden_weight = 0.0  # >= 0: EXPERIMENT: of the mean relative squared error of the blocks' outputs
-muon = False  # EXPERIMENT: the blocks' matrices by Muon
-event_start = "none"  # EXPERIMENT: none or refit: the next matrix by least squares at an event
-taper = 0  # >= 0: EXPERIMENT: steps from the std to the constant
-std_mean = "mean"  # EXPERIMENT: mean, harmonic or squares
+kl_share = 0.0  # >= 0 and <= 1: of KL(teacher || model) in the loss; the rest is the cross-entropy
 teacher = ""  # the model with LN that kl_share learns from; "": the one that it starts from
 # AdamW
 learning_rate = 6e-4  # >= 0: after warmup_iters; then a cosine to min_lr at lr_decay_iters
@@ -140,23 +133,17 @@ if kl_share > 0:
     if settings["init_from"] == "scratch" and not teacher:
         raise UserError("kl_share needs a model to learn from: give --teacher")
     with ranks.rank_0_first():
-        taught_by = GPT.from_pretrained(teacher or settings["init_from"])
-    taught_by.to(device).eval().requires_grad_(False)
-    if taught_by.config.vocab_size != model.config.vocab_size:
-        raise UserError(f"teacher {teacher} has a vocabulary of {taught_by.config.vocab_size}, "
+        teacher = checkpoint.model_directory(teacher or settings["init_from"])
+        teacher_model = GPT.from_pretrained(teacher)
+    teacher_model.to(device).eval().requires_grad_(False)
+    if teacher_model.config.vocab_size != model.config.vocab_size:
+        raise UserError(f"teacher {teacher} has a vocabulary of {teacher_model.config.vocab_size}, "
                         f"and the model one of {model.config.vocab_size}")
-    if taught_by.config.folded:
+    if teacher_model.config.folded:
         raise UserError(f"teacher {teacher} is folded: name the model with LN")
-    if taught_by.config.block_size < block_size:
-        most = taught_by.config.block_size
+    if teacher_model.config.block_size < block_size:
+        most = teacher_model.config.block_size
         raise UserError(f"block_size {block_size} is beyond the {most} positions of {teacher}")
-
-import model as model_py
-model_py.TEMPERATURE = temperature
-outputs = {model: [], taught_by: []} if hidden_weight > 0 else {}
-for of in outputs:
-    for block in of.transformer.h:
-        block.register_forward_hook(lambda _, args, out, of=of: outputs[of].append(out))
 
 # --- data: a batch is a function of seed and step, whatever the number of processes
 train_tokens = open_tokens(dataset, "train", block_size, model.config.vocab_size)
@@ -191,13 +178,7 @@ model.gradient_checkpointing = gradient_checkpointing
 matrices = [p for p in model.parameters() if p.dim() >= 2]  # and embeddings
 vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and LNs
 groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-optimizers = []
-if muon:
-    blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    groups[0]["params"] = [p for p in matrices if all(p is not q for q in blocks)]
-    optimizers.append(torch.optim.Muon(blocks, lr=learning_rate, weight_decay=weight_decay,
-                                       adjust_lr_fn="match_rms_adamw"))
-optimizers += [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)]
+optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)]
 torch.manual_seed(seed + ranks.RANK)  # another dropout on every process
 if resumed:
     checkpoint.load_optimizers(optimizers, resumed)
@@ -212,7 +193,7 @@ if compile:
     compiled = torch.compile(model)
     model.piece_loss = torch.compile(model.piece_loss)  # a graph of its own: see GPT.losses_in_pieces
     if kl_share > 0:
-        taught_by.hidden = torch.compile(taught_by.hidden)
+        teacher_model.hidden = torch.compile(teacher_model.hidden)
 forward = compiled
 if ranks.WORLD > 1:
     gpus = [ranks.LOCAL_RANK] if device.startswith("cuda") else None
@@ -250,17 +231,7 @@ columns = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # 80 hol
 bar = tqdm(total=max_iters, initial=start, bar_format=columns, disable=None if ranks.RANK == 0 else True)
 model.train()
 
-waiting, smooth, before = (list(events) if adaptive else []), 0.0, 0.0
-if adaptive:
-    events.clear()
 for step in range(start, max_iters + 1):
-    if waiting:
-        wait = step - events[-1][0] if events else step
-        if wait >= max_iters // 25 or (wait >= 1 and step >= 5 and (smooth <= before + adaptive)):
-            events.append((step, *waiting.pop(0)[1:]))
-            before = smooth
-        if not waiting:
-            ranks.say(f"what was done: {[(site_name(*e[1:]), e[0], None) for e in events]}")
     if interruption.on_any_rank(device):
         checkpoint.save(out_dir, step, model, optimizers, settings)
         bar.close()
@@ -279,14 +250,9 @@ for step in range(start, max_iters + 1):
         break
 
     # the removal: before the step's forward pass, on its own batches
-    for seen in outputs.values():
-        seen.clear()
     with autocast:
         ids = (x for x, _ in batches(step))
-        removed = remove(model, events, step, ids, ranks.mean, std_over, std_momentum, event_start, std_mean)
-    for at, kind, layer in events:
-        if taper and at <= step and kind not in ("eot", "bos"):
-            model.sites()[kind if layer is None else f"h.{layer}.{kind}"].gate = min(1.0, (step - at + 1) / taper)
+        removed = remove(model, events, step, ids, ranks.mean, std_over, std_momentum)
     for entry in removed:
         log.write(entry)
         ranks.say(f"step {step:>6}  " + describe_event(entry))
@@ -302,28 +268,21 @@ for step in range(start, max_iters + 1):
         if ranks.WORLD > 1:  # gradients are averaged once, with the last micro-batch
             forward.require_backward_grad_sync = i == micro_steps - 1
         with autocast:
-            told = (taught_by.hidden(x), taught_by.lm_head.weight, kl_share) if kl_share > 0 else None
+            told = (teacher_model.hidden(x), teacher_model.lm_head.weight, kl_share) if kl_share > 0 else None
             _, loss, *more = forward(x, y, loss_only=True, with_spread=aux_loss_weight > 0, teacher=told)
-        parts = more[0] if more else {}
-        if hidden_weight > 0:
-            outputs[model][:] = outputs[model][-model.config.n_layer:]
-            errors = [((a - b).square().sum(-1) / b.square().sum(-1)).mean() for a, b in zip(*outputs.values())]
-            loss = loss + hidden_weight * sum(errors) / len(errors)
-            for seen in outputs.values():
-                seen.clear()
-        objective = loss + aux_loss_weight * parts.get("spread", 0.0)
+        terms = more[0] if more else {}
+        objective = loss + aux_loss_weight * terms.get("spread", 0.0)
         (objective / micro_steps).backward()
-        step_losses[0] += parts.get("ce", loss).detach() / micro_steps
-        step_losses[1] += parts.get("kl", 0.0) / micro_steps
+        step_losses[0] += terms.get("ce", loss).detach() / micro_steps
+        step_losses[1] += terms.get("kl", 0.0) / micro_steps
     if grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)
 
-    # the log
+    # the log: `loss` is the cross-entropy, whatever else is learned from
     loss, kl = ranks.mean(step_losses).tolist()
-    smooth = 0.7 * smooth + 0.3 * kl
     if not math.isfinite(loss):
         bar.close()
         ranks.leave()
@@ -331,8 +290,8 @@ for step in range(start, max_iters + 1):
                         "Try a lower learning_rate or more steps between events")
     seconds = time.perf_counter() - began
     speed, mfu = tokens_per_step / seconds, flops_per_step / seconds / peak
-    taught = dict(kl=kl) if kl_share > 0 else {}
-    log.write(dict(step=step, loss=loss, **taught, lr=lr, tokens_per_s=round(speed), mfu=round(mfu, 4)))
+    other = dict(kl=kl) if kl_share > 0 else {}
+    log.write(dict(step=step, loss=loss, **other, lr=lr, tokens_per_s=round(speed), mfu=round(mfu, 4)))
     bar.update()
     bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}")
     if bar.disable and step % log_interval == 0:

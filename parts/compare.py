@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import HEAD_ROWS, pieces
+from model import EVAL_ROWS, pieces
 from parts.data import read_windows
 from parts.ranks import RANK
 
@@ -35,7 +35,7 @@ def compare(models, reference, hidden, targets):
 
     models: {name: GPT}; hidden: {name: what its unembedding reads, (N, C)}; targets (N,)."""
     found = {name: defaultdict(list) for name in models}
-    rows = zip(*(pieces(hidden[name], HEAD_ROWS) for name in models), pieces(targets, HEAD_ROWS))
+    rows = zip(*(pieces(hidden[name], EVAL_ROWS) for name in models), pieces(targets, EVAL_ROWS))
     for *xs, y in rows:
         log_p = {}  # (rows, vocab) each
         for (name, model), x in zip(models.items(), xs):

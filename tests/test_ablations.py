@@ -34,7 +34,7 @@ def test_of_a_wheel_its_source_is_taken_without_tables_and_other_encodings(tmp_p
 
 def test_every_run_of_the_table_has_settings_that_train_py_knows():
     known = default_settings()
-    for name, flags in ablations.all_runs().items():
+    for name, flags in ablations.settings_of_runs().items():
         for flag in flags:
             if flag.startswith("--"):
                 assert flag[2:].split("=")[0] in known, name
@@ -57,7 +57,7 @@ def test_the_table_has_means_over_seeds_and_the_gap_to_the_best_model_with_ln(ru
         writer = csv.DictWriter(f, ablations.FIELDS)
         writer.writeheader()
         for name, steps, seed, choose, report in rows:
-            numbers = {key: 0.5 for key in ablations.FIELDS[6:]} | dict(choose_loss=choose, report_loss=report)
+            numbers = {key: 0.5 for key in ablations.NUMBERS} | dict(choose_loss=choose, report_loss=report)
             writer.writerow(dict(name=name, steps=steps, seed=seed) | numbers)
     done = run("ablations.py", "--show")
     assert done.code == 0, done.text

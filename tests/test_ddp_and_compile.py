@@ -33,6 +33,7 @@ def torchrun(stdlib):
 @pytest.mark.parametrize("losses", [
     [],
     ["--kl_share=0.5", "--aux_loss_weight=0.1"],
+    ["--kl_share=0.5", "--compile=True"],
 ])
 def test_two_processes_see_the_same_run_as_one(run, torchrun, losses):
     args = [f"--ln_schedule={SCHEDULE}", "--eval_interval=5", *losses]
@@ -42,7 +43,8 @@ def test_two_processes_see_the_same_run_as_one(run, torchrun, losses):
     one = run("train.py", *SHORT, "--dtype=float32", *args, "--out_dir=out/one")
     assert one.code == 0, one.text
     for key in ("loss", "val_loss", "avg_std", "bos_std"):
-        assert read_log("out/two", key) == pytest.approx(read_log("out/one", key), rel=1e-5)
+        close = 1e-3 if "--compile=True" in losses else 1e-5
+        assert read_log("out/two", key) == pytest.approx(read_log("out/one", key), rel=close)
 
 
 def test_a_run_of_two_processes_is_resumed_by_one(run, torchrun):

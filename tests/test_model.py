@@ -15,6 +15,7 @@ from conftest import REPO, TINY, random_hf, set_all_fake
 from torch import nn
 
 from model import GPT, GPTConfig, LayerNorm
+from parts.device import autocast_to
 
 SHAPES = [
     dict(),
@@ -535,6 +536,34 @@ def test_the_loss_in_pieces_has_the_plain_losss_value_and_gradients(hf_and_ours,
     torch.testing.assert_close(wte.grad, their_wte.grad, atol=1e-4, rtol=0)
     c_fc, their_c_fc = model.transformer.h[0].mlp.c_fc.weight, hf.transformer.h[0].mlp.c_fc.weight
     torch.testing.assert_close(c_fc.grad.T, their_c_fc.grad, atol=1e-4, rtol=0)
+
+
+def test_under_bfloat16_logits_far_from_zero_keep_their_loss_and_kl(hf_and_ours):
+    """As GPT-2's, which lie near -100: what all logits of a token have in common changes no distribution, but
+    would be rounded in steps of 0.5."""
+    _, model = hf_and_ours(seed=1)
+    _, teacher = hf_and_ours(seed=2)
+    for m in (model, teacher):
+        with torch.no_grad():
+            m.transformer.ln_f.bias.fill_(1.0)
+            m.lm_head.weight -= 100 / m.config.n_embd
+    idx, targets = torch.randint(0, 299, (2, 30)), torch.randint(0, 299, (2, 30))
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        for m in (model, teacher):
+            m.double() if dtype == torch.float64 else m.float()
+        with torch.no_grad(), autocast_to(torch.float32 if dtype == torch.float64 else dtype, "cpu"):
+            told = teacher.hidden(idx), teacher.lm_head.weight, 0.5
+            terms = model(idx, targets, loss_only=True, teacher=told)[2]
+        found.append([terms["ce"].item(), terms["kl"].item()])
+    assert model(idx)[0].mean() < -80
+    assert found[1] == pytest.approx(found[0], abs=2e-3)
+
+
+def test_a_teacher_needs_the_loss_in_pieces(tiny):
+    idx = tiny_tokens(1, 8)
+    with pytest.raises(ValueError, match="give loss_only=True too"):
+        tiny(idx, idx, teacher=(None, None, 0.5))
 
 
 def test_targets_of_minus_1_do_not_count_in_training_nor_in_evaluation(tiny):
