@@ -21,7 +21,8 @@ $(RUN)_control/model/config.json: $(CODE) config/control.py data/stdlib/meta.jso
 	@echo "3 of 4: the control, the same batches with its LayerNorms kept: two minutes more"
 	.venv/bin/python train.py config/remove_ln_tiny.py config/control.py --force
 
-# The testbed: half a minute for its text, then an hour or less on two cores for its model; then the table, run by run.
+# The testbed: half a minute for its text and 35 minutes for its model on two cores; then the table, some 50 runs of
+# three to ten minutes each.
 TEXTS = data/testbed_texts
 PREPARE = .venv/bin/python prepare_owt.py --tokenizer=$(TEXTS)/tokenizer
 

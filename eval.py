@@ -104,7 +104,8 @@ def last_run():
 
 
 def open_candidate(source):
-    """The model of a source or a run's out_dir with its role; LN-free ones come folded."""
+    """The model of a source or a run's out_dir with its role; LN-free ones come folded. One with LN is a control
+    where it is named by its run's out_dir, and an original otherwise."""
     directory = model_directory(source)
     model = GPT.from_pretrained(directory).eval()
     if model.ln_free():
@@ -212,7 +213,9 @@ def cross_entropy_rows(folder, candidates, reference, autocast):
         for key in arrays:
             arrays[key] = ranks.gather_rows(arrays[key])
 
-    original = next((c.source for c in candidates if c.role == "original"), None)
+    originals = [c.source for c in candidates if c.role == "original"]
+    originals.sort(key=lambda source: source == reference)  # another model to compare with is not where a run began
+    original = originals[0] if originals else None
     control = next((c.source for c in candidates if c.role == "control"), None)
     rows = []
     for c in candidates:

@@ -88,7 +88,7 @@ def reader(model, x):
 
 @torch.no_grad()
 def logit_of(model, x, target):
-    """The logit of target that the model reads off a residual stream x (C,), with today's std."""
+    """The logit of target that the model reads off a residual stream x (C,), with x's own std."""
     nowhere = torch.tensor(False)
     return model.lm_head(model.final_norm(x[None, None], nowhere))[0, 0, target]
 
@@ -125,7 +125,8 @@ def by_size(shares):
 
 
 def show(free, with_ln, tokenizer, target):
-    """The table: parts by their share, and what holding the std gets wrong of it."""
+    """The table: parts by their share, and what holding the std gets wrong of it. free and with_ln are what
+    contributions returned for the two models."""
     shares, number, logit = free
     old_shares, old_number, old_logit = with_ln
     print(f"the logit of {tokenizer.decode([target])!r} after {prompt!r}\n")
@@ -164,7 +165,7 @@ def shown(tokenizer, token_id):
 
 
 def draw(free, with_ln, path, title):
-    """Shares of the LN-free model as bars, and of both models the share against the loss."""
+    """Shares of the LN-free model as bars, and of both models the share against the loss; arguments as show's."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
     shares = free[0]
     names = by_size(shares)[:20][::-1]

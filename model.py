@@ -378,6 +378,8 @@ class GPT(nn.Module):
         return x, use_bos
 
     def final_norm(self, x, use_bos):
+        """The residual stream x (B, T, C) after the last block, use_bos (1 or B, T, 1) -> what the unembedding
+        reads, (B, T, C): ln_f's output, or x itself when folded."""
         return x if self.config.folded else self.transformer.ln_f(x, use_bos)
 
     # --------------------------------------------------------------------------------------------
@@ -493,7 +495,7 @@ class GPT(nn.Module):
 
     def measure_std(self, idx):
         """Set the constants of all sites that are still real from the batch idx (B, T), as
-        observe_std finds them."""
+        observe_std finds them over ordinary tokens. ValueError as there. For training, see schedule.measure."""
         self.set_std(self.observe_std(idx))
 
     def why_not_ln_free(self):

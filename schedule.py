@@ -64,6 +64,9 @@ def row_events(row, n_layer, max_iters):
         if name not in KINDS:
             raise UserError(f"ln_schedule: in {row!r} there is one event, and it happens at one step")
         begin, end = step_of(row, first[0], max_iters), step_of(row, first[1], max_iters)
+        if type(first[0]) is not type(first[1]):
+            raise UserError(f"ln_schedule: in {row!r} one end is a step and the other a fraction of max_iters: "
+                            "write both alike")
         if end < begin:
             raise UserError(f"ln_schedule: in {row!r} the end is before the beginning")
         steps = [begin + (end - begin) * i // len(sites) for i in range(len(sites))]
@@ -209,7 +212,8 @@ def describe_event(entry):
 
 
 def learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters):
-    """Linear warm-up, then a cosine down to min_lr: nanoGPT's."""
+    """Linear warm-up, then a cosine down to min_lr at step lr_decay_iters, of which the warm-up is a part. Steps
+    count from 0. nanoGPT's, train.py."""
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     done = min(1.0, (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters))

@@ -250,6 +250,7 @@ for step in range(start, max_iters + 1):
         break
 
     # the removal: before the step's forward pass, on its own batches
+    began = time.perf_counter()
     with autocast:
         ids = (x for x, _ in batches(step))
         removed = remove(model, events, step, ids, ranks.mean, std_over, std_momentum)
@@ -258,7 +259,6 @@ for step in range(start, max_iters + 1):
         ranks.say(f"step {step:>6}  " + describe_event(entry))
 
     # the step
-    began = time.perf_counter()
     lr = learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

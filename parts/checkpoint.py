@@ -83,6 +83,7 @@ def load(out_dir):
 
 
 def load_model(checkpoint, dropout):
+    """The GPT of what load returned, with its modes, constants and treatments."""
     model = GPT(GPTConfig(**checkpoint["model_config"] | dict(dropout=dropout)))
     model.load_state_dict(checkpoint["model"])
     model.load_ln_state(checkpoint["ln_state"])

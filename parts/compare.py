@@ -33,7 +33,8 @@ def compare(models, reference, hidden, targets):
     "entropy", in nats; and where it is not the reference "kl", "js", "agree"}}, a value for each token,
     (N,) each.
 
-    models: {name: GPT}; hidden: {name: what its unembedding reads, (N, C)}; targets (N,)."""
+    models: {name: GPT}, of which reference is a name; hidden: {name: what its unembedding reads, (N, C)};
+    targets (N,)."""
     found = {name: defaultdict(list) for name in models}
     rows = zip(*(pieces(hidden[name], EVAL_ROWS) for name in models), pieces(targets, EVAL_ROWS))
     for *xs, y in rows:
@@ -109,7 +110,7 @@ def mean_and_error(windows):
 
 
 def cast_linear_maps(model):
-    """What autocast to bfloat16 would do to the weights of the linear maps at each call, once; but for
+    """Change a model in place: do what autocast to bfloat16 would do to the weights of the linear maps at each call, once; but for
     the unembedding, which stays in float32."""
     for m in model.modules():
         if isinstance(m, torch.nn.Linear) and m is not model.lm_head:

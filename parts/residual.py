@@ -9,7 +9,7 @@ import torch
 
 from model import std_of
 
-SINK = 0.3  # of a query's attention on position 0, from which it counts as resting there
+SINK = 0.3  # of a query's attention on position 0, from which it counts as resting there: our own bound
 
 
 @torch.inference_mode()

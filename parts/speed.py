@@ -35,8 +35,8 @@ def peak_flops(device, dtype):
 
 
 def flops_per_token(model, T):
-    """Forward and backward (PaLM, arXiv 2204.02311, appendix B): 6 per weight that multiplies, and
-    attention's 12 L C T."""
+    """Of sequences of T tokens, forward and backward (PaLM, arXiv 2204.02311, appendix B): 6 per weight that
+    multiplies, and attention's 12 L C T. Neither a teacher's forward pass nor recomputed activations count."""
     c = model.config
     weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
     return 6 * weights + 12 * c.n_layer * c.n_embd * T

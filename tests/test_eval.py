@@ -224,6 +224,12 @@ def test_the_reference_can_be_another_model(run, finished):
     assert b[0]["js"] == pytest.approx(a[1]["js"], abs=1e-6)
     assert b[0]["kl"] != a[1]["kl"]
 
+    random_hf(vocab_size=320, n_positions=256).save_pretrained("other")
+    assert run("eval.py", "--tokens=640", *to_ln_free[:1], "--reference=other", "--json=c.json").code == 0
+    c = read_json("c.json")["rows"]
+    assert c[-1]["reference"] == "other"
+    assert c[-1]["to_original_source"] == TINY  # where the run began
+
 
 def test_divergences_of_two_coins_by_hand():
     q = torch.tensor([[1 / 2, 1 / 2]], dtype=torch.float64)  # the reference

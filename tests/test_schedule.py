@@ -210,6 +210,7 @@ def test_what_is_not_a_row_is_refused_as_it_stands(row):
     # no pair of steps
     (("ln_2", (0.3, 0.1), None), "the end is before the beginning"),
     (("ln_2", [30, 10], None), "the end is before the beginning"),
+    (("ln_2", (0.1, 1), None), "one end is a step and the other a fraction of max_iters"),
     (("ln_2", (0.5, 1.5), None), "as a fraction of max_iters from 0.0 to 1.0"),
     (("ln_2", (0.5, True), None), "the first step must be 0 or more"),
     (("ln_2", (0.1, 0.2, 0.3), None), "the first step must be 0 or more"),
