@@ -213,13 +213,15 @@ def draw(rows, file):
 
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, color in ((CHOSEN[0], "tab:red"), (CHOSEN[2], "tab:green")):
-        points = sorted((row["steps"] * 4096 / 1e6, row["gap"]) for row in rows if row["name"] == name and row["gap"])
-        axis.plot(*zip(*points), "o-", color=color, label=name)
+        found = sorted((row for row in rows if row["name"] == name and row["gap"]), key=lambda row: row["steps"])
+        at = [row["steps"] * 4096 / 1e6 for row in found]
+        spread = [row["gap_sd"] or 0 for row in found]
+        axis.errorbar(at, [row["gap"] for row in found], spread, fmt="o-", capsize=3, color=color, label=name)
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    ticks = [steps * 4096 / 1e6 for steps in (STEPS // 4, STEPS // 2, STEPS, 2 * STEPS)]
+    axis.set_ylim(0)
+    ticks = sorted({row["steps"] * 4096 / 1e6 for row in rows})
     axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
-    axis.yaxis.set_major_formatter("{x:.3g}")
+    axis.minorticks_off()
     axis.set_xlabel("million tokens of fine-tuning")
     axis.set_ylabel("gap to the best model with LN, nats per token")
     axis.legend()
