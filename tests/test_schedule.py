@@ -417,6 +417,12 @@ def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
     assert kept["aux_loss_weight"] == 0
     assert kept["out_dir"] == removal["out_dir"] + "_control"
 
+    learning = read_configs(name, "faithful")
+    assert {k for k in learning if learning[k] != removal[k]} == {"kl_share", "out_dir"}
+    control = read_configs(name, "faithful", "control")
+    assert control["out_dir"] == learning["out_dir"] + "_control"
+    assert control["kl_share"] == learning["kl_share"] == 0.5
+
 
 @pytest.mark.parametrize("name", [
     "remove_ln",
