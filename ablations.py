@@ -238,10 +238,12 @@ def main():
         return draw(rows, picture) if picture else None
     if not os.path.isdir(ORIGINAL):
         raise UserError(f"{ORIGINAL} is not there: run `make testbed` first")
-    beginnings = tuple(only.split(","))
+    chosen = [run for run in all_runs() if run[0].startswith(tuple(only.split(",")))]
+    if not chosen:
+        raise UserError(f"no run's name begins with {only!r}: there are {', '.join(settings_of_runs())}")
     failed = 0
-    for name, steps, seed in all_runs():
-        if name.startswith(beginnings) and (name, steps, seed) not in done_already():
+    for name, steps, seed in chosen:
+        if (name, steps, seed) not in done_already():
             try:
                 run(name, steps, seed)
             except UserError as e:

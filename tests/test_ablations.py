@@ -69,5 +69,10 @@ def test_the_table_has_means_over_seeds_and_the_gap_to_the_best_model_with_ln(ru
     assert lines[3].split() == ["recipe", "150", "1", "3.4000", "3.6000", "0.5000", "0.5"]
 
 
+def test_a_name_that_no_run_has_is_refused(run):
+    os.makedirs("out/testbed/model")
+    assert "no run's name begins with 'recipes': there are recipe lr 1e-4, " in run("ablations.py", "--only=recipes").error
+
+
 def test_without_the_testbed_nothing_is_run(run):
     assert "out/testbed/model is not there: run `make testbed` first" in run("ablations.py").error
