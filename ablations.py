@@ -128,7 +128,10 @@ def done_already():
     if not os.path.exists(path):
         return {}
     with open(path) as f:
-        return {(row["name"], int(row["steps"]), int(row["seed"])): row for row in csv.DictReader(f)}
+        reader = csv.DictReader(f)
+        if reader.fieldnames != FIELDS:
+            raise UserError(f"{path} is not a csv of ablations.py: its columns are others")
+        return {(row["name"], int(row["steps"]), int(row["seed"])): row for row in reader}
 
 
 def call(*command):
