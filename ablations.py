@@ -48,14 +48,11 @@ METHODS = {  # flags, and rates with the best one between others
 CHOSEN = ("recipe lr 4e-4", "control lr 2e-4", "kl 0.5 lr 8e-4", "control kl 0.5 lr 8e-4")
 STEPS = 300  # 1.2 M tokens
 
+# the config's rows in two parts
+FIRST = [("ln_2", (0.03, 0.075), None), ("ln_1qk", (0.075, 0.12), None), ("ln_1v", (0.12, 0.19), None)]
 LAST = [("ln_f", 0.195, None), ("eot", 0.21, None), ("bos", 0.24, None)]
 ORDERS = {
-    "down": [
-        ("ln_2", (0.03, 0.075), None, "down"),
-        ("ln_1qk", (0.075, 0.12), None, "down"),
-        ("ln_1v", (0.12, 0.19), None, "down"),
-        *LAST,
-    ],
+    "down": [*((*row, "down") for row in FIRST), *LAST],
     "ln_f first": [
         ("ln_f", 0.03, None),
         ("ln_2", (0.04, 0.09), None),
@@ -71,14 +68,7 @@ ORDERS = {
         ("eot", 0.03, None),
         ("bos", 0.03, None),
     ],
-    "bos and eot late": [
-        ("ln_2", (0.03, 0.075), None),
-        ("ln_1qk", (0.075, 0.12), None),
-        ("ln_1v", (0.12, 0.19), None),
-        ("ln_f", 0.195, None),
-        ("eot", 0.5, None),
-        ("bos", 0.6, None),
-    ],
+    "bos and eot late": [*FIRST, LAST[0], ("eot", 0.5, None), ("bos", 0.6, None)],
     "slow": [
         ("ln_2", (0.05, 0.2), None),
         ("ln_1qk", (0.2, 0.35), None),
