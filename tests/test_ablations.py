@@ -42,6 +42,11 @@ def test_every_run_of_the_table_has_settings_that_train_py_knows():
                 assert os.path.isfile(os.path.join(REPO, flag)), name
 
 
+def test_orders_are_changes_of_the_configs_own_rows():
+    config = runpy.run_path(os.path.join(REPO, ablations.CONFIG))
+    assert [*ablations.FIRST, *ablations.LAST] == config["ln_schedule"]
+
+
 def test_the_table_has_means_over_seeds_and_the_gap_to_the_best_model_with_ln(run):
     """The best one is chosen on `choose`, and the gap is on `report`, over the seeds that both have."""
     rows = [  # name, steps, seed, loss on choose, loss on report
