@@ -7,9 +7,10 @@ Speed and memory, at GPT-2 small's shape with random weights unless told otherwi
     python bench.py --what=sample     # decoding: folded against with LN, and against transformers' generate
     python bench.py --what=prepare    # 100 MB of text to tokens, against nanoGPT's way
 
-Of a training step, `nanoGPT's way` is this model as nanoGPT would train it on a CPU: float32, the
-logits whole, compiled. The other rows are train.py's. A row's figures are the median over rounds:
-tokens a second of a step after the first two, and peak memory of the process or the GPU. The others
+Of a training step, `nanoGPT's way` is nanoGPT's step in our own lines: one LN and one product for query, key and
+value, F.layer_norm, the logits whole, compiled; in float32, as it ships for a CPU, and under autocast. The other rows
+are train.py's. A row's figures are the median over rounds: tokens a second of a step after the first two, MFU as train.py
+counts it, and peak memory of the process or the GPU. The others
 compare in one process, in turns, after one unmeasured round; transformers comes with
 requirements-dev.txt. nanoGPT's way to prepare is datasets.map and shards written to a memmap.
 """
@@ -31,12 +32,13 @@ import torch
 from torch.nn import functional as F
 
 from configurator import configure
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 from parts import hellaswag
 from parts.compare import cast_linear_maps, measure
 from parts.data import read_windows
 from parts.device import autocast_to
 from parts.errors import UserError
+from parts.speed import flops_per_token, peak_flops
 from sample import generate, use_addmv
 
 # -----------------------------------------------------------------------------
@@ -58,17 +60,40 @@ class Way:
     """Of training."""
 
     dtype: torch.dtype
-    in_pieces: bool  # the loss, without whole logits
-    compiled: bool
+    plain: bool = False  # nanoGPT's blocks
+    in_pieces: bool = True  # the loss, without whole logits
+    compiled: bool = True
+    taught: bool = False  # with KL to a teacher
 
 
 WAYS = {
-    "nanoGPT's way": Way(torch.float32, in_pieces=False, compiled=True),
-    "float32": Way(torch.float32, in_pieces=True, compiled=True),
-    "bfloat16": Way(torch.bfloat16, in_pieces=True, compiled=True),
-    "bfloat16, logits whole": Way(torch.bfloat16, in_pieces=False, compiled=True),
-    "bfloat16, not compiled": Way(torch.bfloat16, in_pieces=True, compiled=False),
+    "nanoGPT's way, float32": Way(torch.float32, plain=True, in_pieces=False),
+    "nanoGPT's way, bfloat16": Way(torch.bfloat16, plain=True, in_pieces=False),
+    "float32": Way(torch.float32),
+    "bfloat16": Way(torch.bfloat16),
+    "bfloat16, logits whole": Way(torch.bfloat16, in_pieces=False),
+    "bfloat16, not compiled": Way(torch.bfloat16, compiled=False),
+    "bfloat16, with a teacher": Way(torch.bfloat16, taught=True),
 }
+BASE = next(iter(WAYS))
+
+
+def plain_norm(x, site):
+    return F.layer_norm(x, site.weight.shape, site.weight, site.bias, site.eps)
+
+
+class PlainBlock(Block):
+    """With two LNs, as GPT-2 and nanoGPT have."""
+
+    def forward(self, x, *_):
+        read = plain_norm(x, self.ln_1qk)
+        x = x + self.attn(read, read)
+        return x + self.mlp(plain_norm(x, self.ln_2))
+
+
+class PlainGPT(GPT):
+    def final_norm(self, x, use_bos):
+        return plain_norm(x, self.transformer.ln_f)
 
 
 def random_model(positions=1024):
@@ -100,20 +125,28 @@ def print_head(about, width=12):
 
 
 def train_speed(way):
-    """{"tokens_per_s", "memory_GB"} of one way, in this process."""
+    """{"tokens_per_s", "mfu", "memory_GB"} of one way, in this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = random_model(block_size).to(device)
+    if way.plain:
+        model.__class__ = PlainGPT
+        for block in model.transformer.h:
+            block.__class__ = PlainBlock
+    taught_by = random_model(block_size).to(device).eval().requires_grad_(False) if way.taught else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     forward = model
     if way.compiled:
         forward = torch.compile(model)
         model.piece_loss = torch.compile(model.piece_loss)
+        if way.taught:
+            taught_by.hidden = torch.compile(taught_by.hidden)
     idx = torch.randint(vocab_size - 1, (batch_size, block_size + 1), device=device)
     times = []
     for _ in range(2 + steps):
         began = time.perf_counter()
         with autocast_to(way.dtype, device):
-            _, loss = forward(idx[:, :-1], idx[:, 1:], loss_only=way.in_pieces)
+            told = None if taught_by is None else (taught_by.hidden(idx[:, :-1]), taught_by.lm_head.weight, 0.5)
+            _, loss, *_ = forward(idx[:, :-1], idx[:, 1:], loss_only=way.in_pieces, teacher=told)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -124,7 +157,9 @@ def train_speed(way):
         memory = torch.cuda.max_memory_allocated()
     else:
         memory = peak_memory()
-    return dict(tokens_per_s=batch_size * block_size * steps / sum(times[2:]), memory_GB=memory / 1e9)
+    speed = batch_size * block_size * steps / sum(times[2:])
+    mfu = speed * flops_per_token(model, block_size) / peak_flops(device, way.dtype)
+    return dict(tokens_per_s=speed, mfu=mfu, memory_GB=memory / 1e9)
 
 
 def peak_memory():
@@ -149,13 +184,14 @@ def compare_train():
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
             speed = results[name][-1]["tokens_per_s"]
             print(f"round {i + 1} of {rounds}, {name}: {speed:,.0f} tokens/s", file=sys.stderr)
-    print(f"{'':<24}{'tokens/s':>10}{'ratio':>8}{'peak memory, GB':>18}")
+    print(f"{'':<26}{'tokens/s':>10}{'ratio':>8}{'MFU':>6}{'peak memory, GB':>18}")
     for name, runs in results.items():
-        pairs = zip(runs, results["nanoGPT's way"])
+        pairs = zip(runs, results[BASE])
         ratio = median(run["tokens_per_s"] / base["tokens_per_s"] for run, base in pairs)
         speed = median(run["tokens_per_s"] for run in runs)
         memory = median(run["memory_GB"] for run in runs)
-        print(f"{name:<24}{speed:>10,.0f}{ratio:>8.2f}{memory:>18.2f}")
+        mfu = median(run["mfu"] for run in runs)
+        print(f"{name:<26}{speed:>10,.0f}{ratio:>8.2f}{mfu:>6.0%}{memory:>18.2f}")
 
 
 # --- evaluation

@@ -212,32 +212,49 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x, use_bos))
 
 
-def piece_loss(logits, targets, teacher_logits, kl_share):
-    """logits and teacher_logits (rows, V), targets (rows,) -> the sum of the cross-entropies, the sum of
-    KL(teacher || model), both in nats, and the gradient of each row's loss by its logits, (rows, V).
+def piece_loss(x, W, b, targets, share, x_teacher, W_teacher, kl_share, dtype, with_gradient):
+    """One piece of LossInPieces, which has the arguments' shapes -> the cross-entropy and KL(teacher || model), each
+    the sum over rows of share times nats; and the gradients of (1 - kl_share) ce + kl_share kl by x, W and b, or None.
 
-    With p and q the distributions of model and teacher, and t the target as a distribution, that gradient is
-    p - (1 - kl_share) t - kl_share q. It has no meaning where a target is -1, which doesn't count. Written by
-    hand: who changes a loss changes its gradient here too."""
-    counts = targets != -1
+    With p and q the distributions of model and teacher, and t the target as a distribution, the gradient by a row's
+    logits is share (p - (1 - kl_share) t - kl_share q). Written by hand: who changes a loss changes it here too."""
+    V = len(W)
+
+    def logits_of(x, W, b):
+        w = pad_rows(centred(W, dtype))
+        logits = F.linear(x.to(dtype), w, None if b is None else pad_rows(centred(b, dtype)))
+        return at_least_float32(logits[:, :V]), w
+
+    logits, w = logits_of(x, W, b)
+    log_p = logits.log_softmax(-1)
     at = targets.clamp(min=0).unsqueeze(-1)  # (rows, 1)
-    log_p = at_least_float32(logits).log_softmax(-1)
-    ce = -(log_p.gather(-1, at).squeeze(-1) * counts).sum()
-    kl, gradient = torch.zeros_like(ce), log_p.exp()
-    if teacher_logits is not None:
-        log_q = at_least_float32(teacher_logits).log_softmax(-1)
+    ce = -(log_p.gather(-1, at) * share).sum()
+    kl = torch.zeros_like(ce)
+    if x_teacher is not None:
+        log_q = logits_of(x_teacher, W_teacher, None)[0].log_softmax(-1)
         q = log_q.exp()
-        kl = ((q * (log_q - log_p)).sum(-1) * counts).sum()
+        kl = ((q * (log_q - log_p)).sum(-1, keepdim=True) * share).sum()
+    if not with_gradient:
+        return ce, kl, None, None, None
+    hit = (at == torch.arange(V, device=x.device)).to(log_p.dtype)  # the target, as a distribution: (rows, V)
+    gradient = log_p.exp() - (1 - kl_share) * hit
+    if x_teacher is not None:
         gradient = gradient - kl_share * q
-    return ce, kl, gradient.scatter_add(-1, at, gradient.new_full(at.shape, kl_share - 1))
+    gradient = F.pad((gradient * share).to(dtype), (0, len(w) - V))
+    grad_x, grad_W = gradient @ w, (gradient.T @ x.to(dtype))[:V]
+    grad_b = None if b is None else gradient[:, :V].sum(0).to(b.dtype)
+    return ce, kl, grad_x.to(x.dtype), grad_W.to(W.dtype), grad_b
 
 
 def centred(W, dtype):
     """W (V, C) or (V,) less its mean over V, in dtype: so much smaller logits with the same softmax. GPT-2's lie
-    near -100, where bfloat16's steps of 0.5 would be a noise in KL as large as KL. None stays None."""
-    if W is None or W.dtype == dtype:
-        return W
-    return (W - W.mean(0)).to(dtype)
+    near -100, where bfloat16's steps of 0.5 would be a noise in KL as large as KL."""
+    return W if W.dtype == dtype else (W - W.mean(0)).to(dtype)
+
+
+def pad_rows(W):
+    """W (V, ...) with rows of zeros up to a multiple of 64. A product of 50,257 columns is slower than one of 50,304."""
+    return F.pad(W, (0, 0) * (W.dim() - 1) + (0, -len(W) % 64))
 
 
 class LossInPieces(torch.autograd.Function):
@@ -255,37 +272,30 @@ class LossInPieces(torch.autograd.Function):
         in autocast's dtype."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        w, w_b, w_teacher = (centred(t, dtype) for t in (W, b, W_teacher))
         counted = (targets != -1).unsqueeze(-1)
         share = counted / counted.sum().to(W.dtype)  # of each token in the mean, (N, 1)
-        grad_x = grad_W = grad_b = None
-        if with_gradient:
-            grad_x, grad_W = torch.empty_like(x), torch.zeros_like(W)
-            grad_b = None if b is None else torch.zeros_like(b)
         ce = kl = 0
+        grad_x, grad_W, grad_b = [], None, None
         rows = piece_rows(x, LOSS_ROWS)
         for i in range(0, len(x), rows):
             piece = slice(i, i + rows)
-            read = x[piece].to(dtype)
-            logits = F.linear(read, w, w_b)
-            told = None if x_teacher is None else F.linear(x_teacher[piece].to(dtype), w_teacher)
-            piece_ce, piece_kl, gradient = piece_loss(logits, targets[piece], told, kl_share)
+            read = None if x_teacher is None else x_teacher[piece]
+            piece_ce, piece_kl, by_x, by_W, by_b = piece_loss(
+                x[piece], W, b, targets[piece], share[piece], read, W_teacher, kl_share, dtype, with_gradient)
             ce, kl = ce + piece_ce, kl + piece_kl
-            if with_gradient:
-                gradient = gradient.to(dtype)
-                grad_x[piece] = gradient @ w * share[piece]
-                grad_W += gradient.T @ (read * share[piece]).to(dtype)
-                if b is not None:
-                    grad_b += (gradient * share[piece]).sum(0)
-        ce, kl = ce / counted.sum(), kl / counted.sum()
-        ctx.save_for_backward(grad_x, grad_W, grad_b)
+            grad_x.append(by_x)
+            grad_W = by_W if grad_W is None else grad_W.add_(by_W)
+            grad_b = by_b if grad_b is None else grad_b.add_(by_b)
+        if with_gradient:
+            ctx.save_for_backward(torch.cat(grad_x), grad_W, grad_b)
         ctx.mark_non_differentiable(ce, kl)
         return (1 - kl_share) * ce + kl_share * kl, ce, kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, by_loss, *_):
-        return *(None if grad is None else grad * by_loss for grad in ctx.saved_tensors), *[None] * 6
+        grads = (None if grad is None else grad.mul_(by_loss) for grad in ctx.saved_tensors)  # in place: once only
+        return *grads, *[None] * 6
 
 
 class GPT(nn.Module):
