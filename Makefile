@@ -38,6 +38,12 @@ ablations:
 	.venv/bin/python ablations.py
 	.venv/bin/python ablations.py --show
 
+# on a machine with CUDA GPUs; some half an hour, in parts that go on where they were stopped
+gpu: .venv/installed
+	.venv/bin/python gpu.py checks
+	.venv/bin/python gpu.py speed
+	.venv/bin/python gpu.py job
+
 data/stdlib/meta.json: | .venv/installed
 	.venv/bin/python prepare_owt.py
 
@@ -64,4 +70,4 @@ test-tl3: .venv-tl3/installed
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-tl3 testbed ablations
+.PHONY: demo test test-tl3 testbed ablations gpu

@@ -6,18 +6,22 @@ Speed and memory, at GPT-2 small's shape with random weights unless told otherwi
     python bench.py --what=hellaswag  # against one forward pass an example, of four padded rows
     python bench.py --what=sample     # decoding: folded against with LN, and against transformers' generate
     python bench.py --what=prepare    # 100 MB of text to tokens, against nanoGPT's way
+    python bench.py --what=hours      # of each config on rented GPUs: computed from published rates, nothing is run
+    python bench.py --what=cost       # how a step's time grows with batch, context, layers and width: cost.png
 
 Of a training step, `nanoGPT's way` is nanoGPT's step in our own lines: one LN and one product for query, key and
 value, F.layer_norm, the logits whole, compiled; in float32, as it ships for a CPU, and under autocast. The other rows
-are train.py's. A row's figures are the median over rounds: tokens a second of a step after the first two, MFU as train.py
-counts it, and peak memory of the process or the GPU. The others
-compare in one process, in turns, after one unmeasured round; transformers comes with
-requirements-dev.txt. nanoGPT's way to prepare is datasets.map and shards written to a memmap.
+are train.py's. A row's figures are the median over rounds: tokens a second of a step after the first two, MFU as
+train.py counts it, and peak memory of the process or the GPU. The others compare in one process, in turns, after one
+unmeasured round; "limit" is ours as a share of what the machine can do, in matrix products or, decoding, in reading
+the weights, measured in the same run. transformers comes with requirements-dev.txt. nanoGPT's way to prepare is
+datasets.map and shards written to a memmap.
 """
 import glob
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -36,9 +40,9 @@ from model import GPT, Block, GPTConfig
 from parts import hellaswag
 from parts.compare import cast_linear_maps, measure
 from parts.data import read_windows
-from parts.device import autocast_to
+from parts.device import autocast_to, keep_memory
 from parts.errors import UserError
-from parts.speed import flops_per_token, peak_flops
+from parts.speed import PEAK_FLOPS, flops_per_token, memory_bandwidth, peak_flops
 from sample import generate, use_addmv
 
 # -----------------------------------------------------------------------------
@@ -50,7 +54,7 @@ batch_size = 4  # >= 1: sequences
 block_size = 256  # >= 1: tokens in a sequence
 steps = 6  # >= 1: timed, in a round
 rounds = 3  # >= 1: of which the median is shown
-what = "train"  # train, eval, hellaswag, sample or prepare: what to measure
+what = "train"  # train, eval, hellaswag, sample, prepare, cost or hours: what to measure
 way = ""  # one way in this process; "": all of them, in processes
 # -----------------------------------------------------------------------------
 
@@ -101,8 +105,9 @@ def random_model(positions=1024):
     return GPT(GPTConfig(positions, vocab_size, n_layer, n_head, n_embd, eot=vocab_size - 1))
 
 
-def compare(theirs, ours, name, unit, amount, width=12):
-    """Time the two functions in turns, and print a line: amount a second of each, and the ratio."""
+def compare(theirs, ours, name, unit, amount, width=12, limit=math.nan):
+    """Time the two functions in turns, and print a line: amount a second of each, the ratio, and ours as a share of
+    limit, what the machine could do a second."""
     times = []
     for _ in range(1 + rounds):
         pair = []
@@ -114,11 +119,13 @@ def compare(theirs, ours, name, unit, amount, width=12):
     ratios = [a / b for a, b in times[1:]]
     speeds = [amount / median(column) for column in zip(*times[1:])]
     spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
-    print(f"{name:<{width}}{speeds[0]:>10,.1f}{speeds[1]:>10,.1f} {unit:<12}{median(ratios):>8.2f}  {spread}")
+    share = "" if math.isnan(limit) else f"{speeds[1] / limit:.0%}"
+    print(f"{name:<{width}}{speeds[0]:>10,.1f}{speeds[1]:>10,.1f} {unit:<12}{median(ratios):>8.2f}  {spread:<15}"
+          f"{share:>6}".rstrip())
 
 
 def print_head(about, width=12):
-    print(f"{'':<{width}}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  {about}")
+    print(f"{'':<{width}}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  {'from, to':<15}{'limit':>6}   {about}")
 
 
 # --- training
@@ -134,12 +141,11 @@ def train_speed(way):
             block.__class__ = PlainBlock
     taught_by = random_model(block_size).to(device).eval().requires_grad_(False) if way.taught else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    forward = model
-    if way.compiled:
-        forward = torch.compile(model)
-        model.piece_loss = torch.compile(model.piece_loss)
-        if way.taught:
-            taught_by.hidden = torch.compile(taught_by.hidden)
+    if not way.plain:
+        keep_memory()
+    forward = model.compiled() if way.compiled else model
+    if way.compiled and way.taught:
+        taught_by.hidden = torch.compile(taught_by.hidden)
     idx = torch.randint(vocab_size - 1, (batch_size, block_size + 1), device=device)
     times = []
     for _ in range(2 + steps):
@@ -160,6 +166,88 @@ def train_speed(way):
     speed = batch_size * block_size * steps / sum(times[2:])
     mfu = speed * flops_per_token(model, block_size) / peak_flops(device, way.dtype)
     return dict(tokens_per_s=speed, mfu=mfu, memory_GB=memory / 1e9)
+
+
+def step_seconds(shape, batch, block):
+    """The median of a bfloat16 step, not compiled, of a GPT of this shape; and its FLOPs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block, vocab_size, *shape, eot=vocab_size - 1)).to(device)
+    idx = torch.randint(vocab_size - 1, (batch, block + 1), device=device)
+    times = []
+    for _ in range(1 + steps):
+        began = time.perf_counter()
+        with autocast_to(torch.bfloat16, device):
+            model(idx[:, :-1], idx[:, 1:], loss_only=True)[1].backward()
+        model.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return median(times[1:]), batch * block * flops_per_token(model, block)
+
+
+def draw_cost(path="cost.png"):
+    """A step's time against each dimension, its half to its fourfold, beside the time that its FLOPs would take at the
+    first step's rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    keep_memory()
+    base = dict(batch=batch_size, context=block_size, layers=n_layer, width=n_embd)
+    at_base, flops_at_base = step_seconds((n_layer, n_head, n_embd), batch_size, block_size)
+    figure, axes = plt.subplots(1, 4, figsize=(11, 3), sharey=True, layout="constrained")
+    print(f"{'':<10}{'':>7}{'ms':>9}{'FLOP/s of the first':>22}")
+    for axis, dimension in zip(axes, base):
+        sizes, times, predicted = [], [], []
+        for factor in (0.5, 1, 2, 4):
+            size = int(base[dimension] * factor)
+            now = base | {dimension: size}
+            heads = max(1, n_head * now["width"] // n_embd)  # of one width each
+            found, flops = step_seconds((now["layers"], heads, now["width"]), now["batch"], now["context"])
+            sizes.append(size)
+            times.append(1e3 * found)
+            predicted.append(1e3 * at_base * flops / flops_at_base)
+            print(f"{dimension:<10}{size:>7}{times[-1]:>9.0f}{predicted[-1] / times[-1]:>22.0%}")
+        axis.plot(sizes, predicted, color="0.6", label="as the FLOPs grow")
+        axis.plot(sizes, times, "o", color="C0", label="measured")
+        axis.set(xscale="log", yscale="log", xlabel=dimension, xticks=sizes, xticklabels=sizes)
+        axis.minorticks_off()
+    axes[0].set_ylabel("ms a step")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    print(f"drawn: {path}")
+
+
+# --- on paper
+
+
+def print_hours():
+    """Minutes and dollars of each config, without evaluations and start. Its tokens' FLOPs, at the share of the data
+    sheet's that others have published for GPT-2 small: llm.c about 60 % on A100 and 40 % on H100, nanoGPT 29 % on A100;
+    the 4090 at nanoGPT's. Prices an hour and GPU are assumed. Where activations are recomputed, a third more."""
+    shapes = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
+              "gpt2-xl": (48, 25, 1600)}
+    rigs = [("8 x A100", 8, "A100", 0.60, 0.29, 1.5), ("8 x H100", 8, "H100", 0.40, 0.29, 2.5),
+            ("4090", 1, "4090", 0.29, 0.29, 0.4)]
+    print(f"{'':<21}{'G tokens':>8}" + "".join(f"{name + ', minutes':>20}{'$':>12}" for name, *_ in rigs))
+    for path in sorted(glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), "config/remove_ln*.py"))):
+        run = runpy.run_path(path)
+        if run.get("init_from") not in shapes:
+            continue
+        with torch.device("meta"):
+            model = GPT(GPTConfig(1024, 50257, *shapes[run["init_from"]]))
+        tokens = run["max_iters"] * run["gradient_accumulation_steps"] * run["batch_size"] * run["block_size"]
+        flops = tokens * flops_per_token(model, run["block_size"])
+        if run.get("gradient_checkpointing"):
+            flops *= 4 / 3
+        line = f"{os.path.basename(path):<21}{tokens / 1e9:>8.2f}"
+        for _, n, gpu, best, cautious, price in rigs:
+            hours = [flops / (n * PEAK_FLOPS[gpu] * share) / 3600 for share in sorted({best, cautious}, reverse=True)]
+            line += f"{' to '.join(f'{60 * h:.0f}' for h in hours):>20}"
+            line += f"{' to '.join(f'{h * n * price:.1f}' for h in hours):>12}"
+        print(line)
 
 
 def peak_memory():
@@ -232,7 +320,9 @@ def compare_eval():
 
         if dtype == torch.bfloat16:
             cast_linear_maps(model)
-        compare(theirs, ours, str(dtype)[6:], "tokens/s", steps * batch_size * block_size)
+        forward = flops_per_token(model, block_size) / 3
+        limit = peak_flops("cpu", dtype) / forward
+        compare(theirs, ours, str(dtype)[6:], "tokens/s", steps * batch_size * block_size, limit=limit)
         assert abs(losses["ours"] - losses["theirs"]) < 1e-3, losses
 
 
@@ -274,7 +364,10 @@ def compare_hellaswag():
         scores["ours"] = sums / counts
 
     print_head("contexts of 65 ± 25 tokens, endings of 25 ± 8")
-    compare(theirs, ours, "float32", "examples/s", len(examples))
+    rows = hellaswag.sequences(examples, encode, model.config.block_size)
+    length = sum(map(len, rows)) / len(rows)
+    limit = peak_flops("cpu", torch.float32) / (length * flops_per_token(model, length) / 3)
+    compare(theirs, ours, "float32", "examples/s", len(examples), limit=limit)
     assert np.allclose(scores["theirs"], scores["ours"], atol=1e-3), "the scores differ"
 
 
@@ -308,8 +401,10 @@ def compare_sample(n=256):
             use_addmv(model)
             use_addmv(folded)
         name = str(dtype)[6:]
-        compare(lambda: decode(model), lambda: decode(folded), f"folded to LN, {name}", "tokens/s", n, 28)
-        compare(theirs, lambda: decode(model), f"to transformers, {name}", "tokens/s", n, 28)
+        read = sum(p.nbytes for p in model.parameters())  # by each token, wpe but for a row
+        limit = memory_bandwidth("cpu") / read
+        compare(lambda: decode(model), lambda: decode(folded), f"folded to LN, {name}", "tokens/s", n, 28, limit)
+        compare(theirs, lambda: decode(model), f"to transformers, {name}", "tokens/s", n, 28, limit)
 
 
 # --- preparation
@@ -390,6 +485,10 @@ def main():
         compare_sample()
     elif what == "prepare":
         compare_prepare()
+    elif what == "cost":
+        draw_cost()
+    elif what == "hours":
+        print_hours()
 
 
 if __name__ == "__main__":

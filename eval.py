@@ -5,7 +5,6 @@ What a removal cost: the original, the control and the LN-free model on the same
     python eval.py --dataset=owt,pile,hellaswag,residual      # what is not there yet is fetched
     python eval.py --models=gpt2,ORG/NAME@REVISION,out/mine --dataset=pile --json=result.json
     python eval.py --verify                                   # is it really LN-free?
-    torchrun --nproc_per_node=8 eval.py --dataset=pile        # the same result, sooner
 
 An LN-free model is folded first, so that what is measured has no LayerNorm in it. Windows don't
 overlap, and are the same for all models. A standard error is over windows, taken as independent of
@@ -466,6 +465,9 @@ def say_next(candidates, names):
 def main():
     global block_size, device
     configure(globals(), sys.argv[1:], __doc__)
+    if not verify:
+        ranks.use_all_gpus(device)
+    torch.set_float32_matmul_precision("highest")  # no TF32 in a figure, whatever the environment asks for
     device = pick_device(device)
     autocast = autocast_to(pick_dtype(dtype, device), device)
     check_json()

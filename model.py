@@ -214,7 +214,7 @@ class Block(nn.Module):
 
 def piece_loss(x, W, b, targets, share, x_teacher, W_teacher, kl_share, dtype, with_gradient):
     """One piece of LossInPieces, which has the arguments' shapes -> the cross-entropy and KL(teacher || model), each
-    the sum over rows of share times nats; and the gradients of (1 - kl_share) ce + kl_share kl by x, W and b, or None.
+    the sum over rows of share times nats; and the gradients of (1 - kl_share) ce + kl_share kl by x, W, b, or None.
 
     With p and q the distributions of model and teacher, and t the target as a distribution, the gradient by a row's
     logits is share (p - (1 - kl_share) t - kl_share q). Written by hand: who changes a loss changes it here too."""
@@ -253,7 +253,7 @@ def centred(W, dtype):
 
 
 def pad_rows(W):
-    """W (V, ...) with rows of zeros up to a multiple of 64. A product of 50,257 columns is slower than one of 50,304."""
+    """W (V, ...) with rows of zeros up to a multiple of 64: 50,304 columns are computed sooner than 50,257."""
     return F.pad(W, (0, 0) * (W.dim() - 1) + (0, -len(W) % 64))
 
 
@@ -300,13 +300,13 @@ class LossInPieces(torch.autograd.Function):
 
 class GPT(nn.Module):
     """GPT-2, whole or folded. Beside its weights it has what ln_state saves, the sites' modes and constants and the
-    two treatments; and two ways to compute the same: gradient_checkpointing, and piece_loss, which may be compiled."""
+    two treatments; and two ways to compute the same: gradient_checkpointing, and piece_loss, compiled or not."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # recompute each block's activations in the backward pass
-        self.piece_loss = piece_loss  # train.py compiles it, apart from the blocks
+        self.piece_loss = piece_loss
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -362,6 +362,13 @@ class GPT(nn.Module):
                 loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
         return (logits, loss, more) if more else (logits, loss)
 
+    def compiled(self):
+        """What to call in training: torch.compile of this model, in two graphs, the blocks and a piece of the loss.
+        In one graph all pieces would be in memory at one time."""
+        self.piece_loss = torch.compile(self.piece_loss)
+        self.losses_in_pieces = torch.compiler.disable(self.losses_in_pieces)
+        return torch.compile(self)
+
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """idx (B, T) -> what the unembedding reads, (B, T, C). pos (B, T): the tokens' positions,
         if not 0, 1, ...; mask: which of them each one sees, if not all before it; cache: a
@@ -395,7 +402,6 @@ class GPT(nn.Module):
     # --------------------------------------------------------------------------------------------
     # losses
 
-    @torch.compiler.disable  # in one graph with the blocks, all pieces would be in memory at one time
     def losses_in_pieces(self, x, targets, teacher=None):
         """x (B, T, C), targets (B, T) -> the loss; and for the log, without gradient, the mean cross-entropy and
         the mean KL(teacher || model); all in nats per token.

@@ -23,7 +23,7 @@ from configurator import configure
 from model import GPT, GPTConfig
 from parts import checkpoint, ranks
 from parts.data import open_tokens, read_meta, read_windows, train_starts, val_starts
-from parts.device import autocast_to, check_compiler, pick_device, pick_dtype
+from parts.device import autocast_to, check_compiler, keep_memory, pick_device, pick_dtype
 from parts.errors import UserError
 from parts.files import check_out_dir
 from parts.speed import flops_per_token, peak_flops
@@ -91,6 +91,7 @@ if gradient_accumulation_steps % ranks.WORLD:
                     f"it can be run by {divisors}")
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
+keep_memory()
 autocast = autocast_to(dtype, device)
 if device.startswith("cuda"):
     torch.set_float32_matmul_precision("high")  # TF32, where autocast is off
@@ -188,12 +189,9 @@ if resumed:
         ranks.say(changed)
 
 # --- compiled and data parallel; removal switches the raw model, whose tensors these wrappers share
-compiled = model
-if compile:
-    compiled = torch.compile(model)
-    model.piece_loss = torch.compile(model.piece_loss)  # a graph of its own: see GPT.losses_in_pieces
-    if kl_share > 0:
-        teacher_model.hidden = torch.compile(teacher_model.hidden)
+compiled = model.compiled() if compile else model
+if compile and kl_share > 0:
+    teacher_model.hidden = torch.compile(teacher_model.hidden)
 forward = compiled
 if ranks.WORLD > 1:
     gpus = [ranks.LOCAL_RANK] if device.startswith("cuda") else None

@@ -1,7 +1,9 @@
 """
 Which device and precision a script computes with.
 """
+import ctypes
 import os
+import platform
 import re
 import shutil
 from contextlib import nullcontext
@@ -37,6 +39,15 @@ def pick_dtype(name, device):
     else:
         has_bf16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def keep_memory():
+    """From now on, this process keeps on the CPU what it frees, and so reuses it: a step of training allocates a GB,
+    and glibc would fetch most of it anew from the system, page by page. No other libc has these settings."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped, and unmapped, on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and nothing below 2 GB goes back
 
 
 def autocast_to(dtype, device):

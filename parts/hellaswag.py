@@ -16,15 +16,15 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-import requests
 import torch
 from tqdm import tqdm
 
+from model import piece_rows
 from parts.errors import UserError, on_disk
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 EXAMPLES = 10_042  # in the file at URL
-BATCH_TOKENS = 2048  # padded tokens of a forward pass
+BATCH_TOKENS = 2048  # padded tokens of a forward pass, on a CPU; see piece_rows
 
 
 @dataclass
@@ -52,6 +52,8 @@ class Sequence:
 
 def download(url, path):
     """Fetch url into path, once; go on where an earlier try broke off. UserError."""
+    import requests
+
     if os.path.exists(path):
         return
     half = path + ".tmp"
@@ -76,6 +78,8 @@ def download(url, path):
 
 def fetch_rest(url, half):
     """Append to the file what it does not hold yet. requests.RequestException, or OSError of the disk."""
+    import requests
+
     have = os.path.getsize(half) if os.path.exists(half) else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
     with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
@@ -127,7 +131,7 @@ def score(model, examples, encode, device, autocast, name=""):
     counts = np.zeros((len(examples), 4), int)
     bar = tqdm(total=len(todo), desc=name, unit="example", leave=False, disable=None if name else True)
     while todo:
-        n = max(1, BATCH_TOKENS // len(todo[0]))
+        n = max(1, piece_rows(model.lm_head.weight, BATCH_TOKENS) // len(todo[0]))
         batch, todo = todo[:n], todo[n:]
         with autocast:
             losses, whose = batch_losses(model, batch, device)

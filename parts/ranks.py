@@ -24,6 +24,15 @@ def join(device):
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=2))
 
 
+def use_all_gpus(device):
+    """Where there are several GPUs, and neither torchrun nor a device was asked for: become torchrun, with this script
+    and a process for each GPU."""
+    n = torch.cuda.device_count()
+    if device == "auto" and n > 1 and "RANK" not in os.environ:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+
+
 @contextmanager
 def rank_0_first():
     """Around what fetches or prepares something: rank 0 does it, then the others find it done."""

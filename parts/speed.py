@@ -1,5 +1,5 @@
 """
-How fast a step could be: the FLOPs that a token takes, and those that the device can do.
+How fast a step could be: the FLOPs that a token takes, and those that the device can do; the bytes that it can read.
 """
 import time
 
@@ -32,6 +32,17 @@ def peak_flops(device, dtype):
         (a @ a)[0, 0].item()  # .item() waits for the device
         times.append(time.perf_counter() - began)
     return 2 * 2048**3 / min(times)
+
+
+def memory_bandwidth(device):
+    """Bytes/s that the device reads: a GB in float32 is summed, timed here."""
+    a = torch.ones(2**28, device=device)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a.sum().item()
+        times.append(time.perf_counter() - began)
+    return a.nbytes / min(times)
 
 
 def flops_per_token(model, T):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import tiktoken
-import tokenizers
 
 from parts.errors import UserError, on_disk
 from parts.files import read_dict
@@ -83,6 +82,8 @@ def gpt2_tokenizer():
 def read_tokenizer(name, directory):
     """The Tokenizer in a directory's tokenizer.json. End-of-text is tokenizer_config.json's eos_token, or
     config.json's eos_token_id. UserError."""
+    import tokenizers
+
     path = os.path.join(directory, "tokenizer.json")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)

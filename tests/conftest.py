@@ -52,6 +52,10 @@ SHORT = [
 ]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "device: runs on a CUDA GPU where there is one")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """The same random tokens and models each time."""

@@ -230,7 +230,7 @@ def test_every_number_among_the_settings_has_a_bound_that_is_checked(run, script
     ("sample.py", "--dtype=none", "dtype is 'none', but it must be float32 or bfloat16"),
     ("export.py", "--to=none", "to is 'none', but it must be hf or folded"),
     ("export.py", "--dtype=none", "dtype is 'none', but it must be float32, bfloat16 or float16"),
-    ("bench.py", "--what=none", "what is 'none', but it must be train, eval, hellaswag, sample or prepare"),
+    ("bench.py", "--what=none", "what is 'none', but it must be train, eval, hellaswag, sample, prepare, cost or hours"),
 ])
 def test_the_scripts_other_bounds(run, script, arg, message):
     source = ["none"] if script in ("sample.py", "export.py") else []

@@ -1,0 +1,117 @@
+"""
+The device computes what the CPU does in float64, and transformers. On a CUDA GPU where there is one, else on the CPU;
+`pytest -m device` runs these alone, and gpu.py does.
+"""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, TINY
+from transformers import GPT2LMHeadModel
+
+from model import GPT
+from parts.compare import measure
+from parts.data import read_windows
+from parts.device import autocast_to, keep_memory
+from sample import generate
+
+pytestmark = pytest.mark.device
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def tiny():
+    return GPT.from_pretrained(TINY).eval().to(DEVICE)
+
+
+@pytest.fixture
+def exact():
+    """transformers' own, in float64 on the CPU."""
+    return GPT2LMHeadModel.from_pretrained(TINY).double().eval()
+
+
+@pytest.fixture
+def idx():
+    return torch.randint(0, 257, (2, 100))
+
+
+@pytest.mark.parametrize("dtype, bound", [
+    (torch.float32, 1e-4),
+    (torch.bfloat16, 0.5),
+])
+def test_logits(tiny, exact, idx, dtype, bound):
+    with torch.no_grad(), autocast_to(dtype, DEVICE):
+        logits = tiny(idx.to(DEVICE))[0].double().cpu()
+        expected = exact(idx).logits
+    assert (logits - expected).abs().max() < bound
+
+
+def test_gradient_of_the_loss_in_pieces(tiny, exact, idx, monkeypatch):
+    monkeypatch.setattr("model.LOSS_ROWS", 9)
+    monkeypatch.setattr("model.GPU_FACTOR", 1)
+    targets = torch.randint(0, 257, idx.shape)
+    torch.nn.functional.cross_entropy(exact(idx).logits.flatten(0, 1), targets.flatten()).backward()
+    tiny(idx.to(DEVICE), targets.to(DEVICE), loss_only=True)[1].backward()
+    expected = exact.transformer.wte.weight.grad
+    apart = tiny.transformer.wte.weight.grad.double().cpu() - expected
+    assert apart.norm() < 1e-4 * expected.norm()
+
+
+def test_folded_is_the_same_function(tiny, idx):
+    tiny.measure_std(idx.to(DEVICE))
+    for site in tiny.sites().values():
+        site.ln_mode = "fake"
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.fold()(idx.to(DEVICE))[0], tiny(idx.to(DEVICE))[0], atol=1e-4, rtol=1e-4)
+
+
+def test_std_that_is_measured(tiny, exact, idx):
+    idx[idx == 256] = 0
+    tiny.measure_std(idx.to(DEVICE))
+    with torch.no_grad():
+        x = exact(idx, output_hidden_states=True).hidden_states[1]  # what the second block reads
+    std = (x.var(-1, unbiased=False) + 1e-5).sqrt()
+    assert tiny.sites()["h.1.ln_1v"].avg_std.item() == pytest.approx(std[:, 1:].mean().item(), rel=1e-5)
+    assert tiny.sites()["h.1.ln_1v"].bos_std.item() == pytest.approx(std[:, 0].mean().item(), rel=1e-5)
+
+
+def test_windows_losses_and_decoding(tiny, exact):
+    tokens = np.arange(1000, dtype="<u2") % 257
+    starts = [0, 500]
+    x, y = read_windows(tokens, starts, 64, DEVICE)
+    assert (x[1, 0].item(), y[1, -1].item()) == (500 - 257, 564 - 2 * 257)
+    found = measure({"tiny": tiny}, None, tokens, starts, 64, 2, DEVICE, autocast_to(torch.float32, DEVICE))
+    with torch.no_grad():
+        logits = exact(x.cpu()).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.cpu().flatten(), reduction="none")
+        likeliest = logits[0, -1].argmax().item()
+    np.testing.assert_allclose(np.ravel(found["tiny"]["loss"]), expected, atol=1e-4)
+    assert list(generate(tiny, x[0].tolist(), 1, 0, 0, None)) == [likeliest]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+def test_memory_that_is_freed_is_reused():
+    """keep_memory: after the first steps hardly a page is fetched from the system, as the count of faults says."""
+    code = """
+import resource, sys, torch
+from model import GPT, GPTConfig
+from parts.device import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+model = GPT(GPTConfig(256, 5000, n_layer=2, n_head=4, n_embd=256, eot=0))
+idx = torch.randint(5000, (4, 256))
+for step in range(20):
+    if step == 5:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(idx, idx, loss_only=True)[1].backward()
+    model.zero_grad()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {}
+    for how in ("keep", "plain"):
+        done = subprocess.run([sys.executable, "-c", code, how], cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        faults[how] = int(done.stdout)
+    assert faults["keep"] < 0.3 * faults["plain"], faults
