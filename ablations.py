@@ -18,8 +18,12 @@ import sys
 import time
 from statistics import mean, stdev
 
+from parts.errors import UserError, begin_script
+
+if __name__ == "__main__":
+    begin_script()  # before the slow imports
+
 from configurator import configure
-from parts.errors import UserError
 
 # -----------------------------------------------------------------------------
 only = ""  # beginnings of names, with commas between; "": all runs

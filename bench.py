@@ -31,6 +31,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 
+from parts.errors import UserError, begin_script
+
+if __name__ == "__main__":
+    begin_script()  # before the slow imports
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -41,7 +46,6 @@ from parts import hellaswag
 from parts.compare import cast_linear_maps, measure
 from parts.data import read_windows
 from parts.device import autocast_to, keep_memory
-from parts.errors import UserError
 from parts.speed import PEAK_FLOPS, flops_per_token, memory_bandwidth, peak_flops
 from sample import generate, use_addmv
 

@@ -21,14 +21,13 @@ import os
 import re
 import sys
 
-from parts.errors import UserError, show_user_errors_in_one_line
+from parts.errors import UserError
 
 
 def configure(settings, argv, doc):
     """Apply argv to the dict `settings` (a script's globals()) in place, check it, and return the
     settings alone. UserError on a file, a key or a value that it can't take; `--help` prints doc
     and the settings."""
-    show_user_errors_in_one_line()
     kinds = (bool, int, float, str, list)
     names = [k for k, v in settings.items() if k[0].islower() and isinstance(v, kinds)]  # not _x, nor X
     comments = read_comments(settings.get("__file__"))
@@ -62,7 +61,6 @@ def take_source(usage):
     if len(sys.argv) > 1 and sys.argv[1] in ("--help", "-h"):
         return ""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        show_user_errors_in_one_line()
         raise UserError(f"usage: {usage}")
     return sys.argv.pop(1).rstrip("/")
 

@@ -13,15 +13,20 @@ differences. KL and Jensen-Shannon divergence are of the next token's distributi
 token.
 """
 import glob
-import hashlib
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+
+from parts.errors import UserError, begin_script
+
+if __name__ == "__main__":
+    begin_script()  # before the slow imports
 
 import numpy as np
 import torch
@@ -30,12 +35,11 @@ from tqdm import tqdm
 from configurator import configure
 from model import GPT
 from parts import hellaswag, ranks
-from parts.checkpoint import model_directory
+from parts.checkpoint import model_directory, weights_sha256
 from parts.compare import calibration_error, cast_linear_maps, mean_and_error, measure
-from parts.data import open_tokens, read_meta, read_windows, token_word, val_starts
+from parts.data import check_tokens, open_tokens, read_meta, read_windows, token_word, val_starts
 from parts.device import autocast_to, pick_device, pick_dtype
-from parts.errors import UserError
-from parts.files import check_file, is_run, read_dict, write_json
+from parts.files import check_file, run_settings, write_json
 from parts.residual import residual_stats
 from parts.sources import HUB
 from parts.tokenizer import tokenizer_of
@@ -71,6 +75,7 @@ class Candidate:
     source: str
     role: str  # original, control, ln_free or part
     model: GPT
+    sha256: str  # of its weights, before it is folded
 
 
 # --- which models
@@ -87,13 +92,13 @@ def last_run():
     finished = {}
     for path in glob.glob("out/*/model/config.json"):
         run = os.path.dirname(os.path.dirname(path))
-        if is_run(run) and read_dict(f"{run}/settings.json")["ln_schedule"]:
+        if run_settings(run).get("ln_schedule"):
             finished[run] = os.path.getmtime(path)
     if not finished:
         raise UserError("no finished removal under out/: run `python train.py config/remove_ln_tiny.py` first, "
                         "or name --models")
     run = max(finished, key=finished.get)
-    settings = read_dict(f"{run}/settings.json")
+    settings = run_settings(run)
     sources = []
     if settings["init_from"] != "scratch":
         sources.append(settings["init_from"])
@@ -107,11 +112,12 @@ def open_candidate(source):
     where it is named by its run's out_dir, and an original otherwise."""
     directory = model_directory(source)
     model = GPT.from_pretrained(directory).eval()
+    sha256 = weights_sha256(model) if json else ""
     if model.ln_free():
-        return Candidate(source, "ln_free", model if model.config.folded else model.fold())
+        return Candidate(source, "ln_free", model if model.config.folded else model.fold(), sha256)
     if "fake" in model.ln_modes().values():
-        return Candidate(source, "part", model)
-    return Candidate(source, "original" if directory == source else "control", model)
+        return Candidate(source, "part", model, sha256)
+    return Candidate(source, "original" if directory == source else "control", model, sha256)
 
 
 def check_comparable(candidates):
@@ -132,11 +138,11 @@ def prepare(name, candidate):
     """The folder under data/ that holds `name`, made by prepare_owt.py if need be. UserError: there
     is no such data set, or none for models such as the candidate."""
     if os.path.isfile(name):
-        folder = "eval_" + os.path.basename(name)
+        folder = "eval_" + re.sub(r"[^\w.-]+", "_", name).strip("._")
         tokenizer = tokenizer_of(candidate.model, model_directory(candidate.source)).name
         args = [f"--dataset={folder}", f"--files={glob.escape(name)}", f"--tokenizer={tokenizer}"]
         args += ["--val_every=1", "--force"]
-    elif os.path.exists(os.path.join("data", name)):
+    elif name == os.path.basename(name) and os.path.exists(os.path.join("data", name)):
         return name
     elif name in HUB:
         vocab_size = candidate.model.config.vocab_size
@@ -163,9 +169,10 @@ def prepare(name, candidate):
     return folder
 
 
-def check_tokens(folder, candidates):
+def check_data(folder, candidates):
     """What is wrong with a data set is said before hours are spent on others."""
     open_tokens(folder, "val", block_size, candidates[0].model.config.vocab_size)
+    check_tokens(folder, "val")
     eot = read_meta(folder)["eot"]
     for c in candidates:
         if c.model.config.eot != eot:
@@ -417,7 +424,7 @@ def check_json():
     check_file(json, ["command", "rows"])
 
 
-def write_result(rows, data_hashes, weights):
+def write_result(rows, data_hashes, candidates):
     """The file of --json: the rows, and with what they were measured."""
     write_json(json, dict(
         command=shlex.join(["python", *sys.argv]),
@@ -425,16 +432,10 @@ def write_result(rows, data_hashes, weights):
         dtype=dtype,
         device=device,
         data_sha256=data_hashes,
-        weights_sha256=weights,
+        weights_sha256={c.source: c.sha256 for c in candidates},
+        runs={c.source: run_settings(c.source).get("run") for c in candidates},
         rows=finite(rows),
     ))
-
-
-def weights_hash(model):
-    digest = hashlib.sha256()
-    for p in model.state_dict().values():
-        digest.update(p.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def verify_models(sources):
@@ -455,7 +456,7 @@ def say_next(candidates, names):
     commands = []
     if json and "residual" in names:
         commands.append(f"python plot.py {json}")
-    runs = [c.source for c in candidates if c.role == "ln_free" and is_run(c.source)]
+    runs = [c.source for c in candidates if c.role == "ln_free" and run_settings(c.source)]
     if runs:
         commands += [f"python plot.py {runs[-1]}", f"python export.py {runs[-1]} --to=hf"]
     if commands:
@@ -488,12 +489,13 @@ def main():
         folders = {name: prepare(name, candidates[0]) for name in names if name not in ("hellaswag", "residual")}
         if "residual" in names and not folders:
             folders[default] = prepare(default, candidates[0])
+        if len(set(folders.values())) < len(folders):
+            raise UserError(f"--dataset={dataset}: two of them would be data/{max(folders.values())}: rename one")
         for folder in folders.values():
-            check_tokens(folder, candidates)
+            check_data(folder, candidates)
         if "hellaswag" in names:
             examples, encode = open_hellaswag(candidates[0])
 
-    weights = {c.source: weights_hash(c.model) for c in candidates} if json else {}
     for c in candidates:
         c.model.to(device)
         if dtype == "bfloat16":
@@ -514,11 +516,11 @@ def main():
             show = show_cross_entropy
             data_hashes[folders[name]] = read_meta(folders[name])["val"].get("sha256")
         rows += found
+        if json and ranks.RANK == 0:  # before it is shown, which can fail
+            write_result(rows, data_hashes, candidates)
         if ranks.RANK == 0:
             show(candidates, found)
 
-    if json and ranks.RANK == 0:
-        write_result(rows, data_hashes, weights)
     say_next(candidates, names)
     ranks.leave()
 

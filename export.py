@@ -18,14 +18,18 @@ import sys
 import tempfile
 from dataclasses import replace
 
+from parts.errors import UserError, begin_script, interruptible, on_disk
+
+if __name__ == "__main__":
+    begin_script()  # before the slow imports
+
 import numpy as np
 import torch
 
 from configurator import configure, take_source
 from model import GPT
-from parts.card import card, how_to_open
-from parts.checkpoint import model_directory
-from parts.errors import UserError, on_disk
+from parts.card import card, evaluation, how_to_open
+from parts.checkpoint import model_directory, weights_sha256
 from parts.tokenizer import copy_tokenizer, make_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -209,7 +213,7 @@ def write_tokenizer(model, folder, directory=""):
     return True
 
 
-def write(model, new, source, directory, folder):
+def write(model, new, source, directory, folder, rows):
     """The new directory, whole or not at all; whether it has a tokenizer."""
     half = folder + ".tmp"
     if os.path.lexists(half):
@@ -222,7 +226,7 @@ def write(model, new, source, directory, folder):
             has_tokenizer = write_tokenizer(model, half, directory)
             name = push or os.path.abspath(folder)
             with open(os.path.join(half, "README.md"), "w") as f:
-                f.write(card(source, name, to, how_to_open(name, to, has_tokenizer, eps, dtype)))
+                f.write(card(source, name, to, how_to_open(name, to, has_tokenizer, eps, dtype), rows))
             os.rename(half, folder)
     finally:
         shutil.rmtree(half, ignore_errors=True)  # this call made it
@@ -270,8 +274,15 @@ def main():
         raise UserError(f"its logits would be off by {apart:.2g}{hint}")
     if dtype == "float16":
         check_float16(new)
-    has_tokenizer = write(model, new, source, directory, folder)
+    rows, why_none = evaluation(source, weights_sha256(model))
+    try:
+        with interruptible():
+            has_tokenizer = write(model, new, source, directory, folder, rows)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was written")
     print(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
+    if why_none:
+        print(f"note: the card has no evaluation: {why_none}; eval.py --json={source}/eval.json makes one")
     print(f"its logits of random tokens, in float32, are within {apart:.1e} of {source}'s")
     if not has_tokenizer:
         print(f"note: no tokenizer files: end-of-text {model.config.eot} is not GPT-2's, "

@@ -22,6 +22,11 @@ import time
 from contextlib import nullcontext
 from functools import partial
 
+from parts.errors import UserError, begin_script
+
+if __name__ == "__main__":
+    begin_script()  # before the slow imports
+
 import numpy as np
 import torch
 
@@ -29,7 +34,6 @@ from configurator import configure, take_source
 from model import GPT, GPTConfig
 from parts.compare import measure
 from parts.device import autocast_to
-from parts.errors import UserError
 from parts.files import write_json
 from sample import generate
 

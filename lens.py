@@ -16,6 +16,11 @@ residual stream that the unembedding reads, not what later layers make of it.
 import os
 import sys
 
+from parts.errors import UserError, begin_script
+
+if __name__ == "__main__":
+    begin_script()  # before the slow imports
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -25,8 +30,7 @@ import torch
 from configurator import configure, take_source
 from model import GPT, std_of
 from parts.checkpoint import model_directory
-from parts.errors import UserError
-from parts.files import read_dict
+from parts.files import run_settings
 from parts.tokenizer import tokenizer_of
 from plot import check_picture, save
 
@@ -203,7 +207,7 @@ def main():
         raise UserError(f"{source} is not LN-free: {model.why_not_ln_free()[0]}")
     tokenizer = tokenizer_of(model, directory)
     free = model if model.config.folded else model.fold()
-    beside = original or read_dict(os.path.join(source, "settings.json")).get("init_from", "")
+    beside = original or run_settings(source).get("init_from", "")
     if not beside or beside == "scratch":
         raise UserError(f"no original to stand beside {source}: name it with --original=DIRECTORY")
     with_ln = GPT.from_pretrained(model_directory(beside)).eval()

@@ -31,6 +31,7 @@ EVAL_ROWS = 128  # the same for the exact logits of an evaluation: glibc maps an
 # With CUDA each piece costs kernel launches, and a gradient of the size of the whole unembedding: so
 # pieces there are this many times as large.
 GPU_FACTOR = 8
+PLAIN_EPS = 1e6  # from this layer_norm_epsilon on, a plain GPT-2 is taken for LN-free
 
 
 @dataclass
@@ -597,8 +598,10 @@ class GPT(nn.Module):
 
         directory = hub.fetch(source)
         hf = hub.read_config(directory)
+        hub.check_sizes(directory, hf)
         model = cls(config_from_hf(hf, dropout))
-        hub.check_ln_state(directory, hf, model.ln_modes())
+        if hf["model_type"] == "gpt2_ln_mode":
+            hub.check_ln_state(f"{directory}/config.json", hf.get("ln_state"), model.ln_modes())
         model.load_hf(hf, hub.read_tensors(directory, model.hf_tensors()))
         return model
 
@@ -691,15 +694,20 @@ def config_from_hf(hf, dropout=0.0):
         n_head=hf["n_head"],
         n_embd=hf["n_embd"],
         dropout=dropout,
-        eot=eot if isinstance(eot, int) else hf["vocab_size"] - 1,
-        ln_eps=1e-5 if is_published_ln_free(hf) else hf.get("layer_norm_epsilon", 1e-5),
+        eot=eot if type(eot) is int and 0 <= eot < 2**31 else hf["vocab_size"] - 1,
+        ln_eps=1e-5 if is_published_ln_free(hf) else eps_of(hf),
         folded=hf["model_type"] == "gpt2_folded",
     )
 
 
 def is_published_ln_free(hf):
-    """True of the config.json of a published LN-free model: the form of apollo-research/gpt2_noLN."""
-    return hf.get("layer_norm_epsilon", 1e-5) > 1
+    """True of the config.json of a published LN-free model: the form of apollo-research/gpt2_noLN. Its eps, 1e12 there,
+    drowns any variance."""
+    return eps_of(hf) >= PLAIN_EPS
+
+
+def eps_of(hf):
+    return 1e-5 if hf.get("layer_norm_epsilon") is None else hf["layer_norm_epsilon"]
 
 
 def piece_rows(x, rows):

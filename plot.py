@@ -6,9 +6,14 @@ Pictures of a run and of a residual stream.
 
 A run is drawn beside its control, out/remove_ln_tiny_control, where that is there.
 """
-import json
+import io
 import os
 import sys
+
+from parts.errors import UserError, begin_script, on_disk
+
+if __name__ == "__main__":
+    begin_script()  # before the slow imports
 
 import matplotlib
 
@@ -17,9 +22,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configurator import take_source
+from parts import jsonfile
+from parts.checkpoint import log_entries
 from parts.data import token_word
-from parts.errors import UserError, on_disk, show_user_errors_in_one_line
-from parts.files import read_dict
+from parts.files import run_settings, whole_file
 
 COLORS = dict(ln_2="tab:green", ln_1qk="tab:purple", ln_1v="tab:brown", ln_f="black", eot="tab:gray", bos="tab:gray")
 
@@ -32,23 +38,16 @@ def read_log(run):
     log.jsonl."""
     path = os.path.join(run, "log.jsonl")
     loss, val, events = {}, {}, []
-    try:
-        with open(path) as f:
-            for line in f:
-                entry = json.loads(line)
-                step = entry["step"]
-                if "loss" in entry:
-                    loss[step] = entry["loss"]
-                if "val_loss" in entry:
-                    val[step] = entry["val_loss"]
-                if "event" in entry:
-                    if not isinstance(entry["event"], str):
-                        raise TypeError("an event is no name")
-                    events.append((step, entry["event"]))
-    except OSError:
-        raise UserError(f"{path} is not there: {run} is not the out_dir of a run") from None
-    except (ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path} is not a log of train.py: {type(e).__name__}: {e}") from None
+    if not os.path.exists(path):
+        raise UserError(f"{path} is not there: {run} is not the out_dir of a run")
+    for _, entry in log_entries(path):
+        step = entry["step"]
+        if entry.get("loss") is not None:  # of a step that was not skipped
+            loss[step] = entry["loss"]
+        if entry.get("val_loss") is not None:
+            val[step] = entry["val_loss"]
+        if "event" in entry:
+            events.append((step, entry["event"]))
     return dict(loss=loss, val=val, events=events)
 
 
@@ -70,7 +69,7 @@ def plot_run(run):
 
 def unit_of(run):
     """byte or token, of the run's data set; token where that is gone."""
-    dataset = read_dict(os.path.join(run, "settings.json")).get("dataset", "")
+    dataset = run_settings(run).get("dataset", "")
     try:
         return token_word(dataset)
     except UserError:
@@ -177,7 +176,7 @@ def plot_residual(source):
     """The std before each site by layer, a line for each model; one picture for each kind of token."""
     rows = read_rows(source)
     sites = list(max((row["sites"] for row in rows), key=len))  # of the deepest model
-    kinds = [kind for kind in ("position_0", "eot", "others") if any(row["sites"]["ln_f"][kind] for row in rows)]
+    kinds = [kind for kind in ("position_0", "eot", "others") if any(row["sites"]["ln_f"].get(kind) for row in rows)]
     size = 5 * len(kinds), 5
     fig, axes = plt.subplots(1, len(kinds), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axis, kind in zip(axes[0], kinds):
@@ -201,11 +200,16 @@ def plot_residual(source):
 
 def read_rows(source):
     advice = f"write it with `python eval.py --dataset=residual --json={source}`"
-    try:
-        with open(source) as f:
-            rows = [row for row in json.load(f)["rows"] if row["dataset"] == "residual" and row["sites"]]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{source} has no row of --dataset=residual ({type(e).__name__}): {advice}") from None
+    rows = []
+    for row in jsonfile.read(source, {"rows": list}, advice)["rows"]:
+        if not isinstance(row, dict) or row.get("dataset") != "residual" or not row.get("sites"):
+            continue
+        jsonfile.check(source, row, dict(role=str, source=str, sink_rate=float, sites={"ln_f": dict}), advice)
+        for site, kinds in row["sites"].items():
+            jsonfile.check(f"{source}: {site[:40]}", row["sites"], {site: dict}, advice)
+            for kind in ("position_0", "eot", "others"):
+                jsonfile.check(f"{source}: {site[:40]}", kinds, {kind + "?": dict(mean=float, spread=float)}, advice)
+        rows.append(row)
     if not rows:
         raise UserError(f"{source} has no row of --dataset=residual: {advice}")
     return rows
@@ -218,6 +222,8 @@ def check_picture(path, title):
         raise UserError(f"{path} does not end in .png, .pdf or .svg")
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise UserError(f"can't write {path}: there is no directory {os.path.dirname(path)}")
+    if os.path.lexists(path + ".tmp"):
+        raise UserError(f"{path}.tmp is in the way: remove it")
     if os.path.islink(path):
         raise UserError(f"{path} is a link, and would be replaced: move it away")
     if os.path.exists(path):
@@ -228,13 +234,14 @@ def check_picture(path, title):
 
 def save(fig, path, title):
     check_picture(path, title)
-    with on_disk(f"can't write {path}"):
-        fig.savefig(path, dpi=120, metadata=dict(Title=title))
+    picture = io.BytesIO()
+    fig.savefig(picture, format=path[-3:], dpi=120, metadata=dict(Title=title))
+    with whole_file(path) as f:
+        f.write(picture.getvalue())
     print(path)
 
 
 def main():
-    show_user_errors_in_one_line()
     usage = "python plot.py OUT_DIR, or a .json file of eval.py"
     source = take_source(usage)
     if not source:

@@ -12,7 +12,7 @@ Documents to tokens, once: data/NAME/{train,val}.bin (uint16) and meta.json.
 Each document is followed by the end-of-text id; rows of ids that all have one length are taken as windows
 of a stream, which hold it. val is, of whole text files, about 5 %, by a hash of their path (of few, the
 end of each); of rows every 200th; of little text more, so that a gap can be seen; of all of OpenWebText
-nanoGPT's. Run the same command again after an interruption, and it resumes.
+nanoGPT's. Run the same command again after an interruption, or when a bad file is mended, and it resumes.
 """
 import hashlib
 import json
@@ -29,12 +29,17 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
+from parts.errors import UserError, begin_script, interruptible, on_disk
+
+if __name__ == "__main__":
+    begin_script()  # before the slow imports
+
 import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from parts.errors import UserError, on_disk
-from parts.files import TOKEN_FILES, FolderLock, check_folder, remove_files, write_json
+from parts import jsonfile
+from parts.files import TOKEN_FILES, FolderLock, check_folder, remove_files, whole_file, write_json
 from parts.sources import (
     ANY_SEAM,
     GPT2_SEAM,
@@ -68,8 +73,14 @@ VAL_TOKENS = 20_000  # not fewer, where they are at most a fifth of all
 # a gap's standard error x sqrt(val tokens), in nats: on the bundled model, and on one with a BPE of 4,096 tokens
 TOKEN_SD = dict(byte=0.42, token=0.59)
 # of an unfinished preparation
-HALF_FILES = (*TOKEN_FILES, "progress.json", "progress.json.tmp", "val_ordered.bin")
+HALF_FILES = (*TOKEN_FILES, "progress.json", "val_ordered.bin", "progress.json.tmp", "meta.json.tmp", "val_ordered.bin.tmp")
 BATCH = 1_000_000  # characters that a worker takes at a time
+COUNT = (0, 2**53)  # jsonfile's kinds of what earlier runs left
+COUNTS = dict(tokens=COUNT, documents=COUNT, eot_appended=COUNT)
+WHOLE = dict(train={"tokens": COUNT, "documents?": COUNT}, val={"tokens": COUNT, "documents?": COUNT})
+UNFINISHED = dict(meta=dict, sources=list, redo=dict)
+DONE_FILES = (*TOKEN_FILES, "progress.json")  # the last for a moment, at the end
+STATE = ("position", "documents", "train", "val")  # how far all is
 NOTHING = dict(tokens=0, documents=0, eot_appended=0)  # counts of a split, as in meta.json
 
 
@@ -121,7 +132,8 @@ def order_val_as_nanogpt(half, eot):
     wanted = nanogpt_val_documents().tolist()
     place = {document: i for i, document in enumerate(sorted(wanted))}
     ordered = np.concatenate([docs[place[document]] for document in wanted])
-    ordered.tofile(os.path.join(half, "val_ordered.bin"))
+    with whole_file(os.path.join(half, "val_ordered.bin")) as f:
+        f.write(ordered.tobytes())
 
 
 # --- reading: a source's Pieces -> Tasks -> batches of Tasks, which workers encode
@@ -254,15 +266,19 @@ def written(progress):
     return progress["train"]["tokens"] + progress["val"]["tokens"]
 
 
-def note(half, out, progress):
+def note(half, out, progress, sources):
     """How far all is on the disk, so that a kill loses only what came after it."""
     for f in out.values():
         f.flush()
         os.fsync(f.fileno())
-    path = os.path.join(half, "progress.json")
-    with open(path + ".tmp", "w") as f:
-        json.dump(progress, f)
-    os.replace(path + ".tmp", path)
+    progress["sources"] = fingerprint(sources, progress["position"][0])
+    write_json(os.path.join(half, "progress.json"), progress)
+
+
+def fingerprint(sources, i):
+    """Two hashes, of the i-th source and of all others: their names, sizes and times. A resume must find the same."""
+    each = [[source.name, source.size, source.version] for source in sources]
+    return [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in (each[i : i + 1], each[:i] + each[i + 1 :])]
 
 
 def is_enough(progress, sources):
@@ -275,11 +291,14 @@ def is_enough(progress, sources):
 
 def write(half, sources, rule, chosen, progress):
     """Encode on all cores and write in order, with a note of the progress every few seconds."""
-    note(half, {}, progress)  # first of all: it marks the folder as ours
+    progress.setdefault("redo", {key: progress[key] for key in STATE})
+    note(half, {}, progress, sources)  # first of all: it marks the folder as ours
     if progress["position"] == [0, 0, 0]:
         remove_files(half, ["val_ordered.bin"])  # of another try; it would be taken for this one's
     out = {which: open(os.path.join(half, which + ".bin"), "ab") for which in ("train", "val")}
     for which, f in out.items():  # drop what a kill left after the last note
+        if os.path.getsize(f.name) < 2 * progress[which]["tokens"]:
+            raise UserError(f"{f.name} is shorter than progress.json says: --force begins anew")
         f.truncate(2 * progress[which]["tokens"])
     workers = os.cpu_count() or 1
     seam = dict(gpt2=GPT2_SEAM, bytes=ANY_SEAM).get(chosen, NO_SEAM)
@@ -300,21 +319,24 @@ def write(half, sources, rule, chosen, progress):
                     if not waiting:
                         break
                     position, share, result = waiting.popleft()
-                    after = dict(progress, position=position)
+                    before = {key: progress[key] for key in STATE}
+                    after = dict(before, position=position)
                     for which, (data, counts) in result.result().items():
                         out[which].write(data)
                         after[which] = {key: progress[which][key] + counts[key] for key in counts}
                         after["documents"] += counts["documents"]
+                    if position[0] > before["position"][0]:  # another source is begun
+                        after["redo"] = dict(before if position[1] else after)
                     progress.update(after)  # at once: an interruption finds a batch in it whole or not at all
                     bar.total = tokens or int(written(progress) / max(share, 1e-9))
                     bar.update(written(progress) - bar.n)
                     if time.monotonic() - noted > 10:
-                        note(half, out, progress)
+                        note(half, out, progress, sources)
                         noted = time.monotonic()
             finally:  # what is not begun is not waited for
                 pool.shutdown(cancel_futures=True)
     finally:
-        note(half, out, progress)
+        note(half, out, progress, sources)
         bar.close()
         for f in out.values():
             f.close()
@@ -334,7 +356,7 @@ def is_prepared(done, meta):
     path = os.path.join(done, "meta.json")
     if force or not os.path.exists(path):
         return False
-    old = read_json(path)
+    old = jsonfile.read(path, WHOLE, "--force begins anew")
     for key, value in meta.items():
         if old.get(key) != value:
             raise UserError(f"{done} holds {key} {old.get(key)!r}, not {value!r}: --force replaces it")
@@ -357,30 +379,37 @@ def check_disk(name, sources, chosen):
                         "ask for less with --tokens")
 
 
-def open_progress(half, meta):
-    """Where an earlier try for the same broke off, or the beginning."""
+def open_progress(half, meta, sources):
+    """Where an earlier try for the same broke off, or the beginning. UserError: what is there is of other files or
+    settings, or can't be read; with force it is begun anew."""
+    beginning = dict(meta=meta, position=[0, 0, 0], documents=0, train=dict(NOTHING), val=dict(NOTHING))
     path = os.path.join(half, "progress.json")
-    if os.path.exists(path) and not force:
-        old = read_json(path)
-        if old.get("meta") == meta:
-            print(f"resuming after {written(old):,} tokens")
-            return old
-    return dict(
-        meta=meta,
-        position=[0, 0, 0],
-        documents=0,
-        train=dict(NOTHING),
-        val=dict(NOTHING),
-    )
-
-
-def read_json(path):
-    """The dict in a file of an earlier run. UserError if it is none."""
+    if not os.path.exists(path):
+        return beginning
     try:
-        with open(path) as f:
-            return dict(json.load(f))
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path} can't be read ({e}): --force begins anew") from None
+        old = jsonfile.read(path, UNFINISHED, "--force begins anew")
+        check_state(path, old)
+        check_state(path, old["redo"])
+        current, others = fingerprint(sources, old["position"][0])
+        changed = [key for key in meta if meta[key] != old["meta"].get(key)]
+        if changed or old["sources"][1:] != [others]:
+            raise UserError(f"{half} holds {written(old):,} tokens that were prepared with other "
+                            f"{', '.join(changed) or 'files'}: --force begins anew")
+    except UserError:
+        if force:
+            return beginning
+        raise
+    if old["sources"][0] != current:
+        print("note: what was being read then has changed, and is read anew")
+        old |= old["redo"]
+    print(f"resuming after {written(old):,} tokens")
+    return old
+
+
+def check_state(path, state):
+    jsonfile.check(path, state, {"position": list, "documents": COUNT, "train": COUNTS, "val": COUNTS}, "--force begins anew")
+    if len(state["position"]) != 3 or not all(jsonfile.fits(n, COUNT) for n in state["position"]):
+        raise UserError(f"{path}: position is no position: --force begins anew")
 
 
 def sha256(path):
@@ -388,21 +417,36 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def finish(half, done, meta, progress):
-    """The unfinished folder takes its name. Returns what meta.json says."""
+def finish(half, meta, progress):
+    """All documents are in the unfinished folder: say so in its meta.json, which holds what is returned."""
     train = os.path.join(half, "train.bin")
     val = os.path.join(half, "val.bin")
     ordered = os.path.join(half, "val_ordered.bin")
-    reordered = os.path.exists(ordered)
     meta["train"] = progress["train"] | dict(sha256=sha256(train))
-    meta["val"] = progress["val"] | dict(sha256=sha256(ordered if reordered else val))
+    meta["val"] = progress["val"] | dict(sha256=sha256(ordered if os.path.exists(ordered) else val))
     write_json(os.path.join(half, "meta.json"), meta)
-    os.remove(os.path.join(half, "progress.json"))
-    if reordered:
-        os.replace(ordered, val)
-    remove_files(done, TOKEN_FILES)
-    os.rename(half, done)
     return meta
+
+
+def is_whole(half, meta):
+    """What finish has written before a kill: a folder that has only to take its name. {} if there is none."""
+    path = os.path.join(half, "meta.json")
+    if not os.path.exists(path):
+        return {}
+    found = jsonfile.read(path, WHOLE, f"remove {half}")
+    if any(found.get(key) != value for key, value in meta.items()):
+        return {}
+    return found
+
+
+def take_name(half, done):
+    """The unfinished folder takes its name. A kill at any moment leaves what can be done again."""
+    ordered = os.path.join(half, "val_ordered.bin")
+    if os.path.exists(ordered):
+        os.replace(ordered, os.path.join(half, "val.bin"))
+    remove_files(done, DONE_FILES)
+    os.rename(half, done)
+    os.remove(os.path.join(done, "progress.json"))
 
 
 def say_what_val_shows(n, word):
@@ -448,15 +492,17 @@ def request():
 def prepare(name, half, sources, made, meta):
     """All documents into the unfinished folder. Returns how many, and their tokens; what breaks it off says
     how to go on."""
-    progress = open_progress(half, meta)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last note is written
+    progress = open_progress(half, meta, sources)
     try:
         write(half, sources, val_rule(sources, made.name), made.name, progress)
         if not written(progress):
             raise UserError(f"there is no document in {meta['source']}")
         if dataset == "owt" and not tokens and progress["documents"] == OWT_DOCUMENTS:
             order_val_as_nanogpt(half, made.eot)
-    except UserError:  # bad input: nothing to resume
+    except UserError as e:  # bad input
+        if written(progress):
+            raise UserError(f"{e}; when that is mended, the same command resumes after "
+                            f"{written(progress):,} tokens") from None
         remove_files(half, HALF_FILES)
         raise
     except OSError as e:  # a full disk, or a broken line to the hub
@@ -480,7 +526,7 @@ def main():
     done, half = os.path.join("data", name), os.path.join("data", name + ".tmp")
     if is_prepared(done, meta):
         return
-    check_folder(done, TOKEN_FILES, ["meta.json"])
+    check_folder(done, DONE_FILES, ["meta.json"])
     check_folder(half, HALF_FILES, ["progress.json", "meta.json"])
     sources = find_sources(on_hub)
     with on_disk("can't write into data"):
@@ -489,13 +535,19 @@ def main():
     with on_disk(f"can't write into {half}"):
         os.makedirs(half, exist_ok=True)
     lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
-    progress = prepare(name, half, sources, made, meta)
+    whole = is_whole(half, meta)
+    if not whole:
+        with interruptible():  # the last note is written
+            progress = prepare(name, half, sources, made, meta)
+        whole = finish(half, meta, progress)
     with on_disk(f"can't write {done}"):
-        meta = finish(half, done, meta, progress)
+        take_name(half, done)
+    meta = whole
     for which in ("train", "val"):
         print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
-    if dataset == "owt" and progress["documents"] != OWT_DOCUMENTS:
-        print(f"this is a part of OpenWebText: {progress['documents']:,} of {OWT_DOCUMENTS:,} documents")
+    documents = meta["train"]["documents"] + meta["val"]["documents"]
+    if dataset == "owt" and documents != OWT_DOCUMENTS:
+        print(f"this is a part of OpenWebText: {documents:,} of {OWT_DOCUMENTS:,} documents")
     say_what_val_shows(meta["val"]["tokens"], "byte" if made.name == "bytes" else "token")
     if val_every != 1:
         print(f"next: {next_command(name)}")

@@ -8,6 +8,11 @@ bytes. An LN-free model is folded first.
 import sys
 from functools import partial
 
+from parts.errors import begin_script
+
+if __name__ == "__main__":
+    begin_script()  # before the slow imports
+
 import torch
 from torch import nn
 
@@ -94,18 +99,15 @@ def main():
     print(prompt, end="", flush=True)
     drawn, shown, text = [], "", ""
     before = len(tokenizer.decode(given))  # decoded together: alone, a first word may lose its space
-    try:
-        generator = torch.Generator(where).manual_seed(seed)
-        for token in generate(model, ids, max_new_tokens, temperature, top_k, generator):
-            if token == tokenizer.eot or token >= tokenizer.vocab_size:  # the model may have more, unused
-                break
-            drawn.append(token)
-            text = tokenizer.decode(given + drawn)[before:]
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter can reach over several tokens
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-    except KeyboardInterrupt:
-        pass
+    generator = torch.Generator(where).manual_seed(seed)
+    for token in generate(model, ids, max_new_tokens, temperature, top_k, generator):
+        if token == tokenizer.eot or token >= tokenizer.vocab_size:  # the model may have more, unused
+            break
+        drawn.append(token)
+        text = tokenizer.decode(given + drawn)[before:]
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter can reach over several tokens
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
     print(text[len(shown) :])
 
 

@@ -25,6 +25,8 @@ from model import KINDS
 from parts.errors import UserError
 
 TREATMENTS = ("eot", "bos")
+LONG = 20  # steps
+FAR = 0.5  # nats
 
 
 def timeline(ln_schedule, n_layer, max_iters):
@@ -184,6 +186,21 @@ def measure(model, batches, mean, over, momentum):
         site = model.sites()[name]
         before = torch.stack([site.avg_std, site.bos_std])
         model.set_std({name: before * momentum + std * (1 - momentum)})
+
+
+def still_far_up(losses, events, step):
+    """A note if the loss, LONG after an event, is still FAR above what it was before; else "". An event throws it up
+    for a step or two. losses: {step: loss}."""
+    names = [site_name(kind, layer) for at, kind, layer in events if at == step - LONG]
+    before = [losses[k] for k in range(step - 2 * LONG, step - LONG) if k in losses]
+    now = [losses[k] for k in range(step - LONG // 4, step + 1) if k in losses]
+    if not names or not before:
+        return ""
+    up = sum(now) / len(now) - sum(before) / len(before)
+    if not up > FAR:
+        return ""
+    return (f"note: {LONG} steps after {names[-1]} went, the loss is still {up:.2f} nats above what it was: "
+            "a lower learning_rate, or more steps between events, may help")
 
 
 def describe(ln_schedule, events):

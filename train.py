@@ -5,6 +5,7 @@ Train GPT-2, and remove its LayerNorms on a schedule.
     python train.py config/remove_ln_tiny.py config/control.py      # the same run with its LNs kept: the control
     torchrun --nproc_per_node=8 train.py config/remove_ln.py        # GPT-2 small, data parallel
     python train.py config/remove_ln_tiny.py --init_from=resume     # go on after an interruption
+    python train.py config/remove_ln_tiny.py --init_from=auto       # go on if there is a checkpoint, else begin
 
 This file runs from its first line to its last: settings, set-up, loop. A LayerNorm is removed in
 one line of the loop, `remove(...)`; what that does is in schedule.py, and what a LayerNorm is in
@@ -15,6 +16,10 @@ import os
 import sys
 import time
 
+from parts.errors import UserError, begin_script
+
+begin_script()  # before the slow imports
+
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -22,20 +27,28 @@ from tqdm import tqdm
 from configurator import configure
 from model import GPT, GPTConfig
 from parts import checkpoint, ranks
-from parts.data import open_tokens, read_meta, read_windows, train_starts, val_starts
-from parts.device import autocast_to, check_compiler, keep_memory, pick_device, pick_dtype
-from parts.errors import UserError
-from parts.files import check_out_dir
+from parts.data import check_tokens, open_tokens, read_meta, read_windows, train_starts, val_starts
+from parts.device import all_finite, autocast_to, check_compiler, keep_memory, pick_device, pick_dtype
 from parts.speed import flops_per_token, peak_flops
 from parts.tokenizer import copy_tokenizer
-from schedule import check_modes, describe, describe_event, learning_rate_at, remove, set_treatments, timeline
+from schedule import (
+    check_modes,
+    describe,
+    describe_event,
+    learning_rate_at,
+    remove,
+    set_treatments,
+    site_name,
+    still_far_up,
+    timeline,
+)
 
 # -----------------------------------------------------------------------------
 # settings: a default, and a comment that says what it means; configurator.py checks the bound in it
 # files
 out_dir = "out/run"  # gets ckpt.pt, model/, log.jsonl and settings.json
 force = False  # replace what an earlier run left in out_dir
-init_from = "assets/tiny"  # a model directory or hub repository; or scratch; or resume, from out_dir/ckpt.pt
+init_from = "assets/tiny"  # a model directory or hub repository; or scratch; or resume, from out_dir; or auto, as above
 dataset = "stdlib"  # a folder under data/, made by prepare_owt.py
 seed = 1337  # >= 0 and < 2**63: of the data order, of random weights and of dropout
 # removal
@@ -70,6 +83,8 @@ grad_clip = 1.0  # >= 0: largest norm of the gradient; 0: no clipping
 eval_interval = 100  # >= 1: steps between evaluations
 eval_iters = 20  # >= 1: micro-batches of val windows, spread evenly over the val file
 checkpoint_interval = 100  # >= 1: steps between checkpoints; the last step saves one too
+keep_checkpoints = 2  # >= 1: how many stay: ckpt.pt, and before it ckpt-1.pt, ...
+max_bad_steps = 5  # >= 0: steps in a row with a loss or gradient that is not finite: skipped; one more ends the run
 log_interval = 10  # >= 1: steps between printed lines; log.jsonl has every step
 wandb_log = False  # log to Weights & Biases too (pip install wandb)
 wandb_project = "remove-layernorm"  # its name there
@@ -78,10 +93,12 @@ device = "auto"  # cuda, mps or cpu, the first that is there; or one by name
 dtype = "auto"  # auto, float32 or bfloat16: of autocast; auto is bfloat16 where the machine has it
 compile = True  # torch.compile: a few minutes once, then faster steps; needs a C++ compiler on a CPU
 # -----------------------------------------------------------------------------
-settings = configure(globals(), sys.argv[1:], __doc__)
+settings = configure(globals(), checkpoint.without_auto(sys.argv[1:]), __doc__)
+if checkpoint.asks_auto(sys.argv[1:]) and checkpoint.checkpoint_names(out_dir):
+    init_from = "resume"
 
 # --- machine: one process, or torchrun's; rank 0 writes and prints
-check_out_dir(out_dir, init_from, force)
+checkpoint.check_out_dir(out_dir, init_from, teacher, force)
 if compile:
     check_compiler()
 if gradient_accumulation_steps % ranks.WORLD:
@@ -104,6 +121,8 @@ resumed = None
 with ranks.rank_0_first():  # it fetches the weights, and the others find them in the cache
     if init_from == "resume":
         resumed = checkpoint.load(out_dir)
+        if checkpoint.asks_auto(sys.argv[1:]):
+            checkpoint.refuse_another_run(settings, resumed, out_dir)
         model = checkpoint.load_model(resumed, dropout)
         settings["init_from"] = resumed["settings"]["init_from"]  # not `resume`: eval.py looks for the original
     elif init_from == "scratch":
@@ -149,6 +168,10 @@ if kl_share > 0:
 # --- data: a batch is a function of seed and step, whatever the number of processes
 train_tokens = open_tokens(dataset, "train", block_size, model.config.vocab_size)
 val_tokens = open_tokens(dataset, "val", block_size, model.config.vocab_size)
+with ranks.rank_0_first():
+    if ranks.RANK == 0:
+        check_tokens(dataset, "train")
+        check_tokens(dataset, "val")
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 
 
@@ -169,9 +192,10 @@ if ln_schedule or (resumed and resumed["settings"]["ln_schedule"]):
 set_treatments(model, events, start)
 
 # --- the run's folder and log
+settings["run"] = resumed["settings"].get("run") if resumed else checkpoint.identity(settings, meta, model)
 wandb = checkpoint.start_wandb(wandb_project, out_dir, settings) if wandb_log else None
 lock = checkpoint.open_run(out_dir, settings, resumed)  # two runs at a time would mix their files
-log = checkpoint.Log(out_dir, start, wandb)
+log = checkpoint.Log(out_dir, start, settings["run"], wandb)
 
 # --- optimizer: a list, as another one can take some of the parameters (Muon the block matrices, say)
 model.to(device)
@@ -186,7 +210,7 @@ if resumed:
     checkpoint.set_rng_state(resumed["rng"])
     changed = checkpoint.changed_settings(settings, resumed)
     if changed:
-        ranks.say(changed)
+        ranks.say(f"note: not as in the checkpoint: {changed}")
 
 # --- compiled and data parallel; removal switches the raw model, whose tensors these wrappers share
 compiled = model.compiled() if compile else model
@@ -214,6 +238,16 @@ def evaluate():
     return (ranks.mean(total) * ranks.WORLD / len(starts)).item()
 
 
+def stop(what):
+    """End the run, whose numbers are no numbers any more; its checkpoints are from before."""
+    bar.close()
+    ranks.leave()
+    past = [(at, site_name(kind, layer)) for at, kind, layer in events if at <= step]
+    last = f"{past[-1][1]} was removed before step {past[-1][0]}" if past else "no LayerNorm was removed yet"
+    raise UserError(f"step {step}: {what}; {last}. {checkpoint.what_is_kept(out_dir)}, "
+                    "with a lower learning_rate, or more steps between the events of ln_schedule")
+
+
 # --- the loop
 ranks.say(f"{parameters / 1e6:.2f} M parameters from {init_from}, {ranks.WORLD} x {device}, {dtype}, "
           f"{tokens_per_step:,} tokens a step, steps {start} to {max_iters}")
@@ -224,25 +258,30 @@ for line in describe(ln_schedule, events):
 flops_per_step = tokens_per_step * flops_per_token(model, block_size)
 peak = peak_flops(device, dtype) * ranks.WORLD
 micro_steps = gradient_accumulation_steps // ranks.WORLD
-interruption = ranks.Interruption()
 columns = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # 80 hold them all
 bar = tqdm(total=max_iters, initial=start, bar_format=columns, disable=None if ranks.RANK == 0 else True)
 model.train()
+interruption = None  # until there is a step to save
+losses = {}  # of each step
+bad_steps = 0  # in a row
 
 for step in range(start, max_iters + 1):
-    if interruption.on_any_rank(device):
+    if interruption and interruption.on_any_rank(device):
         checkpoint.save(out_dir, step, model, optimizers, settings)
         bar.close()
-        ranks.say(f"stopped at step {step}, saved to {out_dir}/ckpt.pt; "
-                  f"go on with: {checkpoint.resume_command()}")
-        interruption.exit()
+        interruption.exit(f"stopped at step {step}, saved to {out_dir}/ckpt.pt; "
+                          f"go on with: {checkpoint.resume_command()}")
 
     # once in a while: the val loss; a checkpoint
     if step % eval_interval == 0 or step == max_iters:
         val_loss = evaluate()
+        if not math.isfinite(val_loss):
+            stop(f"the val loss is {val_loss}")
         log.write(dict(step=step, val_loss=val_loss))
         ranks.say(f"step {step:>6}  val loss {val_loss:.4f}")
     if step > start and (step % checkpoint_interval == 0 or step == max_iters):
+        if not all_finite(model):
+            stop("a weight is no finite number")
         checkpoint.save(out_dir, step, model, optimizers, settings)
     if step == max_iters:
         break
@@ -273,27 +312,36 @@ for step in range(start, max_iters + 1):
         (objective / micro_steps).backward()
         step_losses[0] += terms.get("ce", loss).detach() / micro_steps
         step_losses[1] += terms.get("kl", 0.0) / micro_steps
-    if grad_clip > 0:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    for optimizer in optimizers:
-        optimizer.step()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    # `loss` is the cross-entropy, whatever else is learned from
+    loss, kl, norm = ranks.mean(torch.stack([*step_losses, norm])).tolist()
+    bad = not (math.isfinite(loss) and math.isfinite(norm))
+    bad_steps = bad_steps + 1 if bad else 0
+    if bad_steps > max_bad_steps:
+        stop(f"the loss is {loss} and the gradient's norm {norm}, not finite for {bad_steps} steps in a row")
+    if not bad:
+        for optimizer in optimizers:
+            optimizer.step()
     model.zero_grad(set_to_none=True)
 
-    # the log: `loss` is the cross-entropy, whatever else is learned from
-    loss, kl = ranks.mean(step_losses).tolist()
-    if not math.isfinite(loss):
-        bar.close()
-        ranks.leave()
-        raise UserError(f"the loss is {loss} at step {step}; the last checkpoint stays as it is. "
-                        "Try a lower learning_rate or more steps between events")
+    # the log
+    losses[step] = loss
+    if bad:
+        ranks.say(f"step {step:>6}  skipped: the loss is {loss}, the gradient's norm {norm}")
+        log.write(dict(step=step, loss=None, skipped=True))
+        continue
     seconds = time.perf_counter() - began
     speed, mfu = tokens_per_step / seconds, flops_per_step / seconds / peak
     other = dict(kl=kl) if kl_share > 0 else {}
     log.write(dict(step=step, loss=loss, **other, lr=lr, tokens_per_s=round(speed), mfu=round(mfu, 4)))
+    far_up = still_far_up(losses, events, step)
+    if far_up:
+        ranks.say(far_up)
     bar.update()
     bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}")
     if bar.disable and step % log_interval == 0:
         ranks.say(f"step {step:>6}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s  MFU {mfu:.0%}")
+    interruption = interruption or ranks.Interruption()
 
 bar.close()
 if ranks.RANK == 0:

@@ -2,13 +2,14 @@
 The model card of an export: what it is, where it comes from, its evaluation and settings, and how to
 open it. The head is the hub's own metadata.
 """
-import json
 import os
 import re
 
 import huggingface_hub as hub
 
-from parts.files import read_dict
+from parts import jsonfile
+from parts.errors import UserError
+from parts.files import run_settings
 from parts.sources import HUB
 
 OPEN_HF = """
@@ -66,11 +67,11 @@ def how_to_open(name, to, has_tokenizer, eps, dtype):
     return lines.format(name=name, eps=eps, float16=float16)
 
 
-def card(source, name, to, opening):
+def card(source, name, to, opening, rows):
     """The text of README.md. source: the run or model that was exported; name: where the export will
-    be; to: its form; opening: what how_to_open gives."""
-    settings = read_dict(os.path.join(source, "settings.json"))
-    rows = evaluation(source)
+    be; to: its form; opening: what how_to_open gives; rows: its evaluation."""
+    settings = run_settings(source)
+    run = settings.pop("run", None)
     lines = [
         "---", metadata(settings.get("init_from", source), settings.get("dataset"), name, to, rows), "---",
         "# GPT-2 without LayerNorm", "",
@@ -80,7 +81,7 @@ def card(source, name, to, opening):
         opening,
     ]
     if settings:
-        lines += ["Settings of the run:", "", "```python"]
+        lines += [f"Settings of the run{f' {run}' if run else ''}:", "", "```python"]
         lines += [f"{key} = {value!r}" for key, value in settings.items()]
         lines += ["```"]
     return "\n".join(lines) + "\n"
@@ -139,21 +140,29 @@ def license_of(original):
 
 def trained_on(dataset):
     """[the hub repository that data/DATASET was prepared from]; None if it was none."""
-    source = read_dict(os.path.join("data", dataset or "", "meta.json")).get("source", "").partition(" ")[0]
+    source = str(jsonfile.read_dict(os.path.join("data", dataset or "", "meta.json")).get("source")).partition(" ")[0]
     repo = source.partition("@")[0]
     of_hub = repo in HUB.values() or (repo.count("/") == 1 and repo.endswith(f"/{dataset}"))
     return [repo] if of_hub and not os.path.exists(repo) else None
 
 
-def evaluation(source):
-    """The rows with a loss that `eval.py --json=SOURCE/eval.json` left; [] if it left none."""
+def evaluation(source, sha256):
+    """(the rows with a loss that `eval.py --json=SOURCE/eval.json` left, why there are none). They must be of weights
+    with this sha256, checkpoint.weights_sha256's."""
+    path = os.path.join(source, "eval.json")
+    number = dict.fromkeys(("loss?", "loss_se?", "gap?", "gap_se?"), float)
+    if not os.path.exists(path):
+        return [], f"there is no {path}"
     try:
-        with open(os.path.join(source, "eval.json")) as f:
-            rows = [row for row in json.load(f)["rows"] if row.get("loss") is not None]
-        table(rows)  # a row that is none of eval.py's can't be shown
-        return rows
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
+        found = jsonfile.read(path, dict(rows=list, weights_sha256=dict), "")
+        rows = [row for row in found["rows"] if isinstance(row, dict) and row.get("loss") is not None]
+        for row in rows:
+            jsonfile.check(path, row, dict(dataset=str, role=str) | number, "")
+    except UserError:
+        return [], f"{path} is no table of eval.py"
+    if sha256 not in found["weights_sha256"].values():
+        return [], f"{path} is of other weights"
+    return rows, ""
 
 
 def table(rows):
@@ -163,6 +172,14 @@ def table(rows):
     lines = ["", "| dataset | model | loss, nats per token | gap to control |", "|---|---|---|---|"]
     for row in rows:
         role = row["role"].replace("ln_free", "LN-free")
-        gap = "" if row.get("gap") is None else f"{row['gap']:+.4f} ± {row['gap_se']:.4f}"
-        lines.append(f"| {row['dataset']} | {role} | {row['loss']:.4f} ± {row['loss_se']:.4f} | {gap} |")
+        gap = with_error(row, "gap", "+.4f")
+        lines.append(f"| {row['dataset']} | {role} | {with_error(row, 'loss', '.4f')} | {gap} |")
     return lines
+
+
+def with_error(row, key, form):
+    """A number with its standard error, which a single window does not have."""
+    if row.get(key) is None:
+        return ""
+    error = row.get(key + "_se")
+    return f"{row[key]:{form}}" + ("" if error is None else f" ± {error:.4f}")

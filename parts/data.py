@@ -2,31 +2,34 @@
 Token files to batches: data/NAME/{train,val}.bin, raw uint16, with a meta.json beside them.
 prepare_owt.py writes them.
 """
-import json
+import hashlib
 import os
 
 import numpy as np
 import torch
 
+from parts import jsonfile
 from parts.errors import UserError, on_disk
+
+CHUNK = 2**25  # tokens that are looked at at a time
+
+
+def folder_of(dataset):
+    """data/DATASET. UserError: a name that leads elsewhere."""
+    if dataset in ("", ".", "..") or os.path.basename(dataset) != dataset:
+        raise UserError(f"dataset {dataset!r} is not the name of a folder below data/")
+    return os.path.join("data", dataset)
 
 
 def read_meta(dataset):
     """The dict in data/DATASET/meta.json. UserError if the data set is not prepared."""
-    path = os.path.join("data", dataset, "meta.json")
-    try:
-        with open(path) as f:
-            meta = json.load(f)
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there: run `python prepare_owt.py --dataset={dataset}` first") from None
-    except ValueError as e:
-        raise UserError(f"{path} is not JSON ({e}): {again(dataset)}") from None
-    except OSError as e:
-        raise UserError(f"can't read {path}: {e.strerror}") from None
-    kinds = dict(vocab_size=int, eot=int, train=dict, val=dict)
-    if not isinstance(meta, dict) or not all(isinstance(meta.get(key), kind) for key, kind in kinds.items()):
-        raise UserError(f"{path} has no vocab_size, eot, train or val: {again(dataset)}")
-    return meta
+    path = os.path.join(folder_of(dataset), "meta.json")
+    if not os.path.lexists(path) and not os.path.isfile("data"):
+        raise UserError(f"{path} is not there: run `python prepare_owt.py --dataset={dataset}` first")
+    split = {"tokens?": (0, 2**53), "documents?": (0, 2**53), "sha256?": str}
+    texts = {"tokenizer?": str, "source?": str}
+    fields = {"vocab_size": (1, 2**16), "eot": (0, 2**16 - 1), "train": split, "val": split} | texts
+    return jsonfile.read(path, fields, again(dataset))
 
 
 def token_word(dataset):
@@ -40,18 +43,35 @@ def again(dataset):
 
 def open_tokens(dataset, split, block_size, vocab_size):
     """data/DATASET/SPLIT.bin as a read-only uint16 array (tokens,), mapped and not read. UserError
-    if it is not what its meta.json says, has no window of block_size, or holds ids that a model of
-    vocab_size does not know."""
+    if it has another size than its meta.json says, no window of block_size, or ids that a model of vocab_size does
+    not know."""
     meta = read_meta(dataset)
     path = os.path.join("data", dataset, split + ".bin")
     check_size(path, meta[split].get("tokens"), block_size, dataset)
+    if meta["vocab_size"] > vocab_size:
+        raise UserError(f"{path} holds token ids up to {meta['vocab_size'] - 1}, but the model's vocabulary has "
+                        f"{vocab_size}: prepare it with the model's tokenizer")
+    with on_disk(f"can't read {path}"):
+        return np.memmap(path, dtype="<u2", mode="r")
+
+
+def check_tokens(dataset, split):
+    """Read data/DATASET/SPLIT.bin once. UserError if an id is none of its vocabulary, or if it is not the file that
+    meta.json has the sha256 of."""
+    meta = read_meta(dataset)
+    path = os.path.join("data", dataset, split + ".bin")
     with on_disk(f"can't read {path}"):
         tokens = np.memmap(path, dtype="<u2", mode="r")
-    largest = max(int(tokens.max()), meta["vocab_size"] - 1)
-    if largest >= vocab_size:
-        raise UserError(f"{path} holds token ids up to {largest}, but the model's vocabulary has {vocab_size}: "
-                        "prepare it with the model's tokenizer")
-    return tokens
+    digest = hashlib.sha256()
+    for i in range(0, len(tokens), CHUNK):
+        chunk = tokens[i : i + CHUNK]
+        if chunk.max() >= meta["vocab_size"]:
+            at = i + int((chunk >= meta["vocab_size"]).argmax())
+            raise UserError(f"{path} holds the id {tokens[at]} at token {at:,}, but its vocabulary has "
+                            f"{meta['vocab_size']:,}: {again(dataset)}")
+        digest.update(chunk)
+    if meta[split].get("sha256", digest.hexdigest()) != digest.hexdigest():
+        raise UserError(f"{path} is not the file that was prepared: its sha256 is not meta.json's; {again(dataset)}")
 
 
 def check_size(path, expected, block_size, dataset):

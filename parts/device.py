@@ -50,6 +50,11 @@ def keep_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and nothing below 2 GB goes back
 
 
+def all_finite(model):
+    """Whether each weight of a model is a finite number."""
+    return torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all().item()
+
+
 def autocast_to(dtype, device):
     """Around a forward pass: its matrix products in this dtype."""
     if dtype == torch.float32:

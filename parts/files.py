@@ -6,6 +6,7 @@ import json
 import os
 from contextlib import contextmanager
 
+from parts import jsonfile
 from parts.errors import UserError, on_disk
 
 try:
@@ -13,7 +14,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-RUN_FILES = ("settings.json", "ckpt.pt", "log.jsonl", "model")
 TOKEN_FILES = ("meta.json", "train.bin", "val.bin")
 
 
@@ -31,30 +31,6 @@ def check_folder(folder, names, marks):
     if strangers:
         raise UserError(f"{folder} holds {strangers[0]}, which was not written here and would be lost: "
                         "give another name")
-
-
-def check_out_dir(out_dir, init_from, force):
-    """UserError unless a run may write into out_dir: it is new or empty, or holds the run to be resumed,
-    or with force an earlier one; and the model it starts from is elsewhere."""
-    if not out_dir:
-        raise UserError("out_dir is empty: name a folder for what the run leaves")
-    places = os.path.realpath(out_dir), os.path.realpath(os.path.join(out_dir, "model"))
-    if os.path.realpath(init_from) in places:
-        raise UserError(f"init_from {init_from} is in out_dir {out_dir}, where this run's own model would replace it: "
-                        "choose another out_dir")
-    if os.path.isdir(out_dir) and os.listdir(out_dir) and not is_run(out_dir):
-        raise UserError(f"out_dir {out_dir} holds files, and is not an earlier run's: choose a new one")
-    for name in RUN_FILES:
-        if os.path.islink(os.path.join(out_dir, name)):
-            raise UserError(f"{os.path.join(out_dir, name)} is a link, and would be replaced: remove it, "
-                            "or choose another out_dir")
-    if init_from == "resume" or force:
-        return
-    if os.path.exists(os.path.join(out_dir, "model", "config.json")):
-        raise UserError(f"out_dir {out_dir} holds a finished run: choose another, or replace it with --force")
-    if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
-        raise UserError(f"out_dir {out_dir} holds a run that is not finished: go on with "
-                        "--init_from=resume, or begin anew with --force")
 
 
 class FolderLock:
@@ -78,9 +54,13 @@ class FolderLock:
             os.close(self.handle)
 
 
-def is_run(folder):
-    """Whether a run of train.py wrote this folder: its settings.json, the first file of a run, says so."""
-    return {"init_from", "ln_schedule"} <= read_dict(os.path.join(folder, "settings.json")).keys()
+def run_settings(folder):
+    """The settings.json of a folder that a run of train.py wrote: a run's first file. {} of any other folder."""
+    fields = {"init_from": str, "ln_schedule": list, "dataset": str, "run?": str}
+    try:
+        return jsonfile.read(os.path.join(folder, "settings.json"), fields, "")
+    except UserError:
+        return {}
 
 
 def check_file(path, keys):
@@ -90,19 +70,9 @@ def check_file(path, keys):
         raise UserError(f"{path}.tmp is in the way: remove it, or name another file")
     if not os.path.lexists(path):
         return
-    ours = os.path.isfile(path) and not os.path.islink(path) and set(keys) <= read_dict(path).keys()
+    ours = os.path.isfile(path) and not os.path.islink(path) and set(keys) <= jsonfile.read_dict(path).keys()
     if not ours:
         raise UserError(f"{path} is there already and was not written here: name another file")
-
-
-def read_dict(path):
-    """The dict in a JSON file; {} if it is not there or holds something else."""
-    try:
-        with open(path) as f:
-            content = json.load(f)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def remove_files(folder, names):
@@ -115,9 +85,9 @@ def remove_files(folder, names):
 
 
 @contextmanager
-def whole_file(path):
-    """A file to write bytes into, which takes its name when all is on the disk: what was there
-    stays until then. UserError on a full disk and the like, with what was there untouched."""
+def whole_file(path, check=lambda half: None):
+    """A file to write bytes into, which takes its name when all is on the disk and `check` has seen it there: what was
+    there stays until then. UserError on a full disk and the like, with what was there untouched."""
     half = path + ".tmp"
     try:
         with on_disk(f"can't write {path}"):
@@ -125,6 +95,7 @@ def whole_file(path):
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
+            check(half)
             os.replace(half, path)
     except BaseException:
         if os.path.lexists(half):

@@ -11,7 +11,6 @@ four endings, in which an ending's tokens see the context and themselves, at the
 would have alone. Where context and ending are longer than the model's positions, each ending gets a
 sequence of its own, cut at the left, as lm-evaluation-harness does.
 """
-import json
 import os
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from model import piece_rows
+from parts import jsonfile
 from parts.errors import UserError, on_disk
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -89,17 +89,21 @@ def fetch_rest(url, half):
         mode = "ab" if answer.status_code == 206 else "wb"
         with open(half, mode) as f:
             for part in answer.iter_content(4096):
+                if f.tell() > jsonfile.LARGEST:  # it never ends
+                    return
                 f.write(part)
 
 
 def read_examples(path):
     """[Example] of a file in the published format. UserError that names the line."""
+    if os.path.getsize(path) > jsonfile.LARGEST:
+        raise UserError(f"{path} has {os.path.getsize(path):,} bytes, far more than HellaSwag: remove it to fetch it again")
     examples = []
     with open(path, encoding="utf-8", errors="replace") as f:
         for n, line in enumerate(f, 1):
             try:
                 examples.append(parse(line))
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, KeyError, TypeError, OverflowError) as e:
                 problem = f"is not an example of HellaSwag ({type(e).__name__}: {e})" if line.strip() else "is empty"
                 raise UserError(f"{path}, line {n} {problem}: remove the file to fetch it again") from None
     if not examples:
@@ -108,7 +112,7 @@ def read_examples(path):
 
 
 def parse(line):
-    row = json.loads(line)
+    row = jsonfile.parse(line)
     example = Example(row["ctx"], row["endings"], int(row["label"]))
     endings = example.endings if isinstance(example.endings, list) else []
     texts = [example.context, *endings]

@@ -4,6 +4,7 @@ The processes of a run: one, or those of torchrun. Rank 0 writes and prints.
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -12,9 +13,21 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+from parts.errors import UserError, handle_endings, tell_torchrun
+
+AT_ONCE = 2  # seconds: torchrun hands on a Ctrl-C that the terminal has sent already
+
+
+def number_in_environment(name, default):
+    text = os.environ.get(name, default)
+    if not text.isdigit():
+        raise UserError(f"{name}={text} in the environment is no number, as torchrun sets it: unset it")
+    return int(text)
+
+
+RANK = number_in_environment("RANK", "0")
+WORLD = number_in_environment("WORLD_SIZE", "1")
+LOCAL_RANK = number_in_environment("LOCAL_RANK", "0")
 
 
 def join(device):
@@ -78,28 +91,51 @@ def leave():
 
 
 def say(line):
-    """Print a line, on rank 0, above a progress bar if there is one."""
-    if RANK == 0:
+    """Print a line, on rank 0, above a progress bar if there is one. Where nobody reads any more, as after
+    `| head`, the run ends as by SIGTERM: in order, if it has begun."""
+    if RANK > 0:
+        return
+    try:
         tqdm.write(line)
+    except BrokenPipeError:
+        to_nowhere(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def to_nowhere(fd):
+    """What is written to 1, stdout, or 2, stderr, from now on is lost, and is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM: noted, so that a step is finished and saved first. A second one does not
-    wait."""
+    """A signal that asks the run to end, or torchrun's own end: noted, so that a step is finished and saved
+    first. The same signal again does not wait."""
 
     def __init__(self):
         self.number = 0
-        signal.signal(signal.SIGINT, self.note)
-        signal.signal(signal.SIGTERM, self.note)
+        self.noted = 0.0
+        self.parent = os.getppid()
+        self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+        handle_endings(self.note)
 
     def note(self, number, frame):
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == self.number and time.monotonic() - self.noted > AT_ONCE:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.number, self.noted = number, time.monotonic()
+        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone
+            for fd in self.terminals:
+                to_nowhere(fd)
 
     def on_any_rank(self, device):
         """True on all processes if one of them was interrupted: they stop at the same step."""
+        if WORLD > 1 and os.getppid() != self.parent:
+            self.number = signal.SIGTERM  # torchrun was killed: nobody else would end this process
         return mean(torch.tensor(float(self.number), device=device)).item() > 0
 
-    def exit(self):
+    def exit(self, line):
+        """With 128 + the signal's number, as shells have it, and a last line."""
+        say(line)
+        tell_torchrun(line)
         leave()
         sys.exit(128 + (self.number or signal.SIGTERM))

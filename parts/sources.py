@@ -5,7 +5,6 @@ or on a hub.
 A source is a file with a name; a hub's is fetched when it is reached. Its documents come as Pieces.
 """
 import glob
-import json
 import os
 import re
 import sysconfig
@@ -16,6 +15,7 @@ from itertools import chain, islice
 
 import pyarrow.parquet as pq
 
+from parts import jsonfile
 from parts.errors import UserError
 
 # A line here makes a name for prepare_owt.py and eval.py. What they fetch by it is the split `train`, as
@@ -39,6 +39,7 @@ class Source:
     name: str
     size: int  # bytes
     fetch: Callable[[], str]  # gives the path of the file, here
+    version: str = ""  # another one where the file is another
 
     @property
     def is_rows(self):
@@ -87,7 +88,7 @@ def local_sources(patterns):
 
 
 def local_source(name, path):
-    return Source(name, os.path.getsize(path), lambda: path)
+    return Source(name, os.path.getsize(path), lambda: path, str(os.stat(path).st_mtime_ns))
 
 
 def hub_sources(repo, split, folder):
@@ -127,7 +128,7 @@ def hub_sources(repo, split, folder):
     def fetch(path):
         return lambda: hub.hf_hub_download(repo, path, revision=revision or "main", repo_type="dataset")
 
-    return [Source(f.path, f.size, fetch(f.path)) for f in found]
+    return [Source(f.path, f.size, fetch(f.path), str(getattr(f, "blob_id", ""))) for f in found]
 
 
 def hub_rows(repo, revision, folder):
@@ -200,12 +201,12 @@ def open_json(path):
     import datasets  # a second or two, for these files only
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the error too
-    try:
-        with refusing(path):
+    with refusing(path):
+        try:
             rows = iter(datasets.load_dataset("json", data_files=path, split="train", streaming=True))
             first = next(rows)
-    except StopIteration:  # load_dataset itself raises it too
-        raise UserError(f"{path} can't be read: it has no rows") from None
+        except StopIteration:  # load_dataset itself raises it too
+            raise ValueError("it has no rows") from None
 
     def rows_with(wanted):
         with refusing(path):
@@ -220,15 +221,16 @@ def refusing(path):
     mend."""
     try:
         yield
-    except (ValueError, OSError) as e:
-        raise UserError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
+    except Exception as e:  # of many kinds, EOFError and KeyError among them
+        problem = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{path} can't be read: {problem[:200]}") from None
 
 
 def pile_subset(path, meta):
     """A row's meta, a dict or JSON -> the Pile's name of its subset, or None."""
     if isinstance(meta, str):
         try:
-            meta = json.loads(meta)
+            meta = jsonfile.parse(meta)
         except ValueError:
             raise UserError(f"{path} can't be read: its column meta is not JSON: {meta[:40]}") from None
     return meta.get("pile_set_name") if isinstance(meta, dict) else None

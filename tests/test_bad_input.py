@@ -3,7 +3,9 @@ Bad input to train.py: one clear line, exit code 1, and nothing half-written.
 """
 import json
 import os
+import resource
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -112,7 +114,7 @@ def test_a_schedule_that_can_not_run(refused, dataset, schedule, message):
     (b"", "train.bin is empty"),
     (b"abc", "an odd number"),
     (bytes(1998), "has 999 tokens, but meta.json says 1000"),
-    (np.full(1000, 400, "<u2").tobytes(), "holds token ids up to 400, but the model's vocabulary has 320"),
+    (np.full(1000, 400, "<u2").tobytes(), "holds the id 400 at token 0, but its vocabulary has 257"),
     (None, "train.bin is not there"),
 ])
 def test_a_broken_token_file(refused, dataset, content, message):
@@ -130,7 +132,7 @@ def test_data_that_do_not_fit_the_model_or_the_window(refused, dataset):
     assert "holds token ids up to 50256" in refused("--dataset=mine")
     with open("data/mine/meta.json", "w") as f:
         f.write("{}")
-    assert "meta.json has no vocab_size, eot, train or val" in refused("--dataset=mine")
+    assert "meta.json: vocab_size is missing" in refused("--dataset=mine")
     write_meta(train=dict(tokens=30))
     np.zeros(30, "<u2").tofile("data/mine/train.bin")
     assert "fewer than block_size + 1 = 33" in refused("--dataset=mine")
@@ -168,10 +170,10 @@ def save_an_object(path):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (cut_in_half, "not a whole checkpoint"),
-    (write_nonsense, "not a whole checkpoint"),
-    (save_the_weights_alone, "is not a checkpoint of train.py"),
-    (save_an_object, "not a whole checkpoint"),
+    (cut_in_half, "can't be read, cut short, damaged or not plain tensors"),
+    (write_nonsense, "can't be read, cut short, damaged or not plain tensors"),
+    (save_the_weights_alone, "model_config is missing: it is no checkpoint of train.py"),
+    (save_an_object, "can't be read, cut short, damaged or not plain tensors"),
     (os.remove, "nothing to resume"),
 ])
 def test_a_checkpoint_that_is_not_one(refused, run, dataset, damage, message):
@@ -187,7 +189,9 @@ def test_a_log_that_is_not_one_and_a_checkpoint_beyond_the_last_step(refused, ru
     for line in ("garbage", "[1]", "{}"):
         with open("out/run/log.jsonl", "w") as f:
             f.write(line + "\n")
-        assert "out/run/log.jsonl is not a log of train.py" in refused(*resume, "--max_iters=3")
+        message = refused(*resume, "--max_iters=3")
+        assert "out/run/log.jsonl, line 1" in message
+        assert "it is not a log of train.py" in message
     os.remove("out/run/log.jsonl")
     os.mkdir("out/run/log.jsonl")
     assert "can't read out/run/log.jsonl: Is a directory" in refused(*resume, "--max_iters=3")
@@ -197,10 +201,14 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_that_is_there(run, datase
     checkpoint = tmp_path / "out/run/ckpt.pt"
     assert run(*RUN, "--dataset=mine").code == 0
     before = checkpoint.read_bytes()
-    os.symlink("/dev/full", "out/run/ckpt.pt.tmp")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
     full = run(*RUN, "--dataset=mine", "--init_from=resume", "--max_iters=4")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    signal.signal(signal.SIGXFSZ, handler)
     assert "can't save out/run/ckpt.pt" in full.error
-    assert "No space left" in full.error
+    assert "File too large" in full.error
     assert checkpoint.read_bytes() == before
     assert not os.path.lexists("out/run/ckpt.pt.tmp")
 
@@ -208,7 +216,8 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_that_is_there(run, datase
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run, dataset):
     rate = ["--learning_rate=1e30", "--warmup_iters=1", "--grad_clip=0"]
     done = run(*RUN, "--dataset=mine", "--max_iters=50", *rate)
-    assert "the loss is nan at step" in done.error
+    assert "the loss is nan and the gradient's norm nan, not finite for 6 steps in a row" in done.error
+    assert "There is no checkpoint yet" in done.error
     assert not os.path.exists("out/run/ckpt.pt")
 
 
@@ -282,15 +291,15 @@ def moved_below(folder):
         "the tensor transformer.h.0.extra is not one of GPT-2's",
     ),
     (weights_cut_short, "cut short or not safetensors"),
-    (weights_that_are_a_folder, "model.safetensors can't be read"),
+    (weights_that_are_a_folder, "it has no model.safetensors"),
     (without("model.safetensors"), "has no model.safetensors"),
     (without("config.json"), "has no config.json"),
     (config_text("{"), "is not JSON"),
-    (config_text("[]"), "model_type is None"),
+    (config_text("[]"), "holds a list of 0, not an object"),
     (config(model_type="llama"), "model_type is 'llama', but only GPT-2 models can be read"),
     (config(model_type="gpt2_ln_mode"), "ln_state is not whole"),
     (config(activation_function="relu"), "activation_function is 'relu'"),
-    (config(n_layer="3"), "n_layer is missing or not a positive integer"),
+    (config(n_layer="3"), "n_layer is '3', not an integer from 1 on"),
     (config(layer_norm_epsilon="small"), "layer_norm_epsilon is 'small', not a number"),
     (config(layer_norm_epsilon=-1), "layer_norm_epsilon is -1"),
     (config(n_head=7), "n_embd 64 is not a multiple of n_head 7"),

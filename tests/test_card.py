@@ -13,6 +13,7 @@ from conftest import random_hf, run_alone, set_all_fake
 from tiny_hub import serve
 
 from model import GPT
+from parts.checkpoint import weights_sha256
 
 
 @pytest.fixture
@@ -93,13 +94,17 @@ def head(directory):
 
 def write_run(**settings):
     with open("out/mine/settings.json", "w") as f:
-        json.dump(settings, f)
+        json.dump(settings | dict(ln_schedule=[], run="0123456789abcdef"), f)
+    write_table("out/mine/eval.json", weights_sha256(GPT.from_pretrained("out/mine/model")))
+
+
+def write_table(path, sha256):
     rows = [
         dict(dataset="owt", role="control", loss=2.989, loss_se=0.002, gap=None),
         dict(dataset="owt", role="ln_free", loss=3.014, loss_se=0.002, gap=0.025, gap_se=0.001),
     ]
-    with open("out/mine/eval.json", "w") as f:
-        json.dump(dict(rows=rows), f)
+    with open(path, "w") as f:
+        json.dump(dict(rows=rows, weights_sha256={"out/mine": sha256}), f)
 
 
 def test_base_model_license_data_and_loss_stand_in_the_hubs_own_fields(gpt2_run, tmp_path):
@@ -149,6 +154,21 @@ def test_an_evaluation_that_is_none_is_left_out(run, bare_run, row):
         json.dump(dict(rows=[row]), f)
     assert run("export.py", "out/mine", "--to=hf").code == 0
     with open("out/mine/hf/README.md") as f:
+        assert "Its evaluation: not measured." in f.read()
+
+
+def test_an_evaluation_of_other_weights_is_left_out_and_said_so(run, bare_run):
+    """As it stays in the folder of a run that was repeated with --force."""
+    write_run(init_from="gpt2", dataset="text")
+    assert run("export.py", "out/mine", "--to=hf").code == 0
+    with open("out/mine/hf/README.md") as f:
+        text = f.read()
+    assert "3.0140 ± 0.0020 | +0.0250 ± 0.0010" in text
+    assert "Settings of the run 0123456789abcdef:" in text
+    write_table("out/mine/eval.json", "0" * 64)
+    done = run("export.py", "out/mine", "--to=hf", "--out=again")
+    assert "the card has no evaluation: out/mine/eval.json is of other weights" in done.text
+    with open("again/README.md") as f:
         assert "Its evaluation: not measured." in f.read()
 
 

@@ -72,7 +72,7 @@ def test_the_picture_of_the_residual_stream(run, finished, tmp_path, figures):
     assert (tmp_path / "r.png").read_bytes().startswith(PNG)
 
     done = run("plot.py", "data/stdlib/meta.json")
-    assert "has no row of --dataset=residual" in done.error
+    assert "rows is missing: write it with `python eval.py --dataset=residual" in done.error
 
 
 def test_a_picture_of_what_is_not_a_run_is_refused(run, tmp_path):
@@ -88,4 +88,6 @@ def test_a_log_that_is_none_is_named(run, line):
     os.makedirs("out/run")
     with open("out/run/log.jsonl", "w") as f:
         f.write(line + "\n")
-    assert "out/run/log.jsonl is not a log of train.py" in run("plot.py", "out/run").error
+    error = run("plot.py", "out/run").error
+    assert "out/run/log.jsonl, line 1" in error
+    assert "it is not a log of train.py" in error

@@ -266,7 +266,9 @@ def test_what_another_try_left_is_not_taken_for_this_ones(run, tmp_path):
     for name in ("train.bin", "val.bin", "val_ordered.bin"):
         (half / name).write_bytes(b"another's")
     (half / "progress.json").write_text('{"meta": "another"}')
-    assert run("prepare_owt.py", "--files=a.txt").code == 0
+    assert "--force begins anew" in run("prepare_owt.py", "--files=a.txt").error
+    assert (half / "train.bin").read_bytes() == b"another's"
+    assert run("prepare_owt.py", "--files=a.txt", "--force").code == 0
     assert read_tokens("train", "files").tolist() == [*range(160), 256]
     assert read_tokens("val", "files").tolist() == [*range(160, 200), 256]
     assert sorted(os.listdir("data/files")) == ["meta.json", "train.bin", "val.bin"]
@@ -350,7 +352,7 @@ def test_a_meta_or_progress_file_that_is_broken_is_named(run, tmp_path, name, pa
     os.makedirs(os.path.dirname(path))
     (tmp_path / path).write_text("{")
     refused = run("prepare_owt.py", f"--dataset={name}", "--files=a.txt")
-    assert f"{path} can't be read" in refused.error
+    assert f"{path} is not JSON" in refused.error
     assert "--force begins anew" in refused.error
     assert run("prepare_owt.py", f"--dataset={name}", "--files=a.txt", "--force").code == 0
 

@@ -329,10 +329,10 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(removal, monkeypa
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     path = str(tmp_path / "ckpt.pt")
-    checkpoint.write(path, {"step": 1})
+    checkpoint.write(path, 2, {"step": 1})
     os.symlink("/dev/full", path + ".tmp")
     with pytest.raises(UserError, match="No space left"):
-        checkpoint.write(path, {"step": 2, "model": torch.zeros(1000)})
+        checkpoint.write(path, 2, {"step": 2, "model": torch.zeros(1000)})
     assert torch.load(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
