@@ -18,7 +18,7 @@ import sys
 import tempfile
 from dataclasses import replace
 
-from parts.errors import UserError, begin_script, interruptible, on_disk
+from parts.errors import UserError, begin_script, first_line, interruptible, on_disk
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
@@ -235,7 +235,7 @@ def write(model, new, source, directory, folder, rows):
 
 def upload(folder):
     import huggingface_hub as hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
 
     try:
         answer = input(f"upload {', '.join(sorted(os.listdir(folder)))} to {constants.ENDPOINT}/{push}? [y/N] ")
@@ -246,8 +246,8 @@ def upload(folder):
     try:
         hub.create_repo(push, exist_ok=True)
         hub.upload_folder(repo_id=push, folder_path=folder, commit_message="GPT-2 without LayerNorm")
-    except (errors.HfHubHTTPError, errors.HFValidationError, errors.OfflineModeIsEnabled) as e:
-        raise UserError(f"can't upload to {push}: {str(e).splitlines()[0]}; {folder} stays; "
+    except Exception as e:  # of many kinds
+        raise UserError(f"can't upload to {push}: {first_line(e)}; {folder} stays; "
                         f"log in with `hf auth login`, or upload it with `hf upload {push} {folder}`") from None
     print(f"uploaded to {constants.ENDPOINT}/{push}")
 

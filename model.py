@@ -31,7 +31,7 @@ EVAL_ROWS = 128  # the same for the exact logits of an evaluation: glibc maps an
 # With CUDA each piece costs kernel launches, and a gradient of the size of the whole unembedding: so
 # pieces there are this many times as large.
 GPU_FACTOR = 8
-PLAIN_EPS = 1e6  # from this layer_norm_epsilon on, a plain GPT-2 is taken for LN-free
+PLAIN_EPS = 1e4  # from this layer_norm_epsilon on, a plain GPT-2 is taken for LN-free
 
 
 @dataclass

@@ -73,13 +73,15 @@ VAL_TOKENS = 20_000  # not fewer, where they are at most a fifth of all
 # a gap's standard error x sqrt(val tokens), in nats: on the bundled model, and on one with a BPE of 4,096 tokens
 TOKEN_SD = dict(byte=0.42, token=0.59)
 # of an unfinished preparation
-HALF_FILES = (*TOKEN_FILES, "progress.json", "val_ordered.bin", "progress.json.tmp", "meta.json.tmp", "val_ordered.bin.tmp")
+HALF_FILES = (*TOKEN_FILES, "progress.json", "val_ordered.bin", "replaced")
+HALF_FILES += ("progress.json.tmp", "meta.json.tmp", "val_ordered.bin.tmp")  # of a kill
 BATCH = 1_000_000  # characters that a worker takes at a time
+NOTE_EVERY = 10  # seconds
 COUNT = (0, 2**53)  # jsonfile's kinds of what earlier runs left
 COUNTS = dict(tokens=COUNT, documents=COUNT, eot_appended=COUNT)
 WHOLE = dict(train={"tokens": COUNT, "documents?": COUNT}, val={"tokens": COUNT, "documents?": COUNT})
 UNFINISHED = dict(meta=dict, sources=list, redo=dict)
-DONE_FILES = (*TOKEN_FILES, "progress.json")  # the last for a moment, at the end
+DONE_FILES = (*TOKEN_FILES, "progress.json", "replaced")  # the last two for a moment, at the end
 STATE = ("position", "documents", "train", "val")  # how far all is
 NOTHING = dict(tokens=0, documents=0, eot_appended=0)  # counts of a split, as in meta.json
 
@@ -306,16 +308,23 @@ def write(half, sources, rule, chosen, progress):
     waiting = deque()  # (position after a batch, share read with it, its result to come), in order
     bar = tqdm(total=tokens or None, initial=written(progress), unit="token", unit_scale=True, disable=None)
     noted = time.monotonic()
+    problem = None
     try:
         with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(chosen,)) as pool:
             try:
                 while not is_enough(progress, sources):
-                    while len(waiting) < 2 * workers:
-                        batch = next_batch(tasks)
+                    while len(waiting) < 2 * workers and not problem:
+                        try:
+                            batch = next_batch(tasks)
+                        except UserError as e:  # what was read before it is written first
+                            problem = e
+                            break
                         if not batch:
                             break
                         last = batch[-1]
                         waiting.append((last.position, last.share, pool.submit(encode_batch, batch)))
+                    if not waiting and problem:
+                        raise problem
                     if not waiting:
                         break
                     position, share, result = waiting.popleft()
@@ -330,7 +339,7 @@ def write(half, sources, rule, chosen, progress):
                     progress.update(after)  # at once: an interruption finds a batch in it whole or not at all
                     bar.total = tokens or int(written(progress) / max(share, 1e-9))
                     bar.update(written(progress) - bar.n)
-                    if time.monotonic() - noted > 10:
+                    if time.monotonic() - noted > NOTE_EVERY:
                         note(half, out, progress, sources)
                         noted = time.monotonic()
             finally:  # what is not begun is not waited for
@@ -360,6 +369,7 @@ def is_prepared(done, meta):
     for key, value in meta.items():
         if old.get(key) != value:
             raise UserError(f"{done} holds {key} {old.get(key)!r}, not {value!r}: --force replaces it")
+    remove_leftovers(done)
     train, val = old["train"]["tokens"], old["val"]["tokens"]
     print(f"{done} is prepared already: {train:,} train and {val:,} val tokens (--force redoes it)")
     return True
@@ -444,9 +454,17 @@ def take_name(half, done):
     ordered = os.path.join(half, "val_ordered.bin")
     if os.path.exists(ordered):
         os.replace(ordered, os.path.join(half, "val.bin"))
-    remove_files(done, DONE_FILES)
+    remove_leftovers(done)
+    if os.path.exists(done):
+        os.rename(done, os.path.join(half, "replaced"))
     os.rename(half, done)
-    os.remove(os.path.join(done, "progress.json"))
+    remove_leftovers(done)
+
+
+def remove_leftovers(done):
+    """What take_name leaves when it is killed at its end."""
+    remove_files(os.path.join(done, "replaced"), DONE_FILES)
+    remove_files(done, ["progress.json"])
 
 
 def say_what_val_shows(n, word):

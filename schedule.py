@@ -18,6 +18,7 @@ fraction of max_iters: ("ln_f", 0.4, None). A pair says from where to where its 
 evenly, the end itself not among them: ("ln_2", (0.1, 0.3), None). The learning rate is here too.
 """
 import math
+from statistics import median
 
 import torch
 
@@ -193,10 +194,10 @@ def still_far_up(losses, events, step):
     for a step or two. losses: {step: loss}."""
     names = [site_name(kind, layer) for at, kind, layer in events if at == step - LONG]
     before = [losses[k] for k in range(step - 2 * LONG, step - LONG) if k in losses]
-    now = [losses[k] for k in range(step - LONG // 4, step + 1) if k in losses]
+    now = [losses[k] for k in range(step - LONG // 2, step + 1) if k in losses]
     if not names or not before:
         return ""
-    up = sum(now) / len(now) - sum(before) / len(before)
+    up = median(now) - median(before)
     if not up > FAR:
         return ""
     return (f"note: {LONG} steps after {names[-1]} went, the loss is still {up:.2f} nats above what it was: "

@@ -7,11 +7,13 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
 # what a user, a scheduler or a closed terminal ends a process with; Windows has but two of them
 ENDINGS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+PATIENCE = 20  # seconds
 
 
 class UserError(ValueError):
@@ -52,7 +54,7 @@ def show(kind, error, traceback):
 def end_if_stdout_fails():
     """What reads our output may have enough of it, as `head`: that is no error. A full disk is one."""
     try:
-        sys.stdout.flush()
+        os.write(1, b"\n")
     except BrokenPipeError:
         os._exit(128 + signal.SIGPIPE)
     except OSError as e:
@@ -95,3 +97,22 @@ def on_disk(what):
         yield
     except OSError as e:
         raise UserError(f"{what}: {e.strerror or e}") from None
+
+
+def first_line(error):
+    """Of an error of many kinds, what it is."""
+    return f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
+
+
+@contextmanager
+def waiting_for(server):
+    """Around what asks a server: when it takes long, it is said, once."""
+    line = f"still waiting for {server}, which may be asked several times; Ctrl-C ends it, and loses nothing"
+    timer = threading.Timer(PATIENCE, print, [line], dict(file=sys.stderr))
+    timer.daemon = True
+    if os.environ.get("RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -78,7 +78,8 @@ def check_file(path, keys):
 def remove_files(folder, names):
     """Remove the files of these names, and the folder if nothing else is in it."""
     for name in names:
-        if os.path.lexists(os.path.join(folder, name)):
+        path = os.path.join(folder, name)
+        if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
             os.remove(os.path.join(folder, name))
     if os.path.isdir(folder) and not os.listdir(folder):
         os.rmdir(folder)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from parts import jsonfile
-from parts.errors import UserError, on_disk
+from parts.errors import UserError, first_line, on_disk, waiting_for
 from parts.files import whole_file
 
 LARGEST_STD = 1e30  # beyond any residual stream's, and within float32
@@ -32,7 +32,10 @@ def fetch(source):
 
     repo, _, revision = source.partition("@")
     try:
-        return download(huggingface_hub.hf_hub_download, repo, revision or None)
+        with waiting_for(constants.ENDPOINT):
+            return download(huggingface_hub.hf_hub_download, repo, revision or None)
+    except UserError:
+        raise
     except errors.HFValidationError:
         problem = "has no repositories of such names"
     except errors.GatedRepoError:
@@ -55,6 +58,8 @@ def fetch(source):
         problem = "has it, but without model.safetensors or pytorch_model.bin"
     except OSError as e:  # a full disk
         raise UserError(f"{source} can't be fetched: {e}") from None
+    except Exception as e:  # of the library's transport, and what it makes of nonsense
+        problem = f"does not answer as a hub does ({first_line(e)}): try again"
     raise UserError(f"{source} is not a directory here, and {constants.ENDPOINT} {problem}")
 
 

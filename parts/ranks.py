@@ -28,6 +28,7 @@ def number_in_environment(name, default):
 RANK = number_in_environment("RANK", "0")
 WORLD = number_in_environment("WORLD_SIZE", "1")
 LOCAL_RANK = number_in_environment("LOCAL_RANK", "0")
+PARENT = os.getppid()  # torchrun, where there are several
 
 
 def join(device):
@@ -114,7 +115,6 @@ class Interruption:
     def __init__(self):
         self.number = 0
         self.noted = 0.0
-        self.parent = os.getppid()
         self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         handle_endings(self.note)
 
@@ -129,7 +129,7 @@ class Interruption:
 
     def on_any_rank(self, device):
         """True on all processes if one of them was interrupted: they stop at the same step."""
-        if WORLD > 1 and os.getppid() != self.parent:
+        if WORLD > 1 and os.getppid() != PARENT:
             self.number = signal.SIGTERM  # torchrun was killed: nobody else would end this process
         return mean(torch.tensor(float(self.number), device=device)).item() > 0
 

@@ -11,12 +11,13 @@ import sysconfig
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 
 import pyarrow.parquet as pq
 
 from parts import jsonfile
-from parts.errors import UserError
+from parts.errors import UserError, first_line, waiting_for
 
 # A line here makes a name for prepare_owt.py and eval.py. What they fetch by it is the split `train`, as
 # GPT-2's tokens; how much of it eval.py takes, eval.py's PUBLISHED says.
@@ -97,6 +98,7 @@ def hub_sources(repo, split, folder):
     `datasets` no longer runs loading scripts: where a repository holds nothing else, the files are
     those of the hub's own conversion to parquet."""
     import huggingface_hub as hub
+    from huggingface_hub import constants
 
     repo, _, revision = repo.partition("@")
     try:
@@ -106,9 +108,8 @@ def hub_sources(repo, split, folder):
             revision = "refs/convert/parquet"
             rows = hub_rows(repo, revision, folder)
             found = [f for f in rows if re.search(rf"/(partial-)?{split}/", f.path)]
-    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as e:
-        problem = f"{type(e).__name__}: {str(e).splitlines()[0]}"
-        raise UserError(f"{repo} can't be listed on {hub.constants.ENDPOINT}: {problem}; without a network, "
+    except Exception as e:  # of many kinds
+        raise UserError(f"{repo} can't be listed on {constants.ENDPOINT}: {first_line(e)}; without a network, "
                         "bring its files here and run with --files='*.parquet' --tokenizer=gpt2 "
                         "--dataset=NAME") from None
     if not found and split == "train":
@@ -125,16 +126,27 @@ def hub_sources(repo, split, folder):
         raise UserError(f"{repo} has the split {split!r} in several folders: "
                         f"choose one with --folder={first} (or {', '.join(others[:4])})")
 
-    def fetch(path):
-        return lambda: hub.hf_hub_download(repo, path, revision=revision or "main", repo_type="dataset")
+    def fetch(f):
+        with waiting_for(constants.ENDPOINT):
+            try:
+                path = hub.hf_hub_download(repo, f.path, revision=revision or "main", repo_type="dataset")
+            except OSError:
+                raise
+            except Exception as e:  # of the library's transport
+                raise OSError(f"{f.path} can't be fetched: {first_line(e)}") from None
+        if os.path.getsize(path) != f.size:
+            raise OSError(f"{path} has {os.path.getsize(path):,} bytes, and {constants.ENDPOINT} lists {f.size:,}")
+        return path
 
-    return [Source(f.path, f.size, fetch(f.path), str(getattr(f, "blob_id", ""))) for f in found]
+    return [Source(f.path, f.size, partial(fetch, f), str(getattr(f, "blob_id", ""))) for f in found]
 
 
 def hub_rows(repo, revision, folder):
     import huggingface_hub as hub
+    from huggingface_hub import constants
 
-    tree = hub.HfApi().list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset")
+    with waiting_for(constants.ENDPOINT):
+        tree = list(hub.HfApi().list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset"))
     found = [f for f in tree if hasattr(f, "size") and f.path.endswith(ROWS) and f.path.startswith(folder)]
     return sorted(found, key=lambda f: f.path)
 

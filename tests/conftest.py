@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
-from parts.errors import UserError  # noqa: E402
+from parts.errors import ENDINGS, UserError  # noqa: E402
 
 # a removal of 13 LayerNorms and two treatments from the bundled model, in 12 steps of 128 tokens
 SCHEDULE = [
@@ -54,6 +54,7 @@ SHORT = [
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "device: runs on a CUDA GPU where there is one")
+    config.addinivalue_line("markers", "slow: takes some ten seconds or more")
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +91,7 @@ def run(tmp_path, monkeypatch, capsys):
 
     def run(script, *args):
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {s: signal.getsignal(s) for s in map(signal.Signals.__getitem__, ENDINGS)}
         capsys.readouterr()
         gc.collect()  # a run before this one lets go of its folder
         code, last_words = 0, ""

@@ -208,8 +208,11 @@ def gpt2_run(tmp_path, run, gpt2_tokenizer):
     model.measure_std(torch.randint(0, 50000, (2, 64)))
     set_all_fake(model).save_pretrained("out/mine/model")
     row = dict(dataset="owt", role="ln_free", loss=3.014, loss_se=0.002, gap=0.025, gap_se=0.001)
-    (tmp_path / "out/mine/eval.json").write_text(json.dumps(dict(rows=[row])))
-    (tmp_path / "out/mine/settings.json").write_text(json.dumps(dict(learning_rate=6e-4)))
+    sha256 = checkpoint.weights_sha256(GPT.from_pretrained("out/mine/model"))
+    table = dict(rows=[row], weights_sha256={"out/mine": sha256})
+    (tmp_path / "out/mine/eval.json").write_text(json.dumps(table))
+    settings = dict(learning_rate=6e-4, init_from="gpt2", dataset="owt", ln_schedule=[])
+    (tmp_path / "out/mine/settings.json").write_text(json.dumps(settings))
     return model
 
 
@@ -254,10 +257,10 @@ def test_the_folded_export_is_read_by_from_pretrained_and_has_no_layernorm(run, 
 
 
 def test_an_eps_that_is_too_small_is_seen_in_what_it_says(run, gpt2_run):
-    """Our code reads such an export as LN-free; transformers divides by sqrt(var + 500)."""
+    """transformers divides by sqrt(var + 500), and so does our code: it is not LN-free any more."""
     done = run("export.py", "out/mine", "--eps=500")
     assert done.code == 0, done.text
-    assert GPT.from_pretrained("out/mine/hf").ln_free()
+    assert not GPT.from_pretrained("out/mine/hf").ln_free()
     assert within(done) > 0.01
     # the tokens that export.py compares on
     idx = torch.from_numpy(np.random.default_rng(0).integers(0, 50257, (1, 64)))
@@ -363,12 +366,11 @@ def test_a_model_that_is_not_ln_free_is_refused_with_the_reasons(run, removed):
 def test_a_run_that_is_not_finished_names_the_sites_that_are_still_real(run, removed):
     removed.set_ln_mode("ln_2", 3, "real")
     os.makedirs("broken")
-    of_a_run = dict.fromkeys(checkpoint.KEYS) | dict(ln_state=removed.ln_state())
-    torch.save(of_a_run, "broken/ckpt.pt")
+    checkpoint.save("broken", 1, removed, [], dict(init_from="scratch", ln_schedule=[], keep_checkpoints=1))
     refused = run("export.py", "broken")
     assert "broken is not finished: still real are h.3.ln_2; go on with --init_from=resume" in refused.error
     os.truncate("broken/ckpt.pt", 100)
-    assert "broken/ckpt.pt is not a whole checkpoint" in run("export.py", "broken").error
+    assert "broken/ckpt.pt can't be read, cut short" in run("export.py", "broken").error
     assert os.listdir() == ["broken"]
 
 

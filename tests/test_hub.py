@@ -95,7 +95,7 @@ def test_sharded_safetensors_and_pytorch_model_bin(hub, load, tmp_path):
 
 
 def test_what_the_hub_refuses_is_said_in_one_line(hub, load, tmp_path):
-    for name in ("no_weights", "shard_missing", "pickle"):
+    for name in ("no_weights", "shard_missing", "pickle", "code"):
         hub.hf.config.save_pretrained(tmp_path / name)
     for name in ("empty", "other"):
         (tmp_path / name).mkdir()
@@ -104,7 +104,8 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, load, tmp_path):
     (tmp_path / "other/config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "other/model.safetensors").write_bytes(b"")
     torch.save(torch.nn.Linear(1, 1), tmp_path / "pickle/pytorch_model.bin")
-    for name in ("empty", "no_weights", "shard_missing", "other", "pickle"):
+    torch.save(torch.nn.Linear(1000, 1000), tmp_path / "code/pytorch_model.bin")
+    for name in ("empty", "no_weights", "shard_missing", "other", "pickle", "code"):
         hub.repos[f"org/{name}"] = tmp_path / name
 
     messages = {
@@ -116,7 +117,8 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, load, tmp_path):
         "org/no_weights": "without model.safetensors or pytorch_model.bin",
         "org/shard_missing": "not the file lost.safetensors",
         "org/other": "model_type is 'llama'",
-        "org/pickle": "not plain tensors",
+        "org/pickle": "the weights have just",  # fewer bytes than parameters
+        "org/code": "not plain tensors",
         "a/b/c": "there is no directory a/b/c",
         "org/broken": "can't be asked (Client error '418",
     }

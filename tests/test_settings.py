@@ -11,7 +11,7 @@ import pytest
 from conftest import REPO
 
 from configurator import check_bound, configure
-from parts.errors import UserError
+from parts.errors import UserError, show
 
 SCRIPT = """
 learning_rate = 6e-4  # >= 0: of the optimizer
@@ -43,7 +43,6 @@ DEFAULTS = dict(
 def apply(tmp_path, monkeypatch):
     """apply(args...) gives the settings of SCRIPT with these arguments."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back at the end
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "a.py").write_text("# a comment\nlearning_rate = 1e-3\nout_dir = 'out/a'\nsteps = 5 * 8\n")
     (tmp_path / "control.py").write_text("out_dir = out_dir + '_control'\nrows = []\n")
@@ -61,7 +60,7 @@ def refused(apply, capsys):
     def refused(*argv):
         with pytest.raises(UserError) as caught:
             apply(*argv)
-        sys.excepthook(caught.type, caught.value, caught.tb)  # as Python does at the end
+        show(caught.type, caught.value, caught.tb)  # as Python does at the end
         printed = capsys.readouterr().err
         assert printed.startswith("error: ")
         assert printed.count("\n") == 1

@@ -1,0 +1,235 @@
+"""
+Faults at length: what test_faults.py does a few times, as often as one likes.
+
+    python tests/soak.py                # all of it: half an hour on two cores
+    python tests/soak.py kills --n=100  # one part: kills, ranks, launcher, preparations or fuzz
+
+Each part ends in a line with its figure, or in an AssertionError. The random moments are those of --seed.
+"""
+import argparse
+import glob
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+REPO = os.path.dirname(HERE)
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+SCHEDULE = [("ln_2", 1, 2), ("ln_1qk", 9, 0), ("ln_1v", 10, 2), ("ln_f", 20, None), ("eot", 21, None), ("bos", 22, None)]
+# a removal of 13 LayerNorms that saves at each step, so that many kills meet it while it saves
+TRAIN = [
+    os.path.join(REPO, "train.py"),
+    f"--init_from={REPO}/assets/tiny",
+    "--dataset=text",
+    f"--ln_schedule={SCHEDULE}",
+    "--batch_size=1",
+    "--gradient_accumulation_steps=2",
+    "--block_size=32",
+    "--warmup_iters=2",
+    "--eval_interval=1000",
+    "--eval_iters=1",
+    "--checkpoint_interval=1",
+    "--log_interval=1",
+    "--dtype=float32",
+    "--dropout=0.1",
+    "--compile=False",
+]
+PREPARE = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import prepare_owt
+prepare_owt.NOTE_EVERY = 0.1
+prepare_owt.BATCH = 100_000
+prepare_owt.main()
+"""
+ENV = os.environ | dict(OMP_NUM_THREADS="1")
+
+
+def start(*args):
+    command = [sys.executable, "-u", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
+
+
+def finish(*args):
+    """What a process prints that must not fail."""
+    process = start(*args)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    return text
+
+
+def wait_for(process, words):
+    """Read what it prints up to a line with these words; False: it ended before."""
+    for line in process.stdout:
+        if words in line:
+            return True
+    return False
+
+
+def write_text():
+    """Tokens in data/text, of words by chance."""
+    words = ["def read(self):\n", "    return self.buffer[:size]\n", "class Reader:\n", "import os\n"]
+    with open("text.txt", "w") as f:
+        f.write("".join(np.random.default_rng(0).choice(words, 5000)))
+    finish(os.path.join(REPO, "prepare_owt.py"), "--dataset=text", "--files=text.txt")
+
+
+def contents(folder):
+    """{name: bytes} of a folder's files."""
+    found = {}
+    for path in glob.glob(folder + "/**", recursive=True):
+        if os.path.isfile(path):
+            with open(path, "rb") as f:
+                found[os.path.relpath(path, folder)] = f.read()
+    return found
+
+
+def assert_same_run(found, expected, steps):
+    """The same weights to the bit, each step once in the log, no temporary file."""
+    weights = "model/model.safetensors"
+    assert contents(found)[weights] == contents(expected)[weights]
+    with open(f"{found}/log.jsonl") as f:
+        entries = [json.loads(line) for line in f]
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(steps))
+    assert len([entry for entry in entries if "event" in entry]) == 15
+    assert not glob.glob(f"{found}/**/*.tmp", recursive=True)
+
+
+def train_undisturbed(steps, launcher=()):
+    finish(*launcher, *TRAIN, f"--max_iters={steps}", "--out_dir=out/whole", "--checkpoint_interval=1000")
+
+
+def kills(n, chance):
+    """A removal is killed n times, at random moments, and started by the same command each time."""
+    steps = 25 + 6 * n
+    train_undisturbed(steps)
+    again = [*TRAIN, f"--max_iters={steps}", "--out_dir=out/killed", "--init_from=auto"]
+    saving = 0
+    for _ in range(n):
+        process = start(*again)
+        assert wait_for(process, "  loss "), "it ended before it could be killed"
+        time.sleep(chance.uniform(0, 0.8))
+        process.kill()
+        process.communicate()
+        saving += os.path.exists("out/killed/ckpt.pt.tmp")
+    finish(*again)
+    assert_same_run("out/killed", "out/whole", steps)
+    return f"{n} kills of a removal, {saving} of them while it saved"
+
+
+def ranks(n, chance):
+    """One of two processes is killed; the job ends within a minute and says why, and goes on by the same command."""
+    steps = 25 + 6 * n
+    train_undisturbed(steps, TWO)
+    again = [*TWO, *TRAIN, f"--max_iters={steps}", "--out_dir=out/killed", "--init_from=auto"]
+    longest = 0
+    for _ in range(n):
+        process = start(*again)
+        assert wait_for(process, "  loss "), "it ended before it could be killed"
+        time.sleep(chance.uniform(0, 0.8))
+        os.kill(chance.choice(children(process.pid)), signal.SIGKILL)
+        began = time.monotonic()
+        text = process.communicate(timeout=60)[0]
+        longest = max(longest, time.monotonic() - began)
+        assert process.returncode != 0
+        assert "exitcode  : -9" in text, text
+    finish(*again)
+    assert_same_run("out/killed", "out/whole", steps)
+    return f"{n} kills of a rank, after which the job ended within {longest:.0f} s"
+
+
+def launcher(n, chance):
+    """torchrun itself is killed: its processes save, and end."""
+    steps = 25 + 20 * n
+    train_undisturbed(steps, TWO)
+    again = [*TWO, *TRAIN, f"--max_iters={steps}", "--out_dir=out/killed", "--init_from=auto"]
+    for _ in range(n):
+        process = start(*again)
+        assert wait_for(process, "  loss "), "it ended before it could be killed"
+        time.sleep(chance.uniform(0.5, 1))
+        process.kill()
+        text = process.communicate(timeout=60)[0]  # until the ranks have closed it
+        assert "stopped at step" in text, text
+    finish(*again)
+    assert_same_run("out/killed", "out/whole", steps)
+    return f"{n} kills of torchrun, whose processes saved and ended by themselves"
+
+
+def children(pid):
+    """The processes that a process has started."""
+    found = []
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        try:
+            with open(path) as f:
+                fields = f.read().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(path.split("/")[2]))
+    return found
+
+
+def preparations(n, chance):
+    """A preparation of rows and one of a text file are killed n times each, at random moments."""
+    words = np.random.default_rng(0).choice(["naïve ", "café\n", "read ", "size, ", "value\n"], (4000, 200))
+    documents = ["".join(row) for row in words]
+    with open("rows.jsonl", "w") as f:
+        f.writelines(json.dumps(dict(text=document)) + "\n" for document in documents)
+    with open("long.txt", "w") as f:
+        f.write("".join(documents))
+    resumed = 0
+    for file in ("rows.jsonl", "long.txt"):
+        args = ["-c", PREPARE, REPO, f"--files={file}"]
+        began = time.monotonic()
+        finish(*args, "--dataset=whole", "--force")
+        seconds = time.monotonic() - began
+        for _ in range(n):
+            process = start(*args, "--dataset=killed")
+            try:
+                process.communicate(timeout=chance.uniform(0.2 * seconds, seconds))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+            resumed += os.path.exists("data/killed.tmp/progress.json")
+        finish(*args, "--dataset=killed")
+        found, expected = contents("data/killed"), contents("data/whole")
+        assert found.keys() == expected.keys() == {"train.bin", "val.bin", "meta.json"}
+        assert all(found[name] == expected[name] for name in found)
+        assert not os.path.exists("data/killed.tmp")
+        for name in ("killed", "whole"):
+            for file in os.listdir(f"data/{name}"):
+                os.remove(f"data/{name}/{file}")
+            os.rmdir(f"data/{name}")
+    return f"{2 * n} kills of preparations, {resumed} of them with something to go on from"
+
+
+PARTS = dict(kills=(kills, 25), ranks=(ranks, 10), launcher=(launcher, 3), preparations=(preparations, 10))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "fuzz"], help="one of them; none: all")
+    parser.add_argument("--n", type=int, help="how often")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    for name, (part, n) in PARTS.items():
+        if args.part in (None, name):
+            with tempfile.TemporaryDirectory() as folder:
+                os.chdir(folder)
+                write_text()
+                print(f"{name}: {part(args.n or n, random.Random(args.seed))}", flush=True)
+                os.chdir(HERE)
+    if args.part in (None, "fuzz"):
+        env = os.environ | dict(FUZZ_INPUTS=str(args.n or 2000))
+        sys.exit(subprocess.call([sys.executable, "-m", "pytest", "-q", os.path.join(HERE, "test_fuzz.py")], env=env))
+
+
+if __name__ == "__main__":
+    main()

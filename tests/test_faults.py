@@ -1,0 +1,526 @@
+"""
+What happens to a process, its files and its numbers costs no more than the steps since the last checkpoint: kills,
+signals, closed pipes and terminals, damaged files, numbers that are none. soak.py does the same at length.
+"""
+import math
+import os
+import pty
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soak
+import torch
+from conftest import REPO, SCHEDULE, SHORT, TINY, read_json, read_log, run_alone
+from safetensors.torch import load_file
+
+import schedule
+from parts import checkpoint, data
+
+REMOVAL = ["train.py", *SHORT, f"--ln_schedule={SCHEDULE}"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+# --- kills
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """data/text, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    soak.write_text()
+
+
+@pytest.mark.slow
+def test_a_removal_that_is_killed_again_and_again_ends_with_the_same_bits(text):
+    soak.kills(5, random.Random(1))
+
+
+@pytest.mark.slow
+def test_a_preparation_that_is_killed_again_and_again_ends_with_the_same_bytes(text):
+    soak.preparations(3, random.Random(1))
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_process_ends_the_job_which_goes_on_by_the_same_command(text):
+    soak.ranks(1, random.Random(1))
+
+
+@pytest.mark.slow
+def test_processes_whose_torchrun_is_killed_save_and_end(text):
+    soak.launcher(1, random.Random(1))
+
+
+# --- signals
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(k, f): the next run calls f when step k reads its data."""
+
+    def at_step(k, f):
+        train_starts = data.train_starts
+        done = []
+
+        def starts(tokens, seed, step, *rest):
+            if step == k and not done:
+                done.append(step)
+                f()
+            return train_starts(tokens, seed, step, *rest)
+
+        monkeypatch.setattr(data, "train_starts", starts)
+
+    return at_step
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_what_ends_a_process_saves_within_the_step_and_exits_with_128_and_its_number(run, stdlib, at_step, name):
+    number = getattr(signal, name)
+    at_step(5, lambda: signal.raise_signal(number))
+    done = run(*REMOVAL)
+    assert done.code == 128 + number
+    assert "stopped at step 6, saved to out/run/ckpt.pt" in done.text
+    assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 6
+
+
+def test_the_same_signal_twice_at_once_as_torchrun_and_a_terminal_send_it_still_saves(run, stdlib, at_step):
+    at_step(5, lambda: [signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)])
+    assert run(*REMOVAL).code == 128 + signal.SIGINT
+    assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 6
+
+
+def test_a_signal_that_is_ignored_as_by_nohup_stays_ignored(run, stdlib, at_step, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(5, lambda: signal.raise_signal(signal.SIGHUP))
+    try:
+        assert run(*REMOVAL).code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.5, 3])
+def test_ctrl_c_before_there_is_anything_to_save_ends_at_once_and_without_a_word(tmp_path, stdlib_data, seconds):
+    """While it imports, while it starts."""
+    os.symlink(stdlib_data, tmp_path / "data")
+    command = [sys.executable, os.path.join(REPO, "train.py"), *SHORT, "--max_iters=1", "--block_size=256", "--batch_size=64"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert errors == ""
+
+
+@pytest.mark.parametrize("script, args", [
+    ("eval.py", [f"--models={TINY}", "--dataset=stdlib"]),
+    ("prepare_owt.py", ["--dataset=again", "--files=many/*.txt", "--tokenizer=bytes"]),
+    ("sample.py", [TINY, "--max_new_tokens=100000"]),
+])
+def test_ctrl_c_ends_in_one_line_or_none(tmp_path, stdlib_data, script, args):
+    shutil.copytree(stdlib_data, tmp_path / "data")
+    (tmp_path / "many").mkdir()
+    for i in range(20):
+        (tmp_path / f"many/{i}.txt").write_bytes(bytes(1_000_000))
+    command = [sys.executable, os.path.join(REPO, script), *args]
+    for seconds in (0.5, 2, 4):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert errors.count("\n") <= 1, errors
+        assert "Traceback" not in errors
+
+
+# --- where it writes to
+
+
+def test_a_reader_that_has_enough_of_a_run_ends_it_in_order(tmp_path, stdlib_data):
+    """As `train.py | head`: it saves, and says nothing."""
+    os.symlink(stdlib_data, tmp_path / "data")
+    command = [sys.executable, os.path.join(REPO, "train.py"), *SHORT, "--max_iters=100000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step      5  loss" in line:
+            break
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert errors == ""
+    assert torch.load(tmp_path / "out/run/ckpt.pt", weights_only=True)["step"] > 5
+
+
+def test_a_terminal_that_is_closed_ends_a_run_in_order(tmp_path, stdlib_data):
+    os.symlink(stdlib_data, tmp_path / "data")
+    command = [sys.executable, os.path.join(REPO, "train.py"), *SHORT, "--max_iters=100000"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.alarm(60)
+        os.chdir(tmp_path)
+        os.execv(sys.executable, command)
+    text = b""
+    while b"step    100  val loss" not in text:
+        text += os.read(terminal, 1000)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert torch.load(tmp_path / "out/run/ckpt.pt", weights_only=True)["step"] > 5
+
+
+EVAL = ["eval.py", f"--models={TINY}", "--dataset=stdlib", "--tokens=512", "--json=table.json"]
+
+
+@pytest.mark.parametrize("stdout, code, last", [
+    ("/dev/full", 1, "error: can't write the output: No space left on device\n"),
+    ("head", 128 + signal.SIGPIPE, ""),
+    ("closed", 0, ""),
+])
+def test_a_table_that_can_not_be_shown_is_in_its_json(tmp_path, stdlib_data, stdout, code, last):
+    os.symlink(stdlib_data, tmp_path / "data")
+    command = [sys.executable, os.path.join(REPO, EVAL[0]), *EVAL[1:]]
+    kinds = {"/dev/full": ">/dev/full", "head": "| true; exit ${PIPESTATUS[0]}", "closed": ">&-"}
+    shell = " ".join(f"'{arg}'" for arg in command) + " " + kinds[stdout]
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr == last
+    assert len(read_json(tmp_path / "table.json")["rows"]) == 1
+
+
+def test_a_terminal_without_the_plus_minus_sign_shows_another(tmp_path, stdlib_data):
+    os.symlink(stdlib_data, tmp_path / "data")
+    done = run_alone(*EVAL, cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    assert done.code == 0, done.text
+    assert " ? " in done.text
+
+
+def test_a_rank_that_is_no_number_is_one_line(tmp_path):
+    done = run_alone("train.py", cwd=tmp_path, env={"RANK": "abc"})
+    assert done.text == "error: RANK=abc in the environment is no number, as torchrun sets it: unset it\n"
+
+
+# --- numbers that are none
+
+
+def spoil_gradients(monkeypatch, steps):
+    """The gradients of these steps, counted from 0, are no numbers."""
+    clip = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def spoiled(parameters, *rest):
+        parameters = list(parameters)
+        if len(calls) in steps:
+            parameters[-1].grad.fill_(math.nan)
+        calls.append(None)
+        return clip(parameters, *rest)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiled)
+
+
+def test_a_step_whose_gradient_is_no_number_is_skipped(run, stdlib, monkeypatch):
+    """It changes neither the weights nor the optimizer's means, and the run goes on."""
+    spoil_gradients(monkeypatch, {3, 4})
+    done = run(*REMOVAL)
+    assert done.code == 0, done.text
+    assert "step      3  skipped: the loss is " in done.text
+    assert "the gradient's norm nan" in done.text
+    entries = {entry["step"]: entry for entry in read_log() if "loss" in entry}
+    assert list(entries) == list(range(12))
+    assert [step for step, entry in entries.items() if entry.get("skipped")] == [3, 4]
+    assert all(math.isfinite(entries[step]["loss"]) for step in (5, 11))
+    assert all(t.isfinite().all() for t in load_file("out/run/model/model.safetensors").values())
+
+
+def test_too_many_of_them_in_a_row_end_the_run_with_the_last_good_checkpoint(run, stdlib, monkeypatch):
+    spoil_gradients(monkeypatch, range(7, 12))
+    done = run(*REMOVAL, "--checkpoint_interval=6", "--max_bad_steps=2")
+    assert "step 9: the loss is " in done.error
+    assert "not finite for 3 steps in a row" in done.error
+    assert "; ln_f was removed before step 9. out/run/ckpt.pt stays as it was" in done.error
+    assert "a lower learning_rate" in done.error
+    assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 6
+    assert not os.path.exists("out/run/model")
+
+
+def spoil_learning_rate(monkeypatch, step, rate):
+    learning_rate_at = schedule.learning_rate_at
+    monkeypatch.setattr(schedule, "learning_rate_at", lambda k, *rest: rate if k == step else learning_rate_at(k, *rest))
+
+
+def test_a_blow_up_is_not_saved_as_the_good_checkpoint(run, stdlib, monkeypatch):
+    spoil_learning_rate(monkeypatch, 7, math.inf)
+    done = run(*REMOVAL, "--checkpoint_interval=2")
+    assert "step 8: a weight is no finite number; h.2.ln_1v was removed before step 8" in done.error
+    assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 6
+
+
+def test_a_blow_up_in_the_last_step_leaves_no_model(run, stdlib, monkeypatch):
+    spoil_learning_rate(monkeypatch, 11, math.inf)
+    done = run(*REMOVAL)
+    assert "step 12: the val loss is nan" in done.error
+    assert not os.path.exists("out/run/model")
+
+
+def test_a_loss_that_stays_far_up_after_an_event_is_said():
+    events = [(30, "ln_2", 1), (50, "bos", None)]
+    losses = {step: 3.0 if step < 30 else 3.4 for step in range(50)} | {50: 9.0}
+    losses |= {step: 4.2 for step in range(51, 71)}
+    assert schedule.still_far_up(losses, events, 50) == ""  # 0.4 above
+    note = schedule.still_far_up(losses, events, 70)
+    assert "20 steps after bos went, the loss is still 0.80 nats above what it was" in note
+    assert schedule.still_far_up(losses, events, 69) == ""
+    assert schedule.still_far_up({70: 9.0}, events, 70) == ""  # resumed: what was before is not known
+
+
+# --- checkpoints
+
+
+def flip_a_bit(path):
+    with open(path, "r+b") as f:
+        f.seek(os.path.getsize(path) // 2)
+        byte = f.read(1)[0]
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte ^ 1]))
+
+
+def cut(path):
+    os.truncate(path, os.path.getsize(path) - 100)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, os.remove])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(run, stdlib, damage):
+    assert run(*REMOVAL, "--checkpoint_interval=4").code == 0
+    whole = load_file("out/run/model/model.safetensors")
+    assert checkpoint.checkpoint_names("out/run") == ["ckpt.pt", "ckpt-1.pt"]
+    damage("out/run/ckpt.pt")
+    done = run(*REMOVAL, "--init_from=resume")
+    assert done.code == 0, done.text
+    assert "steps 8 to 12" in done.text
+    if damage is not os.remove:
+        assert "note: out/run/ckpt.pt can't be read" in done.text
+        assert "going on from ckpt-1.pt, of step 8" in done.text
+    found = load_file("out/run/model/model.safetensors")
+    assert all(torch.equal(found[name], t) for name, t in whole.items())
+
+
+@pytest.mark.parametrize("keep, names", [
+    (1, ["ckpt.pt"]),
+    (3, ["ckpt.pt", "ckpt-1.pt", "ckpt-2.pt"]),
+])
+def test_as_many_checkpoints_stay_as_are_asked_for(run, stdlib, keep, names):
+    assert run(*REMOVAL, "--checkpoint_interval=3", f"--keep_checkpoints={keep}").code == 0
+    assert checkpoint.checkpoint_names("out/run") == names
+    steps = [torch.load(f"out/run/{name}", weights_only=True)["step"] for name in names]
+    assert steps == [12, 9, 6][:keep]
+    assert run(*REMOVAL, "--force", "--max_iters=11").code == 0
+    assert checkpoint.checkpoint_names("out/run") == ["ckpt.pt"]  # those of the run before are gone
+
+
+@pytest.mark.parametrize("key, value", [
+    ("step", -1),
+    ("step", "2"),
+    ("model", {"transformer.wte.weight": 5}),
+    ("model_config", {"n_layer": 10**12}),
+    ("ln_state", {"sites": {}}),
+    ("ln_state", []),
+    ("optimizers", [5]),
+    ("optimizers", [{"state": {0: {"exp_avg": torch.zeros(3)}}}]),
+    ("settings", {"init_from": 5}),
+    ("rng", [{"cpu": torch.zeros(3)}]),
+    ("rng", [5]),
+])
+def test_a_checkpoint_with_a_part_of_another_kind_is_refused_in_one_line(run, stdlib, key, value):
+    assert run("train.py", *SHORT, "--max_iters=1").code == 0
+    changed = torch.load("out/run/ckpt.pt", weights_only=True)
+    changed[key] = changed[key] | value if key == "model_config" else value
+    torch.save(changed, "out/run/ckpt.pt")
+    done = run("train.py", *SHORT, "--max_iters=2", "--init_from=resume")
+    assert "checkpoint" in done.error or "ckpt.pt" in done.error
+
+
+# --- one run, and not two
+
+
+def test_auto_begins_goes_on_and_is_done(run, stdlib, at_step):
+    at_step(5, lambda: signal.raise_signal(signal.SIGUSR1))
+    auto = [*REMOVAL, "--init_from=auto"]
+    assert run(*auto).code == 128 + signal.SIGUSR1
+    done = run(*auto)
+    assert done.code == 0
+    assert "steps 6 to 12" in done.text
+    assert read_json("out/run/settings.json")["init_from"] == TINY
+    assert run(*auto).code == 0
+    refused = run(*REMOVAL, "--seed=7", "--init_from", "auto")
+    assert "out/run holds another run than is asked for (seed 1337 -> 7): begin anew with --force" in refused.error
+
+
+def test_what_is_left_of_two_runs_is_not_mixed(run, stdlib):
+    """The settings of a run that was killed before it saved do not go with the checkpoint of the run before."""
+    assert run(*REMOVAL).code == 0
+    assert run(*REMOVAL, "--seed=7", "--out_dir=out/other").code == 0
+    runs = [read_json(f"out/{name}/settings.json")["run"] for name in ("run", "other")]
+    assert runs[0] != runs[1]
+    assert [read_log(f"out/{name}", "run") for name in ("run", "other")] == [[runs[0]], [runs[1]]]
+    for name in ("settings.json", "log.jsonl"):
+        kept = f"out/run/{name}.kept"
+        os.rename(f"out/run/{name}", kept)
+        shutil.copy(f"out/other/{name}", "out/run")
+        message = f"out/run/{name} is of run {runs[1]}, and the checkpoint of run {runs[0]}"
+        assert message in run(*REMOVAL, "--init_from=resume").error
+        os.replace(kept, f"out/run/{name}")
+    assert run(*REMOVAL, "--init_from=resume").code == 0
+
+
+def test_a_run_has_the_same_name_however_it_is_watched_and_another_one_with_other_data(run, stdlib, tmp_path):
+    def name_of(*args):
+        assert run("train.py", *SHORT, "--max_iters=1", "--force", *args).code == 0
+        return read_json("out/run/settings.json")["run"]
+
+    first = name_of()
+    assert name_of("--log_interval=5", "--eval_interval=1", "--keep_checkpoints=1") == first
+    assert name_of("--learning_rate=1e-5") != first
+    os.unlink("data")
+    (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 20)
+    assert run("prepare_owt.py", "--files=a.txt", "--dataset=stdlib2").code == 0
+    os.rename("data/stdlib2", "data/stdlib")
+    assert name_of() != first
+
+
+# --- data
+
+
+@pytest.fixture
+def mine(run, tmp_path):
+    """data/mine, and the file that it was made from."""
+    (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 20)
+    assert run("prepare_owt.py", "--files=a.txt", "--dataset=mine").code == 0
+
+
+def test_token_files_that_are_not_those_that_were_prepared_are_refused(run, mine):
+    """An id between the vocabulary and the model's padding; another id; the splits of another data set."""
+    mine_args = [*SHORT, "--dataset=mine", "--max_iters=1"]
+    tokens = np.fromfile("data/mine/train.bin", "<u2")
+    for value, message in ((300, "holds the id 300 at token 700, but its vocabulary has 257"),
+                           (7, "is not the file that was prepared: its sha256 is not meta.json's")):
+        changed = tokens.copy()
+        changed[700] = value
+        changed.tofile("data/mine/train.bin")
+        refused = run("train.py", *mine_args)
+        assert message in refused.error
+        assert "run `python prepare_owt.py --dataset=mine --force`" in refused.error
+    tokens.tofile("data/mine/train.bin")
+    assert run("train.py", *mine_args).code == 0
+    val = np.fromfile("data/mine/val.bin", "<u2")
+    val[::-1].tofile("data/mine/val.bin")
+    args = [f"--models={TINY}", "--dataset=mine", "--block_size=32"]
+    assert "val.bin is not the file that was prepared" in run("eval.py", *args).error
+
+
+@pytest.mark.parametrize("script, args", [
+    ("train.py", [*SHORT, "--dataset=../elsewhere"]),
+    ("eval.py", [f"--models={TINY}", "--dataset=../elsewhere"]),
+])
+def test_a_name_that_leads_out_of_data_is_refused(run, mine, script, args):
+    shutil.copytree("data/mine", "elsewhere")
+    assert "../elsewhere" in run(script, *args).error
+
+
+def test_two_texts_of_one_name_are_two_data_sets(run, mine, tmp_path):
+    for name, byte in (("a", b"a"), ("b", b"b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_bytes(byte * 600)
+    done = run("eval.py", f"--models={TINY}", "--dataset=a/x.txt,b/x.txt", "--json=table.json")
+    assert done.code == 0, done.text
+    first, second = read_json("table.json")["rows"]
+    assert first["loss"] != second["loss"]
+    refused = run("eval.py", f"--models={TINY}", "--dataset=a/x.txt,./a/x.txt")
+    assert "two of them would be data/eval_a_x.txt" in refused.error
+
+
+# --- an unfinished preparation
+
+
+ROWS = ["x" * 1000] * 3000
+
+
+def write_rows(path, rows):
+    with open(path, "w") as f:
+        f.writelines(f'{{"text": "{row}"}}\n' for row in rows)
+
+
+def test_one_bad_row_does_not_cost_the_work_before_it(run, tmp_path):
+    """When it is mended, its file is read anew, and those before it are not."""
+    write_rows("a.jsonl", ROWS)
+    write_rows("b.jsonl", ROWS[:1500])
+    with open("b.jsonl", "a") as f:
+        f.write('{"text": 5}\n')
+    prepare = ["prepare_owt.py", "--files=a.jsonl,b.jsonl", "--dataset=mine"]
+    refused = run(*prepare)
+    assert "b.jsonl" in refused.error
+    assert "when that is mended, the same command resumes after 4,004,000 tokens" in refused.error
+    other = run(*prepare, "--tokenizer=300:1")
+    assert "data/mine.tmp holds 4,004,000 tokens" in other.error
+    assert "that were prepared with other tokenizer" in other.error
+
+    write_rows("b.jsonl", ROWS[:1500])
+    done = run(*prepare)
+    assert done.code == 0, done.text
+    assert "what was being read then has changed, and is read anew" in done.text
+    assert run(*[*prepare[:-1], "--dataset=whole"]).code == 0
+    for split in ("train", "val"):
+        assert (tmp_path / f"data/mine/{split}.bin").read_bytes() == (tmp_path / f"data/whole/{split}.bin").read_bytes()
+
+
+@pytest.mark.parametrize("file", ["a.jsonl", "d.jsonl"])
+def test_files_that_are_others_are_not_mixed_with_what_is_there(run, file):
+    """One that was read has changed; one has come."""
+    for name in ("a", "b"):
+        write_rows(f"{name}.jsonl", ROWS)
+    write_rows("c.jsonl", ['x" bad'])
+    prepare = ["prepare_owt.py", "--files=*.jsonl", "--dataset=mine"]
+    assert "when that is mended" in run(*prepare).error
+    write_rows(file, ["y" * 10])
+    assert "that were prepared with other files: --force begins anew" in run(*prepare).error
+    write_rows("c.jsonl", ["z" * 10])
+    assert run(*prepare, "--force").code == 0
+    assert not os.path.exists("data/mine.tmp")
+
+
+@pytest.mark.parametrize("name", ["remove", "rename", "replace"])
+def test_a_kill_in_a_preparations_last_moments_costs_nothing(run, monkeypatch, tmp_path, name):
+    """Each step of the end is repeated."""
+    (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 20)
+    prepare = ["prepare_owt.py", "--files=a.txt", "--dataset=mine", "--force"]
+    assert run(*prepare).code == 0
+    whole = soak.contents("data/mine")
+
+    class Killed(BaseException):
+        pass
+
+    real = getattr(os, name)
+    for k in range(20):
+        calls = []
+
+        def killed(*args):
+            calls.append(args)
+            if len(calls) == k + 1:
+                raise Killed
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, killed)
+            try:
+                done = run(*prepare)
+            except Killed:
+                pass
+            else:
+                assert done.code == 0
+                break
+        done = run(*prepare)
+        assert done.code == 0, done.text
+        assert soak.contents("data/mine") == whole
+        assert os.listdir("data") == ["mine"]
+    assert k > 0
