@@ -1,4 +1,5 @@
 # make demo: a virtual environment, then LayerNorm out of the bundled GPT-2, beside its control.   make test: the tests.
+# make test-slow: those that take long.   make soak: faults at length.
 # make test-tl3: those that need TransformerLens 3, in an environment of their own.
 PYTHON ?= python3
 # what these releases of the packages are built for
@@ -47,8 +48,16 @@ gpu: .venv/installed
 data/stdlib/meta.json: | .venv/installed
 	.venv/bin/python prepare_owt.py
 
+# those that take longest, kills among them, are in test-slow: ten minutes more on two cores
 test: .venv/installed-dev
-	.venv/bin/python -m pytest -q -n 2 tests
+	.venv/bin/python -m pytest -q -n 2 -m "not slow" tests
+
+test-slow: .venv/installed-dev
+	.venv/bin/python -m pytest -q -n 2 -m slow tests
+
+# faults at length: some 45 minutes
+soak: .venv/installed-dev
+	.venv/bin/python tests/soak.py
 
 test-tl3: .venv-tl3/installed
 	.venv-tl3/bin/python -m pytest -q tests/transformer_lens_3.py
@@ -70,4 +79,4 @@ test-tl3: .venv-tl3/installed
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-tl3 testbed ablations gpu
+.PHONY: demo test test-slow test-tl3 soak testbed ablations gpu

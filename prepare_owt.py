@@ -280,7 +280,8 @@ def note(half, out, progress, sources):
 def fingerprint(sources, i):
     """Two hashes, of the i-th source and of all others: their names, sizes and times. A resume must find the same."""
     each = [[source.name, source.size, source.version] for source in sources]
-    return [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in (each[i : i + 1], each[:i] + each[i + 1 :])]
+    parts = each[i : i + 1], each[:i] + each[i + 1 :]
+    return [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in parts]
 
 
 def is_enough(progress, sources):
@@ -417,7 +418,8 @@ def open_progress(half, meta, sources):
 
 
 def check_state(path, state):
-    jsonfile.check(path, state, {"position": list, "documents": COUNT, "train": COUNTS, "val": COUNTS}, "--force begins anew")
+    fields = dict(position=list, documents=COUNT, train=COUNTS, val=COUNTS)
+    jsonfile.check(path, state, fields, "--force begins anew")
     if len(state["position"]) != 3 or not all(jsonfile.fits(n, COUNT) for n in state["position"]):
         raise UserError(f"{path}: position is no position: --force begins anew")
 

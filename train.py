@@ -329,6 +329,7 @@ for step in range(start, max_iters + 1):
     if bad:
         ranks.say(f"step {step:>6}  skipped: the loss is {loss}, the gradient's norm {norm}")
         log.write(dict(step=step, loss=None, skipped=True))
+        bar.update()
         continue
     seconds = time.perf_counter() - began
     speed, mfu = tokens_per_step / seconds, flops_per_step / seconds / peak

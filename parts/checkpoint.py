@@ -196,9 +196,9 @@ def read(path):
         raise UserError(other)
     jsonfile.check(path, checkpoint, FIELDS, "it is no checkpoint of train.py")
     kinds = {field.name: field.type for field in fields(GPTConfig)}
-    kinds |= dict.fromkeys(("block_size", "vocab_size", "n_layer", "n_head", "n_embd"), (1, 2**31 - 1))
-    jsonfile.check(f"{path}: model_config", checkpoint["model_config"], kinds | dict(eot=(0, 2**31 - 1)), "as GPTConfig has")
+    kinds |= dict.fromkeys(("block_size", "vocab_size", "n_layer", "n_head", "n_embd"), (1, 2**31 - 1)) | dict(eot=(0, 2**31 - 1))
     config = checkpoint["model_config"]
+    jsonfile.check(f"{path}: model_config", config, kinds, "it is no checkpoint of train.py")
     if config.keys() != kinds.keys() or config["n_embd"] % config["n_head"]:
         raise UserError(f"{other}: its model_config is not model.py's")
     weights = checkpoint["model"]

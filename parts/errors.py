@@ -21,8 +21,9 @@ class UserError(ValueError):
 
 
 def begin_script():
-    """A script's first act, before its slow imports. From here on a user's mistake is one line; Ctrl-C ends the script
-    at once and without a word, but where it has work to save; and what a terminal can't show, as ± in ASCII, is a ?."""
+    """A script's first act, before its slow imports. From here on a user's mistake is one line; Ctrl-C ends the
+    script at once and without a word, but where it has work to save; and what a terminal can't show, as ± in
+    ASCII, is a ?."""
     sys.excepthook = show
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in the background of a shell
         signal.signal(signal.SIGINT, signal.SIG_DFL)

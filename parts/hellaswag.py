@@ -97,7 +97,7 @@ def fetch_rest(url, half):
 def read_examples(path):
     """[Example] of a file in the published format. UserError that names the line."""
     if os.path.getsize(path) > jsonfile.LARGEST:
-        raise UserError(f"{path} has {os.path.getsize(path):,} bytes, far more than HellaSwag: remove it to fetch it again")
+        raise UserError(f"{path} is far larger than HellaSwag: remove it to fetch it again")
     examples = []
     with open(path, encoding="utf-8", errors="replace") as f:
         for n, line in enumerate(f, 1):

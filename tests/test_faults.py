@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import golden
 import numpy as np
 import pytest
 import soak
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 import schedule
 from parts import checkpoint, data
 
+GOLDEN = 2e-4  # nats
 REMOVAL = ["train.py", *SHORT, f"--ln_schedule={SCHEDULE}"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -54,6 +56,15 @@ def test_the_loss_of_a_process_ends_the_job_which_goes_on_by_the_same_command(te
 @pytest.mark.slow
 def test_processes_whose_torchrun_is_killed_save_and_end(text):
     soak.launcher(1, random.Random(1))
+
+
+# --- the same numbers tomorrow
+
+
+def test_the_demos_first_steps_have_the_losses_that_they_had(text):
+    """In float32, on any machine. A wrong schedule, order of the data or learning rate is off by more."""
+    expected = read_json(os.path.join(REPO, "tests/golden.json"))
+    assert golden.losses() == pytest.approx(expected, abs=GOLDEN)
 
 
 # --- signals
@@ -107,7 +118,8 @@ def test_a_signal_that_is_ignored_as_by_nohup_stays_ignored(run, stdlib, at_step
 def test_ctrl_c_before_there_is_anything_to_save_ends_at_once_and_without_a_word(tmp_path, stdlib_data, seconds):
     """While it imports, while it starts."""
     os.symlink(stdlib_data, tmp_path / "data")
-    command = [sys.executable, os.path.join(REPO, "train.py"), *SHORT, "--max_iters=1", "--block_size=256", "--batch_size=64"]
+    long_step = ["--max_iters=1", "--block_size=256", "--batch_size=64"]
+    command = [sys.executable, os.path.join(REPO, "train.py"), *SHORT, *long_step]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
@@ -246,8 +258,8 @@ def test_too_many_of_them_in_a_row_end_the_run_with_the_last_good_checkpoint(run
 
 
 def spoil_learning_rate(monkeypatch, step, rate):
-    learning_rate_at = schedule.learning_rate_at
-    monkeypatch.setattr(schedule, "learning_rate_at", lambda k, *rest: rate if k == step else learning_rate_at(k, *rest))
+    real = schedule.learning_rate_at
+    monkeypatch.setattr(schedule, "learning_rate_at", lambda k, *rest: rate if k == step else real(k, *rest))
 
 
 def test_a_blow_up_is_not_saved_as_the_good_checkpoint(run, stdlib, monkeypatch):
@@ -417,6 +429,11 @@ def test_token_files_that_are_not_those_that_were_prepared_are_refused(run, mine
     val[::-1].tofile("data/mine/val.bin")
     args = [f"--models={TINY}", "--dataset=mine", "--block_size=32"]
     assert "val.bin is not the file that was prepared" in run("eval.py", *args).error
+
+
+def test_a_run_whose_data_vanish_goes_on_with_what_it_has_open(run, mine, at_step):
+    at_step(3, lambda: shutil.rmtree("data"))
+    assert run("train.py", *SHORT, "--dataset=mine").code == 0
 
 
 @pytest.mark.parametrize("script, args", [

@@ -125,6 +125,12 @@ def test_the_model_that_a_run_starts_from_stays(refused, model, init_from, out_d
     refused(*TRAIN, f"--init_from={init_from}", f"--out_dir={out_dir}", message=message)
 
 
+def test_the_model_that_a_run_learns_from_stays(run, refused, model):
+    assert run(*TRAIN).code == 0
+    args = ["--init_from=model", "--kl_share=0.5", "--teacher=out/run", "--force"]
+    refused(*TRAIN, *args, message="teacher out/run is in out_dir out/run")
+
+
 @pytest.mark.parametrize("folder", ["nanogpt", "model"])
 def test_a_folder_of_the_users_is_no_out_dir(refused, model, folder):
     """nanoGPT's has a ckpt.pt too, and a model directory a config.json."""

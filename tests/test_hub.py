@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 
+import hostile_hub
 import pytest
 import torch
-from conftest import REPO, random_hf
+from conftest import REPO, random_hf, run_alone
 from tiny_hub import COMMIT, serve
 
 from model import GPT
@@ -130,6 +131,15 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, load, tmp_path):
         assert "\n" not in text
 
 
+@pytest.mark.parametrize("kind", ["close", "garbage", "loop", "long", "short", "cut"])
+def test_a_hub_that_answers_nonsense_ends_in_one_line(tmp_path, kind):
+    """After what the library says of its own tries. It closes the line, answers what is no HTTP, redirects to
+    itself, promises more bytes than it sends or fewer, and cuts the line each time."""
+    with hostile_hub.serve() as env:
+        done = run_alone("sample.py", f"org/{kind}", cwd=tmp_path, env=env | {"HF_HOME": str(tmp_path / "cache")})
+    assert f"org/{kind} is not a directory here" in done.error or "config.json is not JSON" in done.error
+
+
 def test_a_private_model_needs_a_token(hub, load):
     (text,) = load("org/private")
     assert "set HF_TOKEN" in text
@@ -145,6 +155,19 @@ def test_a_hub_that_can_not_be_reached_and_a_full_disk(hub, load):
     assert "\n" not in text
     (logits,) = load("org/tiny")  # nothing is left in the cache that a second try would take for whole
     assert_logits_of(hub.hf, logits)
+
+
+def test_an_eps_that_is_large_and_no_more_does_not_make_a_model_ln_free(tmp_path):
+    hf = random_hf()
+    hf.config.layer_norm_epsilon = 1.5
+    for module in hf.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1.5
+    hf.save_pretrained(tmp_path / "model")
+    model = GPT.from_pretrained(tmp_path / "model").eval()
+    assert set(model.ln_modes().values()) == {"real"}
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDX)[0], hf(IDX).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_published_ln_free_model_loads_as_ln_free(tmp_path):
