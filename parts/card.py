@@ -162,7 +162,7 @@ def evaluation(source, sha256):
         return [], f"{path} is no table of eval.py"
     if sha256 not in found["weights_sha256"].values():
         return [], f"{path} is of other weights"
-    return rows, ""
+    return rows, "" if rows else f"{path} has no loss"
 
 
 def table(rows):

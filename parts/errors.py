@@ -19,6 +19,9 @@ PATIENCE = 20  # seconds
 class UserError(ValueError):
     """What a user did wrong, in one line: what it is, where, and what to do."""
 
+    def __init__(self, line):
+        super().__init__(" ".join(line.splitlines()))
+
 
 def begin_script():
     """A script's first act, before its slow imports. From here on a user's mistake is one line; Ctrl-C ends the

@@ -79,6 +79,8 @@ def fits(value, kind):
 
 
 def shown(value):
+    if value is None:
+        return "null"
     return f"{WORDS[type(value)]} of {len(value)}" if isinstance(value, (dict, list)) else repr(value)[:40]
 
 
