@@ -33,7 +33,7 @@ def torchrun(stdlib):
 @pytest.mark.parametrize("losses", [
     [],
     ["--kl_share=0.5", "--aux_loss_weight=0.1"],
-    ["--kl_share=0.5", "--compile=True"],
+    pytest.param(["--kl_share=0.5", "--compile=True"], marks=pytest.mark.slow),
 ])
 def test_two_processes_see_the_same_run_as_one(run, torchrun, losses):
     args = [f"--ln_schedule={SCHEDULE}", "--eval_interval=5", *losses]
@@ -190,6 +190,7 @@ def test_compiled_through_every_event_is_the_eager_run(run, stdlib, count_graphs
     assert count_graphs() == graphs
 
 
+@pytest.mark.slow
 def test_the_number_of_graphs_does_not_grow_with_layers_or_events(run, stdlib, count_graphs):
     torch.manual_seed(0)
     config = GPTConfig(block_size=32, vocab_size=257, n_layer=6, n_head=2, n_embd=32, eot=256)
@@ -209,6 +210,7 @@ def test_the_number_of_graphs_does_not_grow_with_layers_or_events(run, stdlib, c
     assert count_graphs() == GRAPHS
 
 
+@pytest.mark.slow
 def test_gpt2_smalls_shape_goes_through_three_events(run, stdlib):
     """Random weights of the exact shape, vocabulary and all, from a local directory; eager and compiled."""
     random_hf(**SMALL).save_pretrained("small")

@@ -63,7 +63,7 @@ def plain(model, folder):
 
 @pytest.mark.parametrize("which", [
     "removed",
-    "small",
+    pytest.param("small", marks=pytest.mark.slow),
 ])
 def test_every_form_has_the_same_logits(which, request, tmp_path, gpt2_tokenizer):
     model = request.getfixturevalue(which)
@@ -81,6 +81,7 @@ def test_every_form_has_the_same_logits(which, request, tmp_path, gpt2_tokenizer
     torch.testing.assert_close(logits_of(export.to_bridge(model), idx), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_plain_form_holds_in_bfloat16(small, tmp_path):
     """What bfloat16 changes is no more than on an ordinary GPT-2 of the same weights."""
     idx = torch.randint(0, 50000, (1, 60))
@@ -167,7 +168,7 @@ def test_hooks_of_the_bridge_change_the_logits_as_our_own_do(removed):
 
 @pytest.mark.parametrize("which", [
     "removed",
-    "small",
+    pytest.param("small", marks=pytest.mark.slow),
 ])
 def test_nnsight_reads_and_patches_the_folded_model(which, request):
     from nnsight import NNsight

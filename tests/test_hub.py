@@ -131,7 +131,14 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, load, tmp_path):
         assert "\n" not in text
 
 
-@pytest.mark.parametrize("kind", ["close", "garbage", "loop", "long", "short", "cut"])
+@pytest.mark.parametrize("kind", [
+    "close",
+    "garbage",
+    "loop",
+    pytest.param("long", marks=pytest.mark.slow),
+    "short",
+    pytest.param("cut", marks=pytest.mark.slow),
+])
 def test_a_hub_that_answers_nonsense_ends_in_one_line(tmp_path, kind):
     """After what the library says of its own tries. It closes the line, answers what is no HTTP, redirects to
     itself, promises more bytes than it sends or fewer, and cuts the line each time."""
