@@ -196,11 +196,16 @@ def read(path):
         raise UserError(other)
     jsonfile.check(path, checkpoint, FIELDS, "it is no checkpoint of train.py")
     kinds = {field.name: field.type for field in fields(GPTConfig)}
-    kinds |= dict.fromkeys(("block_size", "vocab_size", "n_layer", "n_head", "n_embd"), (1, 2**31 - 1)) | dict(eot=(0, 2**31 - 1))
+    kinds |= dict.fromkeys(("block_size", "vocab_size", "n_layer", "n_head", "n_embd"), (1, 2**31 - 1))
+    kinds["eot"] = (0, 2**31 - 1)
     config = checkpoint["model_config"]
     jsonfile.check(f"{path}: model_config", config, kinds, "it is no checkpoint of train.py")
     if config.keys() != kinds.keys() or config["n_embd"] % config["n_head"]:
         raise UserError(f"{other}: its model_config is not model.py's")
+    try:
+        json.dumps(checkpoint["settings"])
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"{other}: its settings are no settings") from None
     weights = checkpoint["model"]
     held = sum(t.numel() for t in weights.values() if isinstance(t, torch.Tensor))
     if not 0 < config["n_layer"] * 12 * config["n_embd"] ** 2 + config["vocab_size"] * config["n_embd"] <= held:
