@@ -7,7 +7,7 @@ import os
 
 from parts.errors import UserError, on_disk
 
-LARGEST = 100_000_000  # bytes of a file
+LARGEST = 20_000_000  # bytes of a file, or of a line
 WORDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", float: "a number"}
 
 

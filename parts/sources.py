@@ -28,6 +28,7 @@ HUB = {
     "pile-filtered": "lucabaroni/apollo-pile-filtered-10k",
 }
 ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose rows are documents
+LONGEST = 100_000_000  # bytes of a row of JSON
 PIECE = 1_000_000  # bytes of a text file that are read at a time
 # Where a text can be cut without a change to its tokens: a token of GPT-2's has no white space after
 # something else, but for \xa0.
@@ -222,12 +223,12 @@ def json_rows(path):
     open_file = gzip.open if path.endswith(".gz") else open
     with refusing(path), open_file(path, "rb") as f:
         n = 0
-        while line := f.readline(jsonfile.LARGEST):
+        while line := f.readline(LONGEST):
             n += 1
             if not line.strip():
                 continue
-            if len(line) == jsonfile.LARGEST:
-                raise ValueError(f"line {n} is longer than {jsonfile.LARGEST:,} bytes")
+            if len(line) == LONGEST:
+                raise ValueError(f"line {n} is longer than {LONGEST:,} bytes")
             try:
                 is_list = n == 1 and path.endswith(".json") and line.lstrip()[:1] == b"["
                 found = jsonfile.parse(line + f.read() if is_list else line)
