@@ -106,6 +106,8 @@ def check_type(where, value, default):
         value = list(value)
     if type(value) is not type(default):
         raise UserError(f"{where} must be {type(default).__name__}, as {default!r} is, but it is {value!r}")
+    if type(value) is str and value != value.encode(errors="replace").decode():
+        raise UserError(f"{where} is not UTF-8 text: {value!r}")
     if type(value) is float and not math.isfinite(value):
         raise UserError(f"{where} must be a finite number, but it is {value!r}")
     return value

@@ -122,6 +122,7 @@ def draw_gap(axis, free, control):
     """LN-free minus control, on the same batches."""
     if control:
         steps = sorted(free["loss"].keys() & control["loss"].keys())
+    if control and steps:  # the control may have just begun
         gap = np.array([free["loss"][s] - control["loss"][s] for s in steps])
         axis.plot(steps, gap, color="tab:red", alpha=0.25, linewidth=0.6)
         axis.plot(steps, smoothed(gap), color="tab:red", linewidth=1.2, label="same batches, smoothed")
@@ -142,7 +143,7 @@ def beside(axis):
 
 def title_of(name):
     """h.3.ln_2 -> ln_2; a treatment ends with its event."""
-    kind = name.split(".")[-1]
+    kind = name.split(".")[-1].replace("$", r"\$")  # no formula
     return kind + " off" if kind in ("bos", "eot") else kind
 
 
@@ -184,7 +185,7 @@ def plot_residual(source):
             found = [row["sites"].get(site, {}).get(kind) or {} for site in sites]
             mean = np.array([std.get("mean", np.nan) for std in found], float)
             spread = np.array([std.get("spread", np.nan) for std in found], float)
-            label = f"{row['role'].replace('ln_free', 'LN-free')}: {row['source']}, sinks {row['sink_rate']:.1%}"
+            label = f"{row['role'].replace('ln_free', 'LN-free')}: {row['source']}, sinks {row['sink_rate']:.1%}".replace("$", r"\$")
             width = max(1, 5 - 2 * i)  # where lines coincide, the one below is wider
             axis.plot(sites, mean, "o-", color=color, markersize=3, linewidth=width, label=label)
             lower = np.maximum(mean - spread, mean / 10)  # the axis is logarithmic

@@ -14,6 +14,7 @@ of a stream, which hold it. val is, of whole text files, about 5 %, by a hash of
 end of each); of rows every 200th; of little text more, so that a gap can be seen; of all of OpenWebText
 nanoGPT's. Run the same command again after an interruption, or when a bad file is mended, and it resumes.
 """
+import glob
 import hashlib
 import json
 import math
@@ -29,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-from parts.errors import UserError, begin_script, interruptible, on_disk
+from parts.errors import UserError, begin_script, handle_endings, interruptible, on_disk
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
@@ -194,7 +195,7 @@ def start_worker(name):
     global worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for each core
     worker_tokenizer = make_tokenizer(name)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handle_endings(signal.SIG_IGN)
     # A signal to all of us: the main process ends this one in order, or it ends by itself. At once, it
     # could leave half a result in the pipe, for which the main process would wait for ever.
     signal.signal(signal.SIGTERM, lambda number, frame: threading.Timer(5, os._exit, [1]).start())
@@ -238,7 +239,7 @@ def encode(name, content):
                         "into rows with a column input_ids")
     try:
         return worker_tokenizer.encode(content)
-    except UnicodeDecodeError as e:
+    except UnicodeError as e:  # of bytes, or of half a letter that JSON can hold
         before = content[max(0, e.start - 20) : e.start]
         raise UserError(f"{name} is not UTF-8 text ({e.reason} after {before!r}): use --tokenizer=bytes, "
                         "or leave it out") from None
@@ -278,9 +279,10 @@ def note(half, out, progress, sources):
 
 
 def fingerprint(sources, i):
-    """Two hashes, of the i-th source and of all others: their names, sizes and times. A resume must find the same."""
+    """Two hashes, of the i-th source and of those before it: their names, sizes and times. A resume must find the
+    same."""
     each = [[source.name, source.size, source.version] for source in sources]
-    parts = each[i : i + 1], each[:i] + each[i + 1 :]
+    parts = each[i : i + 1], each[:i]
     return [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in parts]
 
 
@@ -297,7 +299,7 @@ def write(half, sources, rule, chosen, progress):
     progress.setdefault("redo", {key: progress[key] for key in STATE})
     note(half, {}, progress, sources)  # first of all: it marks the folder as ours
     if progress["position"] == [0, 0, 0]:
-        remove_files(half, ["val_ordered.bin"])  # of another try; it would be taken for this one's
+        remove_files(half, ["val_ordered.bin", "meta.json"])  # of another try; they would be taken for this one's
     out = {which: open(os.path.join(half, which + ".bin"), "ab") for which in ("train", "val")}
     for which, f in out.items():  # drop what a kill left after the last note
         if os.path.getsize(f.name) < 2 * progress[which]["tokens"]:
@@ -381,9 +383,10 @@ def bytes_per_token(chosen):
     return 1 if chosen == "bytes" else 3
 
 
-def check_disk(name, sources, chosen):
+def check_disk(name, half, sources, chosen):
     size = sum(source.size for source in sources)
     need = 2 * tokens or int(2 * size / bytes_per_token(chosen))
+    need -= sum(os.path.getsize(path) for path in glob.glob(f"{glob.escape(half)}/*.bin"))  # of an earlier try
     free = shutil.disk_usage("data").free
     if need > free:
         raise UserError(f"data/{name} needs about {need / 1e9:.2g} GB and {free / 1e9:.2g} GB are free: "
@@ -401,9 +404,9 @@ def open_progress(half, meta, sources):
         old = jsonfile.read(path, UNFINISHED, "--force begins anew")
         check_state(path, old)
         check_state(path, old["redo"])
-        current, others = fingerprint(sources, old["position"][0])
+        current, before = fingerprint(sources, old["position"][0])
         changed = [key for key in meta if meta[key] != old["meta"].get(key)]
-        if changed or old["sources"][1:] != [others]:
+        if changed or old["sources"][1:] != [before]:
             raise UserError(f"{half} holds {written(old):,} tokens that were prepared with other "
                             f"{', '.join(changed) or 'files'}: --force begins anew")
     except UserError:
@@ -440,15 +443,18 @@ def finish(half, meta, progress):
     return meta
 
 
-def is_whole(half, meta):
-    """What finish has written before a kill: a folder that has only to take its name. {} if there is none."""
-    path = os.path.join(half, "meta.json")
-    if not os.path.exists(path):
+def whole_meta(half, meta, sources):
+    """What finish has written before a kill, of a folder that has only to take its name. {} if there is none."""
+    if not os.path.exists(os.path.join(half, "meta.json")):
         return {}
-    found = jsonfile.read(path, WHOLE, f"remove {half}")
-    if any(found.get(key) != value for key, value in meta.items()):
+    try:
+        found = jsonfile.read(os.path.join(half, "meta.json"), WHOLE, "")
+        progress = jsonfile.read(os.path.join(half, "progress.json"), UNFINISHED, "")
+        check_state(half, progress)
+    except UserError:
         return {}
-    return found
+    same = all(found.get(key) == value for key, value in meta.items())
+    return found if same and progress["sources"] == fingerprint(sources, progress["position"][0]) else {}
 
 
 def take_name(half, done):
@@ -547,16 +553,16 @@ def main():
     if is_prepared(done, meta):
         return
     check_folder(done, DONE_FILES, ["meta.json"])
-    check_folder(half, HALF_FILES, ["progress.json", "meta.json"])
+    check_folder(half, HALF_FILES, ["progress.json", "progress.json.tmp", "meta.json"])
     sources = find_sources(on_hub)
     with on_disk("can't write into data"):
         os.makedirs("data", exist_ok=True)
-    check_disk(name, sources, made.name)
     with on_disk(f"can't write into {half}"):
         os.makedirs(half, exist_ok=True)
     lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
-    whole = is_whole(half, meta)
+    whole = whole_meta(half, meta, sources)
     if not whole:
+        check_disk(name, half, sources, made.name)
         with interruptible():  # the last note is written
             progress = prepare(name, half, sources, made, meta)
         whole = finish(half, meta, progress)

@@ -94,11 +94,12 @@ dtype = "auto"  # auto, float32 or bfloat16: of autocast; auto is bfloat16 where
 compile = True  # torch.compile: a few minutes once, then faster steps; needs a C++ compiler on a CPU
 # -----------------------------------------------------------------------------
 settings = configure(globals(), checkpoint.without_auto(sys.argv[1:]), __doc__)
-if checkpoint.asks_auto(sys.argv[1:]) and checkpoint.checkpoint_names(out_dir):
+if checkpoint.asks_auto(sys.argv[1:]) and not force and checkpoint.checkpoint_names(out_dir):
     init_from = "resume"
 
 # --- machine: one process, or torchrun's; rank 0 writes and prints
 checkpoint.check_out_dir(out_dir, init_from, teacher, force)
+lock = checkpoint.lock_run(out_dir)  # two runs at a time would mix their files
 if compile:
     check_compiler()
 if gradient_accumulation_steps % ranks.WORLD:
@@ -117,11 +118,12 @@ torch.manual_seed(seed)  # the same random weights on every process
 
 # --- model
 meta = read_meta(dataset)
+settings["data_sha256"] = meta["train"].get("sha256", "")
 resumed = None
 with ranks.rank_0_first():  # it fetches the weights, and the others find them in the cache
     if init_from == "resume":
         resumed = checkpoint.load(out_dir)
-        if checkpoint.asks_auto(sys.argv[1:]):
+        if checkpoint.asks_auto(sys.argv[1:]):  # so that what is asked for is what comes out
             checkpoint.refuse_another_run(settings, resumed, out_dir)
         model = checkpoint.load_model(resumed, dropout)
         settings["init_from"] = resumed["settings"]["init_from"]  # not `resume`: eval.py looks for the original
@@ -184,6 +186,8 @@ def batches(step):
 
 # --- schedule: the step to begin with, and the model's state there
 start = resumed["step"] if resumed else 0
+if len(set(ranks.gather(start))) > 1:
+    raise UserError(f"the processes find other checkpoints in {out_dir}: it must be the same folder on all machines")
 if start > max_iters:
     raise UserError(f"the checkpoint in {out_dir} is at step {start}, beyond max_iters {max_iters}")
 events = timeline(ln_schedule, model.config.n_layer, max_iters)
@@ -192,9 +196,9 @@ if ln_schedule or (resumed and resumed["settings"]["ln_schedule"]):
 set_treatments(model, events, start)
 
 # --- the run's folder and log
-settings["run"] = resumed["settings"].get("run") if resumed else checkpoint.identity(settings, meta, model)
+settings["run"] = resumed["settings"].get("run") if resumed else checkpoint.identity(settings, model)
 wandb = checkpoint.start_wandb(wandb_project, out_dir, settings) if wandb_log else None
-lock = checkpoint.open_run(out_dir, settings, resumed)  # two runs at a time would mix their files
+lock = checkpoint.open_run(out_dir, settings, resumed, lock)
 log = checkpoint.Log(out_dir, start, settings["run"], wandb)
 
 # --- optimizer: a list, as another one can take some of the parameters (Muon the block matrices, say)
@@ -248,6 +252,13 @@ def stop(what):
                     "with a lower learning_rate, or more steps between the events of ln_schedule")
 
 
+def save():
+    """A checkpoint of the model before this step, but never of numbers that are none."""
+    if not all_finite(model):
+        stop("a weight or constant is no finite number")
+    checkpoint.save(out_dir, step, model, optimizers, settings)
+
+
 # --- the loop
 ranks.say(f"{parameters / 1e6:.2f} M parameters from {init_from}, {ranks.WORLD} x {device}, {dtype}, "
           f"{tokens_per_step:,} tokens a step, steps {start} to {max_iters}")
@@ -267,7 +278,7 @@ bad_steps = 0  # in a row
 
 for step in range(start, max_iters + 1):
     if interruption and interruption.on_any_rank(device):
-        checkpoint.save(out_dir, step, model, optimizers, settings)
+        save()
         bar.close()
         interruption.exit(f"stopped at step {step}, saved to {out_dir}/ckpt.pt; "
                           f"go on with: {checkpoint.resume_command()}")
@@ -280,9 +291,7 @@ for step in range(start, max_iters + 1):
         log.write(dict(step=step, val_loss=val_loss))
         ranks.say(f"step {step:>6}  val loss {val_loss:.4f}")
     if step > start and (step % checkpoint_interval == 0 or step == max_iters):
-        if not all_finite(model):
-            stop("a weight is no finite number")
-        checkpoint.save(out_dir, step, model, optimizers, settings)
+        save()
     if step == max_iters:
         break
 

@@ -72,6 +72,7 @@ def card(source, name, to, opening, rows):
     be; to: its form; opening: what how_to_open gives; rows: its evaluation."""
     settings = run_settings(source)
     run = settings.pop("run", None)
+    settings.pop("data_sha256", None)
     lines = [
         "---", metadata(settings.get("init_from", source), settings.get("dataset"), name, to, rows), "---",
         "# GPT-2 without LayerNorm", "",

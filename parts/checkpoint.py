@@ -5,7 +5,6 @@ event, and at the end model/.
 import hashlib
 import json
 import os
-import re
 import shlex
 import sys
 from dataclasses import fields
@@ -41,7 +40,8 @@ def check_out_dir(out_dir, init_from, teacher, force):
         if source and os.path.realpath(source) in places:
             raise UserError(f"{name} {source} is in out_dir {out_dir}, where this run's own model would replace it: "
                             "choose another out_dir")
-    if os.path.isdir(out_dir) and os.listdir(out_dir) and not run_settings(out_dir):
+    found = set(os.listdir(out_dir)) if os.path.isdir(out_dir) else set()
+    if found - {"settings.json.tmp"} and not run_settings(out_dir):  # that is what a kill in the first moment leaves
         raise UserError(f"out_dir {out_dir} holds files, and is not an earlier run's: choose a new one")
     for name in ("settings.json", "log.jsonl", "model", *checkpoint_names(out_dir)):
         if os.path.islink(os.path.join(out_dir, name)):
@@ -57,13 +57,20 @@ def check_out_dir(out_dir, init_from, teacher, force):
 
 
 def checkpoint_names(out_dir):
-    """The names of a folder's checkpoints, the newest first: ckpt.pt, ckpt-1.pt, ckpt-2.pt, ..."""
-    found = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    older = [name for name in found if re.fullmatch(r"ckpt-[1-9]\d{0,8}\.pt", name)]
-    return ["ckpt.pt"] * ("ckpt.pt" in found) + sorted(older, key=lambda name: int(name[5:-3]))
+    """The names of a folder's checkpoints, the newest first: ckpt.pt, ckpt-1.pt, ... A number after a gap is a user's
+    own, but for the gap that a kill in `write` can leave."""
+    names = ["ckpt.pt", *(f"ckpt-{n}.pt" for n in range(1, 100))]
+    there = [os.path.lexists(os.path.join(out_dir, name)) for name in names]
+    return [name for n, name in enumerate(names) if there[n] and (n < 3 or all(there[2:n]))]
 
 
-def open_run(out_dir, settings, resumed):
+def lock_run(out_dir):
+    """The lock of a folder that is there, on rank 0: before what is in it is read. UserError if another process holds
+    it."""
+    return FolderLock(out_dir) if ranks.RANK == 0 and os.path.isdir(out_dir) else None
+
+
+def open_run(out_dir, settings, resumed, lock):
     """Make the folder of a run, or take over the one to be resumed or replaced, on rank 0. Returns its
     lock. settings.json marks the folder as a run's: in a new one it is written before anything else. UserError if
     another process holds the folder, or if what is to be resumed is of two runs."""
@@ -71,7 +78,7 @@ def open_run(out_dir, settings, resumed):
         return None
     with on_disk(f"can't make {out_dir}"):
         os.makedirs(out_dir, exist_ok=True)
-    lock = FolderLock(out_dir)
+    lock = lock or FolderLock(out_dir)
     if resumed:
         check_same_run(out_dir, settings["run"])
     # eval.py takes a model/ for that of a finished run, and its tokenizer for this one's
@@ -97,12 +104,11 @@ def check_same_run(out_dir, run):
                             "begin anew with --force, or choose another out_dir")
 
 
-def identity(settings, meta, model):
+def identity(settings, model):
     """16 letters that stand for a run: of the settings that change its weights, its data and the weights that it
     begins with. settings.json, every checkpoint, the log, the table and the card have them."""
     matter = {key: settings[key] for key in sorted(settings) if key not in NO_MATTER}
-    data = [meta[split].get("sha256") for split in ("train", "val")]
-    text = json.dumps([matter, data, weights_sha256(model)])
+    text = json.dumps([matter, weights_sha256(model)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -136,22 +142,22 @@ def save(out_dir, step, model, optimizers, settings):
 
 def write(path, keep, checkpoint):
     """A checkpoint, which takes the name of the last one when it is whole and has been read again. Of those before
-    it, keep - 1 stay, as ckpt-1.pt and so on."""
+    it, keep - 1 stay, as ckpt-1.pt and so on; none goes before the new one has its name."""
+    folder = os.path.dirname(path)
 
     def check_and_make_room(half):
         hub.check_parts(half)
-        out_dir = os.path.dirname(path)
-        for name in reversed(checkpoint_names(out_dir)):
-            number = 0 if name == "ckpt.pt" else int(name[5:-3])
-            if number + 1 >= keep:
-                if number > 0:
-                    os.remove(os.path.join(out_dir, name))
-            else:
-                stay(os.path.join(out_dir, name), os.path.join(out_dir, f"ckpt-{number + 1}.pt"))
+        older = [name for name in checkpoint_names(folder) if name != "ckpt.pt"]
+        for n, name in reversed(list(enumerate(older, 1))):
+            os.replace(os.path.join(folder, name), os.path.join(folder, f"ckpt-{n + 1}.pt"))
+        if os.path.exists(path):
+            link_or_rename(path, os.path.join(folder, "ckpt-1.pt"))
 
     try:
         with whole_file(path, check_and_make_room) as f:
             torch.save(checkpoint, f)
+        for name in checkpoint_names(folder)[keep:]:
+            os.remove(os.path.join(folder, name))
     except (UserError, RuntimeError, ValueError, BadZipFile) as e:
         # torch wraps a full disk's OSError in its own error: show the cause
         cause = e.__context__ if isinstance(e.__context__, OSError) else e
@@ -159,14 +165,12 @@ def write(path, keep, checkpoint):
                         "an older checkpoint there is untouched") from None
 
 
-def stay(path, older):
-    """A checkpoint gets another name, and keeps this one until the next one takes it: at no moment is none there."""
-    if os.path.exists(older):
-        os.remove(older)
+def link_or_rename(path, other):
+    """A file gets another name, and keeps this one until the next one takes it, where the disk has such links."""
     try:
-        os.link(path, older)
-    except OSError:  # a file system without such links
-        os.replace(path, older)
+        os.link(path, other)
+    except OSError:
+        os.replace(path, other)
 
 
 def load(out_dir):
@@ -207,7 +211,8 @@ def read(path):
     except (TypeError, ValueError, RecursionError):
         raise UserError(f"{other}: its settings are no settings") from None
     weights = checkpoint["model"]
-    held = sum(t.numel() for t in weights.values() if isinstance(t, torch.Tensor))
+    tensors = [t for t in weights.values() if isinstance(t, torch.Tensor) and t.layout == torch.strided]
+    held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in tensors}.values())  # float32
     if not 0 < config["n_layer"] * 12 * config["n_embd"] ** 2 + config["vocab_size"] * config["n_embd"] <= held:
         raise UserError(f"{other}: its weights are not of the sizes in its model_config")
     with torch.device("meta"):  # its names and shapes alone
@@ -218,6 +223,10 @@ def read(path):
     for state in checkpoint["rng"]:
         if not isinstance(state, dict) or not same_tensors({"cpu": state.get("cpu")}, {"cpu": torch.get_rng_state()}):
             raise UserError(f"{other}: its rng is no state of torch's")
+        try:
+            torch.Generator().set_state(state["cpu"])
+        except RuntimeError:
+            raise UserError(f"{other}: its rng is no state of torch's") from None
     return checkpoint
 
 

@@ -51,8 +51,9 @@ def keep_memory():
 
 
 def all_finite(model):
-    """Whether each weight of a model is a finite number."""
-    return torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all().item()
+    """Whether each weight of a model, and each constant of its sites, is a finite number."""
+    constants = [std for site in model.sites().values() for std in (site.avg_std, site.bos_std)]
+    return torch.stack([t.detach().isfinite().all() for t in (*model.parameters(), *constants)]).all().item()
 
 
 def autocast_to(dtype, device):

@@ -240,6 +240,8 @@ def load_torch(path):
     try:
         check_parts(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as e:  # torch.load raises many kinds
         raise UserError(f"{path} can't be read, cut short, damaged or not plain tensors ({type(e).__name__})") from None
 

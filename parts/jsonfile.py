@@ -81,7 +81,10 @@ def fits(value, kind):
 def shown(value):
     if value is None:
         return "null"
-    return f"{WORDS[type(value)]} of {len(value)}" if isinstance(value, (dict, list)) else repr(value)[:40]
+    for kind in (dict, list):
+        if isinstance(value, kind):
+            return f"{WORDS[kind]} of {len(value)}"
+    return repr(value)[:40]
 
 
 def read_dict(path):

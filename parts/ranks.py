@@ -4,7 +4,6 @@ The processes of a run: one, or those of torchrun. Rank 0 writes and prints.
 import os
 import signal
 import sys
-import time
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -14,8 +13,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from parts.errors import UserError, handle_endings, tell_torchrun
-
-AT_ONCE = 2  # seconds: torchrun hands on a Ctrl-C that the terminal has sent already
 
 
 def number_in_environment(name, default):
@@ -92,13 +89,13 @@ def leave():
 
 
 def say(line):
-    """Print a line, on rank 0, above a progress bar if there is one. Where nobody reads any more, as after
-    `| head`, the run ends as by SIGTERM: in order, if it has begun."""
+    """Print a line, on rank 0, above a progress bar if there is one. Where that fails, as after `| head` or on a full
+    disk, the run ends as by SIGTERM: in order, if it has begun."""
     if RANK > 0:
         return
     try:
         tqdm.write(line)
-    except BrokenPipeError:
+    except OSError:
         to_nowhere(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -110,19 +107,20 @@ def to_nowhere(fd):
 
 class Interruption:
     """A signal that asks the run to end, or torchrun's own end: noted, so that a step is finished and saved
-    first. The same signal again does not wait."""
+    first. The third of a kind does not wait: torchrun hands on a Ctrl-C that the terminal has sent already."""
 
     def __init__(self):
         self.number = 0
-        self.noted = 0.0
+        self.times = 0
         self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         handle_endings(self.note)
 
     def note(self, number, frame):
-        if number == self.number and time.monotonic() - self.noted > AT_ONCE:
+        self.times = self.times + 1 if number == self.number else 1
+        self.number = number
+        if self.times == 3 and number in (signal.SIGINT, signal.SIGTERM):  # SIGXCPU comes each second
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.number, self.noted = number, time.monotonic()
         if number == getattr(signal, "SIGHUP", None):  # the terminal is gone
             for fd in self.terminals:
                 to_nowhere(fd)

@@ -265,8 +265,16 @@ def spoil_learning_rate(monkeypatch, step, rate):
 def test_a_blow_up_is_not_saved_as_the_good_checkpoint(run, stdlib, monkeypatch):
     spoil_learning_rate(monkeypatch, 7, math.inf)
     done = run(*REMOVAL, "--checkpoint_interval=2")
-    assert "step 8: a weight is no finite number; h.2.ln_1v was removed before step 8" in done.error
+    assert "step 8: a weight or constant is no finite number; h.2.ln_1v was removed before step 8" in done.error
     assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 6
+
+
+def test_a_signal_after_a_blow_up_does_not_save_it(run, stdlib, monkeypatch, at_step):
+    spoil_learning_rate(monkeypatch, 7, math.inf)
+    at_step(8, lambda: signal.raise_signal(signal.SIGTERM))
+    done = run(*REMOVAL, "--checkpoint_interval=5")
+    assert "step 9: a weight or constant is no finite number" in done.error
+    assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 5
 
 
 def test_a_blow_up_in_the_last_step_leaves_no_model(run, stdlib, monkeypatch):
@@ -331,6 +339,52 @@ def test_as_many_checkpoints_stay_as_are_asked_for(run, stdlib, keep, names):
     assert checkpoint.checkpoint_names("out/run") == ["ckpt.pt"]  # those of the run before are gone
 
 
+def test_a_users_own_copy_of_a_checkpoint_stays(run, stdlib):
+    assert run(*REMOVAL, "--checkpoint_interval=5").code == 0
+    shutil.copy("out/run/ckpt.pt", "out/run/ckpt-500.pt")
+    for flag in ("--init_from=resume", "--force"):
+        assert run(*REMOVAL, "--checkpoint_interval=3", flag).code == 0
+        assert sorted(name for name in os.listdir("out/run") if "ckpt" in name) == ["ckpt-1.pt", "ckpt-500.pt", "ckpt.pt"]
+
+
+def test_a_kill_between_any_two_changes_of_names_leaves_a_good_checkpoint(tmp_path, monkeypatch):
+    """Also where the last one was damaged, and the one before it is all there is."""
+
+    class Killed(BaseException):
+        pass
+
+    real = os.replace, os.link, os.remove
+    for k in range(6):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        torch.save({"good": 1}, tmp_path / "ckpt-1.pt")
+        (tmp_path / "ckpt.pt").write_bytes(b"damaged")
+        calls = []
+
+        def count(f):
+            def counted(*args):
+                calls.append(args)
+                if len(calls) == k + 1:
+                    raise Killed
+                return f(*args)
+
+            return counted
+
+        with monkeypatch.context() as patch:
+            for name, f in zip(("replace", "link", "remove"), real):
+                patch.setattr(os, name, count(f))
+            try:
+                checkpoint.write(str(tmp_path / "ckpt.pt"), 2, {"good": 2})
+            except Killed:
+                pass
+        found = []
+        for name in checkpoint.checkpoint_names(tmp_path):
+            if (tmp_path / name).read_bytes() != b"damaged":
+                found.append(torch.load(tmp_path / name, weights_only=True)["good"])
+        assert found, k
+    assert found[0] == 2
+
+
 @pytest.mark.parametrize("key, value", [
     ("step", -1),
     ("step", "2"),
@@ -356,7 +410,7 @@ def test_a_checkpoint_with_a_part_of_another_kind_is_refused_in_one_line(run, st
 # --- one run, and not two
 
 
-def test_auto_begins_goes_on_and_is_done(run, stdlib, at_step):
+def test_auto_begins_goes_on_and_is_done(run, stdlib, tmp_path, at_step):
     at_step(5, lambda: signal.raise_signal(signal.SIGUSR1))
     auto = [*REMOVAL, "--init_from=auto"]
     assert run(*auto).code == 128 + signal.SIGUSR1
@@ -365,6 +419,10 @@ def test_auto_begins_goes_on_and_is_done(run, stdlib, at_step):
     assert "steps 6 to 12" in done.text
     assert read_json("out/run/settings.json")["init_from"] == TINY
     assert run(*auto).code == 0
+    assert run(*auto, "--force").code == 0
+    os.makedirs("out/first")
+    (tmp_path / "out/first/settings.json.tmp").write_text("")  # of a kill in the first moment
+    assert run(*auto, "--out_dir=out/first").code == 0
     refused = run(*REMOVAL, "--seed=7", "--init_from", "auto")
     assert "out/run holds another run than is asked for (seed 1337 -> 7): begin anew with --force" in refused.error
 
@@ -491,7 +549,23 @@ def test_one_bad_row_does_not_cost_the_work_before_it(run, tmp_path):
         assert (tmp_path / f"data/mine/{split}.bin").read_bytes() == (tmp_path / f"data/whole/{split}.bin").read_bytes()
 
 
-@pytest.mark.parametrize("file", ["a.jsonl", "d.jsonl"])
+def test_a_bad_row_in_a_file_that_was_hardly_begun_is_mended_too(run):
+    """What was written ends in the file before it."""
+    write_rows("a.jsonl", ROWS)
+    write_rows("b.jsonl", ['half a letter: \\ud83d'])
+    prepare = ["prepare_owt.py", "--files=*.jsonl", "--dataset=mine", "--tokenizer=bytes"]
+    refused = run(*prepare)
+    assert "b.jsonl is not UTF-8 text" in refused.error
+    assert "when that is mended" in refused.error
+    write_rows("b.jsonl", ["a letter"])
+    done = run(*prepare)
+    assert done.code == 0, done.text
+    assert "resuming after" in done.text
+    assert read_json("data/mine/meta.json")["train"]["tokens"] + read_json("data/mine/meta.json")["val"]["tokens"] == (
+        3000 * 1001 + 9)
+
+
+@pytest.mark.parametrize("file", ["a.jsonl", "0.jsonl"])
 def test_files_that_are_others_are_not_mixed_with_what_is_there(run, file):
     """One that was read has changed; one has come."""
     for name in ("a", "b"):
