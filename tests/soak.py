@@ -42,10 +42,16 @@ TRAIN = [
     "--dropout=0.1",
     "--compile=False",
 ]
+# a preparation on a slow disk, which notes its progress often
 PREPARE = """
-import sys
+import sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import prepare_owt
+real = prepare_owt.next_batch
+def slow(tasks):
+    time.sleep(0.05)
+    return real(tasks)
+prepare_owt.next_batch = slow
 prepare_owt.NOTE_EVERY = 0.1
 prepare_owt.BATCH = 100_000
 prepare_owt.main()
@@ -188,17 +194,17 @@ def preparations(n, chance):
     resumed = 0
     for file in ("rows.jsonl", "long.txt"):
         args = ["-c", PREPARE, REPO, f"--files={file}"]
-        began = time.monotonic()
         finish(*args, "--dataset=whole", "--force")
-        seconds = time.monotonic() - began
         for _ in range(n):
             process = start(*args, "--dataset=killed")
-            try:
-                process.communicate(timeout=chance.uniform(0.2 * seconds, seconds))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-            resumed += os.path.exists("data/killed.tmp/progress.json")
+            while not os.path.exists("data/killed.tmp/train.bin") and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 3 / n))
+            process.kill()
+            process.communicate()
+            if os.path.exists("data/killed.tmp/progress.json"):
+                with open("data/killed.tmp/progress.json") as f:
+                    resumed += json.load(f)["position"] != [0, 0, 0]
         finish(*args, "--dataset=killed")
         found, expected = contents("data/killed"), contents("data/whole")
         assert found.keys() == expected.keys() == {"train.bin", "val.bin", "meta.json"}
