@@ -66,7 +66,7 @@ def kind_of(kind):
 
 def in_words(kind):
     if isinstance(kind, tuple):
-        return f"an integer from {kind[0]} on" if kind[1] >= 2**31 - 1 else f"an integer from {kind[0]} to {kind[1]}"
+        return f"an integer from {kind[0]} on" if kind[1] > 2**31 else f"an integer from {kind[0]} to {kind[1]}"
     return WORDS[kind_of(kind)]
 
 

@@ -299,7 +299,7 @@ def moved_below(folder):
     (config(model_type="llama"), "model_type is 'llama', but only GPT-2 models can be read"),
     (config(model_type="gpt2_ln_mode"), "ln_state is not whole"),
     (config(activation_function="relu"), "activation_function is 'relu'"),
-    (config(n_layer="3"), "n_layer is '3', not an integer from 1 on"),
+    (config(n_layer="3"), "n_layer is '3', not an integer from 1 to 2147483647"),
     (config(layer_norm_epsilon="small"), "layer_norm_epsilon is 'small', not a number"),
     (config(layer_norm_epsilon=-1), "layer_norm_epsilon is -1"),
     (config(n_head=7), "n_embd 64 is not a multiple of n_head 7"),
