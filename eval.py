@@ -35,12 +35,12 @@ from tqdm import tqdm
 from configurator import configure
 from model import GPT
 from parts import hellaswag, ranks
-from parts.checkpoint import model_directory, weights_sha256
 from parts.compare import calibration_error, cast_linear_maps, mean_and_error, measure
 from parts.data import check_tokens, open_tokens, read_meta, read_windows, token_word, val_starts
 from parts.device import autocast_to, pick_device, pick_dtype
 from parts.files import check_file, run_settings, write_json
 from parts.residual import residual_stats
+from parts.run import model_directory, weights_sha256
 from parts.sources import HUB
 from parts.tokenizer import tokenizer_of
 from parts.verify import problems

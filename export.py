@@ -29,7 +29,7 @@ import torch
 from configurator import configure, take_source
 from model import GPT
 from parts.card import card, evaluation, how_to_open
-from parts.checkpoint import model_directory, weights_sha256
+from parts.run import model_directory, weights_sha256
 from parts.tokenizer import copy_tokenizer, make_tokenizer
 
 # -----------------------------------------------------------------------------

@@ -29,8 +29,8 @@ import torch
 
 from configurator import configure, take_source
 from model import GPT, std_of
-from parts.checkpoint import model_directory
 from parts.files import run_settings
+from parts.run import model_directory
 from parts.tokenizer import tokenizer_of
 from plot import check_picture, save
 

@@ -23,9 +23,9 @@ import numpy as np
 
 from configurator import take_source
 from parts import jsonfile
-from parts.checkpoint import log_entries
 from parts.data import token_word
 from parts.files import run_settings, whole_file
+from parts.run import log_entries
 
 COLORS = dict(ln_2="tab:green", ln_1qk="tab:purple", ln_1v="tab:brown", ln_f="black", eot="tab:gray", bos="tab:gray")
 
@@ -185,7 +185,8 @@ def plot_residual(source):
             found = [row["sites"].get(site, {}).get(kind) or {} for site in sites]
             mean = np.array([std.get("mean", np.nan) for std in found], float)
             spread = np.array([std.get("spread", np.nan) for std in found], float)
-            label = f"{row['role'].replace('ln_free', 'LN-free')}: {row['source']}, sinks {row['sink_rate']:.1%}".replace("$", r"\$")
+            name = f"{row['role'].replace('ln_free', 'LN-free')}: {row['source']}"
+            label = name.replace("$", r"\$") + f", sinks {row['sink_rate']:.1%}"
             width = max(1, 5 - 2 * i)  # where lines coincide, the one below is wider
             axis.plot(sites, mean, "o-", color=color, markersize=3, linewidth=width, label=label)
             lower = np.maximum(mean - spread, mean / 10)  # the axis is logarithmic

@@ -16,7 +16,6 @@ nanoGPT's. Run the same command again after an interruption, or when a bad file 
 """
 import glob
 import hashlib
-import json
 import math
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 
 from parts.errors import UserError, begin_script, handle_endings, interruptible, on_disk
@@ -39,8 +39,21 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from parts import jsonfile
-from parts.files import TOKEN_FILES, FolderLock, check_folder, remove_files, whole_file, write_json
+from parts.files import FolderLock, check_folder, remove_files, whole_file
+from parts.preparation import (
+    DONE_FILES,
+    HALF_FILES,
+    NOTHING,
+    after_batch,
+    finish,
+    finished,
+    is_prepared,
+    note,
+    open_token_files,
+    resume,
+    take_name,
+    written,
+)
 from parts.sources import (
     ANY_SEAM,
     GPT2_SEAM,
@@ -73,18 +86,8 @@ VAL_EVERY = 200  # of rows
 VAL_TOKENS = 20_000  # not fewer, where they are at most a fifth of all
 # a gap's standard error x sqrt(val tokens), in nats: on the bundled model, and on one with a BPE of 4,096 tokens
 TOKEN_SD = dict(byte=0.42, token=0.59)
-# of an unfinished preparation
-HALF_FILES = (*TOKEN_FILES, "progress.json", "val_ordered.bin", "replaced")
-HALF_FILES += ("progress.json.tmp", "meta.json.tmp", "val_ordered.bin.tmp")  # of a kill
 BATCH = 1_000_000  # characters that a worker takes at a time
 NOTE_EVERY = 10  # seconds
-COUNT = (0, 2**53)  # jsonfile's kinds of what earlier runs left
-COUNTS = dict(tokens=COUNT, documents=COUNT, eot_appended=COUNT)
-WHOLE = dict(train={"tokens": COUNT, "documents?": COUNT}, val={"tokens": COUNT, "documents?": COUNT})
-UNFINISHED = dict(meta=dict, sources=list, redo=dict)
-DONE_FILES = (*TOKEN_FILES, "progress.json", "replaced")  # the last two for a moment, at the end
-STATE = ("position", "documents", "train", "val")  # how far all is
-NOTHING = dict(tokens=0, documents=0, eot_appended=0)  # counts of a split, as in meta.json
 
 
 # --- train or val
@@ -264,28 +267,6 @@ def checked_ids(name, content):
 # --- writing
 
 
-def written(progress):
-    """Tokens so far."""
-    return progress["train"]["tokens"] + progress["val"]["tokens"]
-
-
-def note(half, out, progress, sources):
-    """How far all is on the disk, so that a kill loses only what came after it."""
-    for f in out.values():
-        f.flush()
-        os.fsync(f.fileno())
-    progress["sources"] = fingerprint(sources, progress["position"][0])
-    write_json(os.path.join(half, "progress.json"), progress)
-
-
-def fingerprint(sources, i):
-    """Two hashes, of the i-th source and of those before it: their names, sizes and times. A resume must find the
-    same."""
-    each = [[source.name, source.size, source.version] for source in sources]
-    parts = each[i : i + 1], each[:i]
-    return [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in parts]
-
-
 def is_enough(progress, sources):
     """Whether the tokens that were asked for are there. A text file is taken whole, so that its val is
     there too."""
@@ -294,59 +275,55 @@ def is_enough(progress, sources):
     return tokens > 0 and written(progress) >= tokens and not within_text_file
 
 
-def write(half, sources, rule, chosen, progress):
-    """Encode on all cores and write in order, with a note of the progress every few seconds."""
-    progress.setdefault("redo", {key: progress[key] for key in STATE})
-    note(half, {}, progress, sources)  # first of all: it marks the folder as ours
-    if progress["position"] == [0, 0, 0]:
-        remove_files(half, ["val_ordered.bin", "meta.json"])  # of another try; they would be taken for this one's
-    out = {which: open(os.path.join(half, which + ".bin"), "ab") for which in ("train", "val")}
-    for which, f in out.items():  # drop what a kill left after the last note
-        if os.path.getsize(f.name) < 2 * progress[which]["tokens"]:
-            raise UserError(f"{f.name} is shorter than progress.json says: --force begins anew")
-        f.truncate(2 * progress[which]["tokens"])
+def encoded_in_order(tasks, chosen):
+    """Yields (position after a batch, share of all that is read with it, encode_batch's result), of work on all cores.
+    A UserError in reading comes after all that was read before it."""
     workers = os.cpu_count() or 1
+    waiting = deque()
+    problem = None
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(chosen,)) as pool:
+        try:
+            while True:
+                while len(waiting) < 2 * workers and not problem:
+                    try:
+                        batch = next_batch(tasks)
+                    except UserError as e:
+                        problem = e
+                        break
+                    if not batch:
+                        break
+                    waiting.append((batch[-1].position, batch[-1].share, pool.submit(encode_batch, batch)))
+                if not waiting:
+                    break
+                position, share, result = waiting.popleft()
+                yield position, share, result.result()
+        finally:  # what is not begun is not waited for
+            pool.shutdown(cancel_futures=True)
+    if problem:
+        raise problem
+
+
+def write(half, sources, rule, chosen, progress):
+    """Encode and write in order, with a note of the progress every few seconds."""
+    note(half, {}, progress, sources)  # first of all: it marks the folder as ours
+    out = open_token_files(half, progress)
     seam = dict(gpt2=GPT2_SEAM, bytes=ANY_SEAM).get(chosen, NO_SEAM)
     tasks = read(sources, progress["position"], rule, seam)
-    waiting = deque()  # (position after a batch, share read with it, its result to come), in order
     bar = tqdm(total=tokens or None, initial=written(progress), unit="token", unit_scale=True, disable=None)
     noted = time.monotonic()
-    problem = None
     try:
-        with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(chosen,)) as pool:
-            try:
-                while not is_enough(progress, sources):
-                    while len(waiting) < 2 * workers and not problem:
-                        try:
-                            batch = next_batch(tasks)
-                        except UserError as e:  # what was read before it is written first
-                            problem = e
-                            break
-                        if not batch:
-                            break
-                        last = batch[-1]
-                        waiting.append((last.position, last.share, pool.submit(encode_batch, batch)))
-                    if not waiting and problem:
-                        raise problem
-                    if not waiting:
-                        break
-                    position, share, result = waiting.popleft()
-                    before = {key: progress[key] for key in STATE}
-                    after = dict(before, position=position)
-                    for which, (data, counts) in result.result().items():
-                        out[which].write(data)
-                        after[which] = {key: progress[which][key] + counts[key] for key in counts}
-                        after["documents"] += counts["documents"]
-                    if position[0] > before["position"][0]:  # another source is begun
-                        after["redo"] = dict(before if position[1] else after)
-                    progress.update(after)  # at once: an interruption finds a batch in it whole or not at all
-                    bar.total = tokens or int(written(progress) / max(share, 1e-9))
-                    bar.update(written(progress) - bar.n)
-                    if time.monotonic() - noted > NOTE_EVERY:
-                        note(half, out, progress, sources)
-                        noted = time.monotonic()
-            finally:  # what is not begun is not waited for
-                pool.shutdown(cancel_futures=True)
+        with closing(encoded_in_order(tasks, chosen)) as batches:
+            while not is_enough(progress, sources) and (batch := next(batches, None)):
+                position, share, encoded = batch
+                for which, (data, _) in encoded.items():
+                    out[which].write(data)
+                # at once: an interruption finds a batch in it whole or not at all
+                progress.update(after_batch(progress, position, encoded))
+                bar.total = tokens or int(written(progress) / max(share, 1e-9))
+                bar.update(written(progress) - bar.n)
+                if time.monotonic() - noted > NOTE_EVERY:
+                    note(half, out, progress, sources)
+                    noted = time.monotonic()
     finally:
         note(half, out, progress, sources)
         bar.close()
@@ -363,21 +340,6 @@ def find_sources(on_hub):
     return hub_sources(HUB.get(dataset, dataset), split, folder) if on_hub else stdlib_sources()
 
 
-def is_prepared(done, meta):
-    """Whether the folder holds just what is asked for. UserError if it holds something else."""
-    path = os.path.join(done, "meta.json")
-    if force or not os.path.exists(path):
-        return False
-    old = jsonfile.read(path, WHOLE, "--force begins anew")
-    for key, value in meta.items():
-        if old.get(key) != value:
-            raise UserError(f"{done} holds {key} {old.get(key)!r}, not {value!r}: --force replaces it")
-    remove_leftovers(done)
-    train, val = old["train"]["tokens"], old["val"]["tokens"]
-    print(f"{done} is prepared already: {train:,} train and {val:,} val tokens (--force redoes it)")
-    return True
-
-
 def bytes_per_token(chosen):
     """Of text, about: GPT-2's tokens have some 4 letters, those of smaller vocabularies fewer."""
     return 1 if chosen == "bytes" else 3
@@ -389,90 +351,9 @@ def check_disk(name, half, sources, chosen):
     need -= sum(os.path.getsize(path) for path in glob.glob(f"{glob.escape(half)}/*.bin"))  # of an earlier try
     free = shutil.disk_usage("data").free
     if need > free:
+        remove_files(half, [])  # if it has just been made
         raise UserError(f"data/{name} needs about {need / 1e9:.2g} GB and {free / 1e9:.2g} GB are free: "
                         "ask for less with --tokens")
-
-
-def open_progress(half, meta, sources):
-    """Where an earlier try for the same broke off, or the beginning. UserError: what is there is of other files or
-    settings, or can't be read; with force it is begun anew."""
-    beginning = dict(meta=meta, position=[0, 0, 0], documents=0, train=dict(NOTHING), val=dict(NOTHING))
-    path = os.path.join(half, "progress.json")
-    if not os.path.exists(path):
-        return beginning
-    try:
-        old = jsonfile.read(path, UNFINISHED, "--force begins anew")
-        check_state(path, old)
-        check_state(path, old["redo"])
-        current, before = fingerprint(sources, old["position"][0])
-        changed = [key for key in meta if meta[key] != old["meta"].get(key)]
-        if changed or old["sources"][1:] != [before]:
-            raise UserError(f"{half} holds {written(old):,} tokens that were prepared with other "
-                            f"{', '.join(changed) or 'files'}: --force begins anew")
-    except UserError:
-        if force:
-            return beginning
-        raise
-    if old["sources"][0] != current:
-        print("note: what was being read then has changed, and is read anew")
-        old |= old["redo"]
-    print(f"resuming after {written(old):,} tokens")
-    return old
-
-
-def check_state(path, state):
-    fields = dict(position=list, documents=COUNT, train=COUNTS, val=COUNTS)
-    jsonfile.check(path, state, fields, "--force begins anew")
-    if len(state["position"]) != 3 or not all(jsonfile.fits(n, COUNT) for n in state["position"]):
-        raise UserError(f"{path}: position is no position: --force begins anew")
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def finish(half, meta, progress):
-    """All documents are in the unfinished folder: say so in its meta.json, which holds what is returned."""
-    train = os.path.join(half, "train.bin")
-    val = os.path.join(half, "val.bin")
-    ordered = os.path.join(half, "val_ordered.bin")
-    meta["train"] = progress["train"] | dict(sha256=sha256(train))
-    meta["val"] = progress["val"] | dict(sha256=sha256(ordered if os.path.exists(ordered) else val))
-    write_json(os.path.join(half, "meta.json"), meta)
-    return meta
-
-
-def whole_meta(half, meta, sources):
-    """What finish has written before a kill, of a folder that has only to take its name. {} if there is none."""
-    if not os.path.exists(os.path.join(half, "meta.json")):
-        return {}
-    try:
-        found = jsonfile.read(os.path.join(half, "meta.json"), WHOLE, "")
-        progress = jsonfile.read(os.path.join(half, "progress.json"), UNFINISHED, "")
-        check_state(half, progress)
-    except UserError:
-        return {}
-    same = all(found.get(key) == value for key, value in meta.items())
-    return found if same and progress["sources"] == fingerprint(sources, progress["position"][0]) else {}
-
-
-def take_name(half, done):
-    """The unfinished folder takes its name. A kill at any moment leaves what can be done again."""
-    ordered = os.path.join(half, "val_ordered.bin")
-    if os.path.exists(ordered):
-        os.replace(ordered, os.path.join(half, "val.bin"))
-    remove_leftovers(done)
-    if os.path.exists(done):
-        os.rename(done, os.path.join(half, "replaced"))
-    os.rename(half, done)
-    remove_leftovers(done)
-
-
-def remove_leftovers(done):
-    """What take_name leaves when it is killed at its end."""
-    remove_files(os.path.join(done, "replaced"), DONE_FILES)
-    remove_files(done, ["progress.json"])
 
 
 def say_what_val_shows(n, word):
@@ -518,7 +399,7 @@ def request():
 def prepare(name, half, sources, made, meta):
     """All documents into the unfinished folder. Returns how many, and their tokens; what breaks it off says
     how to go on."""
-    progress = open_progress(half, meta, sources)
+    progress = resume(half, meta, sources, force)
     try:
         write(half, sources, val_rule(sources, made.name), made.name, progress)
         if not written(progress):
@@ -550,7 +431,7 @@ def main():
     name, on_hub, made, meta = request()
     column = meta["column"]
     done, half = os.path.join("data", name), os.path.join("data", name + ".tmp")
-    if is_prepared(done, meta):
+    if not force and is_prepared(done, meta):
         return
     check_folder(done, DONE_FILES, ["meta.json"])
     check_folder(half, HALF_FILES, ["progress.json", "progress.json.tmp", "meta.json"])
@@ -560,7 +441,7 @@ def main():
     with on_disk(f"can't write into {half}"):
         os.makedirs(half, exist_ok=True)
     lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
-    whole = whole_meta(half, meta, sources)
+    whole = finished(half, meta, sources)
     if not whole:
         check_disk(name, half, sources, made.name)
         with interruptible():  # the last note is written

@@ -18,8 +18,8 @@ from torch import nn
 
 from configurator import configure, take_source
 from model import GPT, KeyValueCache
-from parts.checkpoint import model_directory
 from parts.device import pick_device
+from parts.run import model_directory
 from parts.tokenizer import tokenizer_of
 
 # -----------------------------------------------------------------------------

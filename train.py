@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from configurator import configure
 from model import GPT, GPTConfig
-from parts import checkpoint, ranks
+from parts import checkpoint, ranks, run
 from parts.data import check_tokens, open_tokens, read_meta, read_windows, train_starts, val_starts
 from parts.device import all_finite, autocast_to, check_compiler, keep_memory, pick_device, pick_dtype
 from parts.speed import flops_per_token, peak_flops
@@ -93,13 +93,13 @@ device = "auto"  # cuda, mps or cpu, the first that is there; or one by name
 dtype = "auto"  # auto, float32 or bfloat16: of autocast; auto is bfloat16 where the machine has it
 compile = True  # torch.compile: a few minutes once, then faster steps; needs a C++ compiler on a CPU
 # -----------------------------------------------------------------------------
-settings = configure(globals(), checkpoint.without_auto(sys.argv[1:]), __doc__)
-if checkpoint.asks_auto(sys.argv[1:]) and not force and checkpoint.checkpoint_names(out_dir):
+settings = configure(globals(), run.without_auto(sys.argv[1:]), __doc__)
+if run.asks_auto(sys.argv[1:]) and not force and checkpoint.checkpoint_names(out_dir):
     init_from = "resume"
 
 # --- machine: one process, or torchrun's; rank 0 writes and prints
-checkpoint.check_out_dir(out_dir, init_from, teacher, force)
-lock = checkpoint.lock_run(out_dir)  # two runs at a time would mix their files
+run.check_out_dir(out_dir, init_from, teacher, force)
+lock = run.lock_run(out_dir)  # two runs at a time would mix their files
 if compile:
     check_compiler()
 if gradient_accumulation_steps % ranks.WORLD:
@@ -123,8 +123,8 @@ resumed = None
 with ranks.rank_0_first():  # it fetches the weights, and the others find them in the cache
     if init_from == "resume":
         resumed = checkpoint.load(out_dir)
-        if checkpoint.asks_auto(sys.argv[1:]):  # so that what is asked for is what comes out
-            checkpoint.refuse_another_run(settings, resumed, out_dir)
+        if run.asks_auto(sys.argv[1:]):  # so that what is asked for is what comes out
+            run.refuse_another_run(settings, resumed, out_dir)
         model = checkpoint.load_model(resumed, dropout)
         settings["init_from"] = resumed["settings"]["init_from"]  # not `resume`: eval.py looks for the original
     elif init_from == "scratch":
@@ -155,7 +155,7 @@ if kl_share > 0:
     if settings["init_from"] == "scratch" and not teacher:
         raise UserError("kl_share needs a model to learn from: give --teacher")
     with ranks.rank_0_first():
-        teacher = checkpoint.model_directory(teacher or settings["init_from"])
+        teacher = run.model_directory(teacher or settings["init_from"])
         teacher_model = GPT.from_pretrained(teacher)
     teacher_model.to(device).eval().requires_grad_(False)
     if teacher_model.config.vocab_size != model.config.vocab_size:
@@ -196,10 +196,10 @@ if ln_schedule or (resumed and resumed["settings"]["ln_schedule"]):
 set_treatments(model, events, start)
 
 # --- the run's folder and log
-settings["run"] = resumed["settings"].get("run") if resumed else checkpoint.identity(settings, model)
-wandb = checkpoint.start_wandb(wandb_project, out_dir, settings) if wandb_log else None
-lock = checkpoint.open_run(out_dir, settings, resumed, lock)
-log = checkpoint.Log(out_dir, start, settings["run"], wandb)
+settings["run"] = resumed["settings"].get("run") if resumed else run.identity(settings, model)
+wandb = run.start_wandb(wandb_project, out_dir, settings) if wandb_log else None
+lock = run.open_run(out_dir, settings, resumed, lock)
+log = run.Log(out_dir, start, settings["run"], wandb)
 
 # --- optimizer: a list, as another one can take some of the parameters (Muon the block matrices, say)
 model.to(device)
@@ -212,7 +212,7 @@ torch.manual_seed(seed + ranks.RANK)  # another dropout on every process
 if resumed:
     checkpoint.load_optimizers(optimizers, resumed)
     checkpoint.set_rng_state(resumed["rng"])
-    changed = checkpoint.changed_settings(settings, resumed)
+    changed = run.changed_settings(settings, resumed)
     if changed:
         ranks.say(f"note: not as in the checkpoint: {changed}")
 
@@ -248,7 +248,7 @@ def stop(what):
     ranks.leave()
     past = [(at, site_name(kind, layer)) for at, kind, layer in events if at <= step]
     last = f"{past[-1][1]} was removed before step {past[-1][0]}" if past else "no LayerNorm was removed yet"
-    raise UserError(f"step {step}: {what}; {last}. {checkpoint.what_is_kept(out_dir)}, "
+    raise UserError(f"step {step}: {what}; {last}. {run.what_is_kept(out_dir)}, "
                     "with a lower learning_rate, or more steps between the events of ln_schedule")
 
 
@@ -281,7 +281,7 @@ for step in range(start, max_iters + 1):
         save()
         bar.close()
         interruption.exit(f"stopped at step {step}, saved to {out_dir}/ckpt.pt; "
-                          f"go on with: {checkpoint.resume_command()}")
+                          f"go on with: {run.resume_command()}")
 
     # once in a while: the val loss; a checkpoint
     if step % eval_interval == 0 or step == max_iters:
@@ -362,5 +362,5 @@ if ranks.RANK == 0:
         copy_tokenizer(meta["tokenizer"], os.path.join(out_dir, "model"))
     fake = list(model.ln_modes().values()).count("fake")
     ranks.say(f"{out_dir}/model: " + ("LN-free" if model.ln_free() else f"{fake} of {len(model.sites())} sites fake"))
-    ranks.say("next: " + checkpoint.next_command(settings, fake > 0))
+    ranks.say("next: " + run.next_command(settings, fake > 0))
 ranks.leave()

@@ -149,7 +149,7 @@ def trained_on(dataset):
 
 def evaluation(source, sha256):
     """(the rows with a loss that `eval.py --json=SOURCE/eval.json` left, why there are none). They must be of weights
-    with this sha256, checkpoint.weights_sha256's."""
+    with this sha256, run.weights_sha256's."""
     path = os.path.join(source, "eval.json")
     number = dict.fromkeys(("loss?", "loss_se?", "gap?", "gap_se?"), float)
     if not os.path.exists(path):

@@ -19,19 +19,22 @@ PEAK_FLOPS = {  # dense bf16, the makers' data sheets
 
 def peak_flops(device, dtype):
     """FLOP/s of one device: the data sheet's for a known GPU in bfloat16, else a 2048 x 2048 matrix
-    product's, timed here."""
+    product's, timed here; a 256 x 256 one's on a CPU without bfloat16, which takes minutes for the other."""
     if device.startswith("cuda") and dtype == torch.bfloat16:
         words = torch.cuda.get_device_name(device).replace("-", " ").split()
         for name, peak in PEAK_FLOPS.items():
             if name in words:
                 return peak
-    a = torch.full((2048, 2048), 0.5, device=device, dtype=dtype)  # draws nothing from the random state
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the device
-        times.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(times)
+    for n in (256, 2048):
+        a = torch.full((n, n), 0.5, device=device, dtype=dtype)  # draws nothing from the random state
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            (a @ a)[0, 0].item()  # .item() waits for the device
+            times.append(time.perf_counter() - began)
+        if min(times) > 0.02:
+            break
+    return 2 * n**3 / min(times)
 
 
 def memory_bandwidth(device):

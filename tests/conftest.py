@@ -3,6 +3,7 @@ What the tests share: a script run in a folder of its own, what it left there, p
 models, bundled and random.
 """
 import ast
+import fcntl
 import gc
 import hashlib
 import importlib.resources
@@ -171,13 +172,19 @@ def stdlib(run, stdlib_data, tmp_path):
 
 @pytest.fixture(scope="session")
 def ln_free_run(stdlib_data, tmp_path_factory):
-    """The out_dir of a removal from the bundled model, trained long enough to recover somewhat."""
-    folder = tmp_path_factory.mktemp("removed")
-    os.symlink(stdlib_data, folder / "data")
+    """The out_dir of a removal from the bundled model, trained long enough to recover somewhat; one for all of
+    pytest-xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "removed"
+    folder.mkdir(exist_ok=True)
     settings = ["--max_iters=110", "--batch_size=8", "--eval_interval=1000", "--eval_iters=1", "--dtype=float32"]
     config = os.path.join(REPO, "config", "remove_ln_tiny.py")
-    done = run_alone("train.py", config, f"--init_from={TINY}", *settings, cwd=folder, timeout=300)
-    assert done.code == 0, done.text
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "data").exists():
+            os.symlink(stdlib_data, folder / "data")
+            done = run_alone("train.py", config, f"--init_from={TINY}", *settings, cwd=folder, timeout=300)
+            assert done.code == 0, done.text
     return str(folder / "out/remove_ln_tiny")
 
 

@@ -109,63 +109,62 @@ def assert_same_run(found, expected, steps):
     assert not glob.glob(f"{found}/**/*.tmp", recursive=True)
 
 
-def train_undisturbed(steps, launcher=()):
-    finish(*launcher, *TRAIN, f"--max_iters={steps}", "--out_dir=out/whole", "--checkpoint_interval=1000")
+def removal(n, steps, launcher, kill):
+    """A removal of n times so many steps and 25 more, which kill(process) ends n times and the same command takes up
+    again, is the same run as one that nothing disturbed."""
+    steps = 25 + steps * n
+    command = [*launcher, *TRAIN, f"--max_iters={steps}"]
+    finish(*command, "--out_dir=out/whole", "--checkpoint_interval=1000")
+    again = [*command, "--out_dir=out/killed", "--init_from=auto"]
+    for _ in range(n):
+        process = start(*again)
+        assert wait_for(process, "  loss "), "it ended before it could be killed"
+        kill(process)
+    finish(*again)
+    assert_same_run("out/killed", "out/whole", steps)
 
 
 def kills(n, chance):
-    """A removal is killed n times, at random moments, and started by the same command each time."""
-    steps = 25 + 6 * n
-    train_undisturbed(steps)
-    again = [*TRAIN, f"--max_iters={steps}", "--out_dir=out/killed", "--init_from=auto"]
-    saving = 0
-    for _ in range(n):
-        process = start(*again)
-        assert wait_for(process, "  loss "), "it ended before it could be killed"
+    """A removal is killed at random moments."""
+    saving = []
+
+    def kill(process):
         time.sleep(chance.uniform(0, 0.8))
         process.kill()
         process.communicate()
-        saving += os.path.exists("out/killed/ckpt.pt.tmp")
-    finish(*again)
-    assert_same_run("out/killed", "out/whole", steps)
-    return f"{n} kills of a removal, {saving} of them while it saved"
+        saving.append(os.path.exists("out/killed/ckpt.pt.tmp"))
+
+    removal(n, 6, [], kill)
+    return f"{n} kills of a removal, {sum(saving)} of them while it saved"
 
 
 def ranks(n, chance):
-    """One of two processes is killed; the job ends within a minute and says why, and goes on by the same command."""
-    steps = 25 + 6 * n
-    train_undisturbed(steps, TWO)
-    again = [*TWO, *TRAIN, f"--max_iters={steps}", "--out_dir=out/killed", "--init_from=auto"]
-    longest = 0
-    for _ in range(n):
-        process = start(*again)
-        assert wait_for(process, "  loss "), "it ended before it could be killed"
+    """One of two processes is killed; the job ends within a minute and says why."""
+    seconds = []
+
+    def kill(process):
         time.sleep(chance.uniform(0, 0.8))
         os.kill(chance.choice(children(process.pid)), signal.SIGKILL)
         began = time.monotonic()
         text = process.communicate(timeout=60)[0]
-        longest = max(longest, time.monotonic() - began)
+        seconds.append(time.monotonic() - began)
         assert process.returncode != 0
         assert "exitcode  : -9" in text, text
-    finish(*again)
-    assert_same_run("out/killed", "out/whole", steps)
-    return f"{n} kills of a rank, after which the job ended within {longest:.0f} s"
+
+    removal(n, 6, TWO, kill)
+    return f"{n} kills of a rank, after which the job ended within {max(seconds):.0f} s"
 
 
 def launcher(n, chance):
     """torchrun itself is killed: its processes save, and end."""
-    steps = 25 + 20 * n
-    train_undisturbed(steps, TWO)
-    again = [*TWO, *TRAIN, f"--max_iters={steps}", "--out_dir=out/killed", "--init_from=auto"]
-    for _ in range(n):
-        process = start(*again)
-        assert wait_for(process, "  loss "), "it ended before it could be killed"
+
+    def kill(process):
         time.sleep(chance.uniform(0.5, 1))
         process.kill()
         text = process.communicate(timeout=60)[0]  # until the ranks have closed it
         assert "stopped at step" in text, text
-    finish(*again)
-    assert_same_run("out/killed", "out/whole", steps)
+
+    removal(n, 20, TWO, kill)
     return f"{n} kills of torchrun, whose processes saved and ended by themselves"
 
 

@@ -13,7 +13,7 @@ from conftest import random_hf, run_alone, set_all_fake
 from tiny_hub import serve
 
 from model import GPT
-from parts.checkpoint import weights_sha256
+from parts.run import weights_sha256
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ if sys.argv[1] == "keep":
     keep_memory()
 model = GPT(GPTConfig(256, 5000, n_layer=2, n_head=4, n_embd=256, eot=0))
 idx = torch.randint(5000, (4, 256))
-for step in range(20):
+for step in range(10):
     if step == 5:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     model(idx, idx, loss_only=True)[1].backward()

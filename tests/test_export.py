@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, pipeline
 import export
 from model import GPT
 from parts import checkpoint, hellaswag
+from parts.run import weights_sha256
 
 
 def logits_of(model, idx):
@@ -209,7 +210,7 @@ def gpt2_run(tmp_path, run, gpt2_tokenizer):
     model.measure_std(torch.randint(0, 50000, (2, 64)))
     set_all_fake(model).save_pretrained("out/mine/model")
     row = dict(dataset="owt", role="ln_free", loss=3.014, loss_se=0.002, gap=0.025, gap_se=0.001)
-    sha256 = checkpoint.weights_sha256(GPT.from_pretrained("out/mine/model"))
+    sha256 = weights_sha256(GPT.from_pretrained("out/mine/model"))
     table = dict(rows=[row], weights_sha256={"out/mine": sha256})
     (tmp_path / "out/mine/eval.json").write_text(json.dumps(table))
     settings = dict(learning_rate=6e-4, init_from="gpt2", dataset="owt", ln_schedule=[])

@@ -39,23 +39,11 @@ def text(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_removal_that_is_killed_again_and_again_ends_with_the_same_bits(text):
-    soak.kills(5, random.Random(1))
-
-
-@pytest.mark.slow
-def test_a_preparation_that_is_killed_again_and_again_ends_with_the_same_bytes(text):
-    soak.preparations(3, random.Random(1))
-
-
-@pytest.mark.slow
-def test_the_loss_of_a_process_ends_the_job_which_goes_on_by_the_same_command(text):
-    soak.ranks(1, random.Random(1))
-
-
-@pytest.mark.slow
-def test_processes_whose_torchrun_is_killed_save_and_end(text):
-    soak.launcher(1, random.Random(1))
+@pytest.mark.parametrize("part, n", dict(kills=5, ranks=1, launcher=1, preparations=3).items())
+def test_what_is_killed_again_and_again_ends_with_the_same_bits(text, part, n):
+    """A removal; one of its two processes, which ends the job; torchrun, whose processes save; a preparation."""
+    kill, _ = soak.PARTS[part]
+    kill(n, random.Random(1))
 
 
 # --- the same numbers tomorrow
@@ -399,26 +387,25 @@ def test_a_kill_between_any_two_changes_of_names_leaves_a_good_checkpoint(tmp_pa
     assert found[0] == 2
 
 
-@pytest.mark.parametrize("key, value", [
-    ("step", -1),
-    ("step", "2"),
-    ("model", {"transformer.wte.weight": 5}),
-    ("model_config", {"n_layer": 10**12}),
-    ("ln_state", {"sites": {}}),
-    ("ln_state", []),
-    ("optimizers", [5]),
-    ("optimizers", [{"state": {0: {"exp_avg": torch.zeros(3)}}}]),
-    ("settings", {"init_from": 5}),
-    ("rng", [{"cpu": torch.zeros(3)}]),
-    ("rng", [5]),
-])
-def test_a_checkpoint_with_a_part_of_another_kind_is_refused_in_one_line(run, stdlib, key, value):
+def test_a_checkpoint_with_a_part_of_another_kind_is_refused_in_one_line(run, stdlib):
     assert run("train.py", *SHORT, "--max_iters=1").code == 0
-    changed = torch.load("out/run/ckpt.pt", weights_only=True)
-    changed[key] = changed[key] | value if key == "model_config" else value
-    torch.save(changed, "out/run/ckpt.pt")
-    done = run("train.py", *SHORT, "--max_iters=2", "--init_from=resume")
-    assert "checkpoint" in done.error or "ckpt.pt" in done.error
+    whole = torch.load("out/run/ckpt.pt", weights_only=True)
+    for key, value in [
+        ("step", -1),
+        ("step", "2"),
+        ("model", {"transformer.wte.weight": 5}),
+        ("model_config", whole["model_config"] | {"n_layer": 10**12}),
+        ("ln_state", {"sites": {}}),
+        ("ln_state", []),
+        ("optimizers", [5]),
+        ("optimizers", [{"state": {0: {"exp_avg": torch.zeros(3)}}}]),
+        ("settings", {"init_from": 5}),
+        ("rng", [{"cpu": torch.zeros(3)}]),
+        ("rng", [5]),
+    ]:
+        torch.save(whole | {key: value}, "out/run/ckpt.pt")
+        done = run("train.py", *SHORT, "--max_iters=2", "--init_from=resume")
+        assert "checkpoint" in done.error or "ckpt.pt" in done.error, key
 
 
 # --- one run, and not two

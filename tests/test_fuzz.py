@@ -20,10 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import plot
-import prepare_owt
 from configurator import configure
 from model import GPT
-from parts import card, checkpoint, data, files, hellaswag, hub, sources, tokenizer
+from parts import card, checkpoint, data, files, hellaswag, hub, preparation, run, sources, tokenizer
 from parts.errors import UserError
 from schedule import timeline
 
@@ -154,7 +153,7 @@ def test_meta(folder, text):
     if refused_or_taken(data.read_meta, "mine"):
         refused_or_taken(data.open_tokens, "mine", "val", 16, 257)
         refused_or_taken(data.check_tokens, "mine", "val")
-    refused_or_taken(prepare_owt.is_prepared, "data/mine", META)
+    refused_or_taken(preparation.is_prepared, "data/mine", META)
     card.trained_on("mine")
 
 
@@ -172,7 +171,7 @@ def test_log(folder, log, more):
     lines = [json.dumps(entry) for entry in log] if isinstance(log, list) else [json.dumps(log)]
     write("run/log.jsonl", "\n".join(lines).encode() + b"\n" + more)
     refused_or_taken(plot.read_log, "run")
-    refused_or_taken(checkpoint.lines_before, "run/log.jsonl", 1)
+    refused_or_taken(run.lines_before, "run/log.jsonl", 1)
 
 
 @given(texts_of(TABLE))
@@ -190,7 +189,7 @@ def test_table(folder, text):
 @fuzz()
 def test_progress_of_a_preparation(folder, text):
     write("data/mine.tmp/progress.json", text)
-    refused_or_taken(prepare_owt.open_progress, "data/mine.tmp", META, [sources.Source("a.txt", 5, str)])
+    refused_or_taken(preparation.resume, "data/mine.tmp", META, [sources.Source("a.txt", 5, str)], False)
 
 
 # --- models
@@ -262,7 +261,7 @@ def test_checkpoint(folder, choose):
         checkpoint.load_model(found, 0.0)
         refused_or_taken(checkpoint.load_optimizers, [optimizer], found)
         checkpoint.set_rng_state(found["rng"])
-        checkpoint.changed_settings(RUN, found)
+        run.changed_settings(RUN, found)
 
 
 @given(st.data())
@@ -338,7 +337,7 @@ with open(os.path.join(REPO, "train.py")) as f:
 def test_command_line(folder, argv):
     write("script.py", SETTINGS)
     before = runpy.run_path("script.py")
-    refused_or_taken(configure, before, checkpoint.without_auto(argv), "")
+    refused_or_taken(configure, before, run.without_auto(argv), "")
 
 
 ROW = st.one_of(values, st.tuples(st.sampled_from(["ln_2", "ln_1v", "ln_f", "bos", "h.1.ln_2"]), values, values),

@@ -164,12 +164,17 @@ def test_a_hub_that_can_not_be_reached_and_a_full_disk(hub, load):
     assert_logits_of(hub.hf, logits)
 
 
-def test_an_eps_that_is_large_and_no_more_does_not_make_a_model_ln_free(tmp_path):
-    hf = random_hf()
-    hf.config.layer_norm_epsilon = 1.5
+def with_eps(hf, eps):
+    """A transformers model with another eps in all its LayerNorms."""
+    hf.config.layer_norm_epsilon = eps
     for module in hf.modules():
         if isinstance(module, torch.nn.LayerNorm):
-            module.eps = 1.5
+            module.eps = eps
+    return hf
+
+
+def test_an_eps_that_is_large_and_no_more_does_not_make_a_model_ln_free(tmp_path):
+    hf = with_eps(random_hf(), 1.5)
     hf.save_pretrained(tmp_path / "model")
     model = GPT.from_pretrained(tmp_path / "model").eval()
     assert set(model.ln_modes().values()) == {"real"}
@@ -184,11 +189,7 @@ def test_a_published_ln_free_model_loads_as_ln_free(tmp_path):
         for name, p in hf.named_parameters():
             if ".ln_" in name and name.endswith("weight"):
                 p.mul_(1e6)
-    hf.config.layer_norm_epsilon = 1e12
-    for module in hf.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps = 1e12
-    hf.save_pretrained(tmp_path / "free")
+    with_eps(hf, 1e12).save_pretrained(tmp_path / "free")
     model = GPT.from_pretrained(tmp_path / "free").eval()
     assert model.ln_free()
     assert set(model.ln_modes().values()) == {"fake"}

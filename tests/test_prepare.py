@@ -17,7 +17,7 @@ import tiktoken
 from conftest import read_json, read_tokens
 
 import prepare_owt
-from parts import sources
+from parts import preparation, sources
 
 
 def test_stdlib_is_this_pythons_own_source_as_bytes(stdlib):
@@ -247,9 +247,8 @@ def test_an_interruption_while_a_batch_is_encoded_takes_nothing_from_the_resume(
     def write(progress):
         prepare_owt.write(tmp_path, [source], lambda source, i: False, "bytes", progress)
 
-    empty = dict(tokens=0, documents=0, eot_appended=0)
     with pytest.raises(KeyboardInterrupt):
-        write(dict(position=[0, 0, 0], documents=0, train=empty, val=empty))
+        write(preparation.beginning({}))
     noted = read_json(tmp_path / "progress.json")
     assert noted["train"]["tokens"] == 200
     assert noted["position"] == [0, 200, 0]

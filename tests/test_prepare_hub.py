@@ -18,6 +18,7 @@ from conftest import REPO, random_hf, read_json, read_tokens, run_alone
 from tiny_hub import serve
 
 import prepare_owt
+from parts import preparation
 
 
 def texts(n):
@@ -211,7 +212,7 @@ def test_rows_of_another_tokenizers_ids(run, tmp_path):
 def test_eval_prepares_the_pile_by_itself_all_of_it_to_evaluate_on(hub, tmp_path):
     """The tokenized Pile is fetched from the hub once; what is asked for of it is val."""
     rng = np.random.default_rng(0)
-    sequences = [rng.integers(0, 50257, 512).tolist() for _ in range(40)]
+    sequences = [rng.integers(0, 50257, 512).tolist() for _ in range(10)]
     (tmp_path / "repo/data").mkdir(parents=True)
     pq.write_table(pa.table({"input_ids": sequences}), tmp_path / "repo/data/train-00000-of-00001.parquet")
     hub.repos["datasets/apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2"] = tmp_path / "repo"
@@ -222,7 +223,7 @@ def test_eval_prepares_the_pile_by_itself_all_of_it_to_evaluate_on(hub, tmp_path
     assert tokens("val", "pile") == sum(sequences, [])
     assert tokens("train", "pile") == []
     (row,) = read_json("r.json")["rows"]
-    assert row["windows"] == (40 * 512 - 1) // 64
+    assert row["windows"] == (10 * 512 - 1) // 64
     assert 10 < row["loss"] < 13
     fetched = [name for method, _, name, _ in hub.requests if method == "GET" and name.endswith(".parquet")]
     assert len(fetched) == 1
@@ -313,9 +314,9 @@ prepare_owt.main()
 def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatch, gpt2_tokenizer, kind, args):
     """Of a text file all is taken, whatever --tokens says."""
     monkeypatch.chdir(tmp_path)
-    docs = texts(20_000)
-    write_parquet(tmp_path / "a.parquet", docs[:12_000])
-    write_parquet(tmp_path / "b.parquet", docs[12_000:])
+    docs = texts(10_000)
+    write_parquet(tmp_path / "a.parquet", docs[:6_000])
+    write_parquet(tmp_path / "b.parquet", docs[6_000:])
     (tmp_path / "c.txt").write_text("\n".join(docs))
 
     args = [*args, "--tokenizer=gpt2", "--val_every=200"]
@@ -323,7 +324,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatch
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if os.path.exists("data/cut.tmp/val.bin") and os.path.getsize("data/cut.tmp/train.bin") > 4_000_000:
+        if os.path.exists("data/cut.tmp/val.bin") and os.path.getsize("data/cut.tmp/train.bin") > 2_000_000:
             break
         time.sleep(0.02)
     process.send_signal(kind)
@@ -333,8 +334,8 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatch
     if kind == signal.SIGTERM:
         assert "run the same command to resume" in text
         assert "Traceback" not in text
-    noted = prepare_owt.written(read_json("data/cut.tmp/progress.json"))
-    assert 0 < noted < 10_000_000
+    noted = preparation.written(read_json("data/cut.tmp/progress.json"))
+    assert 0 < noted < 5_000_000
 
     resumed = run_alone("prepare_owt.py", *args, "--dataset=cut")
     assert resumed.code == 0, resumed.text
