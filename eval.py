@@ -169,6 +169,19 @@ def prepare(name, candidate):
     return folder
 
 
+def prepare_all(names, default, candidates):
+    """{name: folder under data/} of the data sets among names, which are checked. The residual stream needs one of
+    them, or else the default. UserError."""
+    names = [name for name in names if name not in ("hellaswag", "residual")] or [default] * ("residual" in names)
+    folders = {name: prepare(name, candidates[0]) for name in names}
+    found = list(folders.values())
+    for folder in found:
+        if found.count(folder) > 1:
+            raise UserError(f"--dataset={dataset}: two of them would be data/{folder}: rename one")
+        check_data(folder, candidates)
+    return folders
+
+
 def check_data(folder, candidates):
     """What is wrong with a data set is said before hours are spent on others."""
     open_tokens(folder, "val", block_size, candidates[0].model.config.vocab_size)
@@ -486,13 +499,7 @@ def main():
         block_size = block_size or min(c.model.config.block_size for c in candidates)
         default = run_dataset or ("owt" if candidates[0].model.config.vocab_size > 50256 else "stdlib")
         names = items(dataset) or [default]
-        folders = {name: prepare(name, candidates[0]) for name in names if name not in ("hellaswag", "residual")}
-        if "residual" in names and not folders:
-            folders[default] = prepare(default, candidates[0])
-        if len(set(folders.values())) < len(folders):
-            raise UserError(f"--dataset={dataset}: two of them would be data/{max(folders.values())}: rename one")
-        for folder in folders.values():
-            check_data(folder, candidates)
+        folders = prepare_all(names, default, candidates)
         if "hellaswag" in names:
             examples, encode = open_hellaswag(candidates[0])
 
