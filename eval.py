@@ -175,9 +175,10 @@ def prepare_all(names, default, candidates):
     names = [name for name in names if name not in ("hellaswag", "residual")] or [default] * ("residual" in names)
     folders = {name: prepare(name, candidates[0]) for name in names}
     found = list(folders.values())
+    twice = [folder for folder in found if found.count(folder) > 1]
+    if twice:
+        raise UserError(f"--dataset={dataset}: two of them would be data/{twice[0]}: rename one")
     for folder in found:
-        if found.count(folder) > 1:
-            raise UserError(f"--dataset={dataset}: two of them would be data/{folder}: rename one")
         check_data(folder, candidates)
     return folders
 

@@ -305,7 +305,10 @@ def encoded_in_order(tasks, chosen):
 
 def write(half, sources, rule, chosen, progress):
     """Encode and write in order, with a note of the progress every few seconds."""
-    note(half, {}, progress, sources)  # first of all: it marks the folder as ours
+    for name in ("meta.json", "val_ordered.bin"):  # of another try; they would be taken for this one's
+        if os.path.exists(os.path.join(half, name)):
+            os.remove(os.path.join(half, name))
+    note(half, {}, progress, sources)  # it marks the folder as ours
     out = open_token_files(half, progress)
     seam = dict(gpt2=GPT2_SEAM, bytes=ANY_SEAM).get(chosen, NO_SEAM)
     tasks = read(sources, progress["position"], rule, seam)
@@ -351,7 +354,7 @@ def check_disk(name, half, sources, chosen):
     need -= sum(os.path.getsize(path) for path in glob.glob(f"{glob.escape(half)}/*.bin"))  # of an earlier try
     free = shutil.disk_usage("data").free
     if need > free:
-        remove_files(half, [])  # if it has just been made
+        remove_files(half, [])  # if it is empty
         raise UserError(f"data/{name} needs about {need / 1e9:.2g} GB and {free / 1e9:.2g} GB are free: "
                         "ask for less with --tokens")
 
@@ -397,8 +400,7 @@ def request():
 
 
 def prepare(name, half, sources, made, meta):
-    """All documents into the unfinished folder. Returns how many, and their tokens; what breaks it off says
-    how to go on."""
+    """All documents into the unfinished folder. Returns the progress; what breaks it off says how to go on."""
     progress = resume(half, meta, sources, force)
     try:
         write(half, sources, val_rule(sources, made.name), made.name, progress)
@@ -440,7 +442,7 @@ def main():
         os.makedirs("data", exist_ok=True)
     with on_disk(f"can't write into {half}"):
         os.makedirs(half, exist_ok=True)
-    lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
+        lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
     whole = finished(half, meta, sources)
     if not whole:
         check_disk(name, half, sources, made.name)

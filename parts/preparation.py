@@ -3,8 +3,8 @@ A preparation's folders: data/NAME.tmp while it is under way, with a progress.js
 command goes on after a kill at any moment; and data/NAME, when it is whole.
 
 Progress is a dict: meta, as in meta.json; position, [source, rows or bytes of it, documents]: what is taken; documents;
-train and val, each the counts of that split; redo, the same four where the source that is being read began; sources,
-a fingerprint.
+train and val, each the counts of that split; redo, the same four before the source that is being read; sources, a
+fingerprint.
 """
 import hashlib
 import json
@@ -105,8 +105,6 @@ def read_progress(path):
 def open_token_files(half, progress):
     """{"train" and "val": a file to append to}, without what a kill left in it after the last note. UserError: less
     is there than was noted."""
-    if progress["position"] == [0, 0, 0]:
-        remove_files(half, ["val_ordered.bin", "meta.json"])  # of another try; they would be taken for this one's
     out = {which: open(os.path.join(half, which + ".bin"), "ab") for which in ("train", "val")}
     for which, f in out.items():
         if os.path.getsize(f.name) < 2 * progress[which]["tokens"]:

@@ -19,7 +19,7 @@ PEAK_FLOPS = {  # dense bf16, the makers' data sheets
 
 def peak_flops(device, dtype):
     """FLOP/s of one device: the data sheet's for a known GPU in bfloat16, else a 2048 x 2048 matrix
-    product's, timed here; a 256 x 256 one's on a CPU without bfloat16, which takes minutes for the other."""
+    product's, timed here; a 256 x 256 one's where that takes long, as bfloat16 on a CPU that doesn't have it."""
     if device.startswith("cuda") and dtype == torch.bfloat16:
         words = torch.cuda.get_device_name(device).replace("-", " ").split()
         for name, peak in PEAK_FLOPS.items():

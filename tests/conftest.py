@@ -184,6 +184,7 @@ def ln_free_run(stdlib_data, tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "data").exists():
             os.symlink(stdlib_data, folder / "data")
+        if not (folder / "out/remove_ln_tiny/model/config.json").exists():
             done = run_alone("train.py", config, f"--init_from={TINY}", *settings, cwd=folder, timeout=300)
             assert done.code == 0, done.text
     return str(folder / "out/remove_ln_tiny")

@@ -1,7 +1,7 @@
 """
 Faults at length: what test_faults.py does a few times, as often as one likes.
 
-    python tests/soak.py                # all of it: half an hour on two cores
+    python tests/soak.py                # all of it: some 45 minutes on two cores
     python tests/soak.py kills --n=100  # one part: kills, ranks, launcher, preparations or fuzz
 
 Each part ends in a line with its figure, or in an AssertionError. The random moments are those of --seed.

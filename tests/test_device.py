@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel
 from model import GPT
 from parts.compare import measure
 from parts.data import read_windows
-from parts.device import autocast_to, keep_memory
+from parts.device import autocast_to
 from sample import generate
 
 pytestmark = pytest.mark.device

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import soak
 import torch
-from conftest import REPO, SCHEDULE, SHORT, TINY, read_json, read_log, run_alone
+from conftest import REPO, SCHEDULE, SHORT, TINY, read_json, read_log, read_tokens, run_alone
 from safetensors.torch import load_file
 
 import schedule
-from parts import checkpoint, data
+from parts import checkpoint, data, sources
 
 GOLDEN = 2e-4  # nats
 REMOVAL = ["train.py", *SHORT, f"--ln_schedule={SCHEDULE}"]
@@ -29,6 +29,10 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 # --- kills
+
+
+class Killed(BaseException):
+    pass
 
 
 @pytest.fixture
@@ -170,14 +174,14 @@ def test_a_reader_that_has_enough_of_a_run_ends_it_in_order(tmp_path, stdlib_dat
 
 def test_a_terminal_that_is_closed_ends_a_run_in_order(tmp_path, stdlib_data):
     os.symlink(stdlib_data, tmp_path / "data")
-    command = [sys.executable, os.path.join(REPO, "train.py"), *SHORT, "--max_iters=100000"]
+    command = [sys.executable, os.path.join(REPO, "train.py"), *SHORT, "--max_iters=100000", "--eval_interval=10"]
     pid, terminal = pty.fork()
     if pid == 0:
         signal.alarm(60)
         os.chdir(tmp_path)
         os.execv(sys.executable, command)
     text = b""
-    while b"step    100  val loss" not in text:
+    while b"step     10  val loss" not in text:
         text += os.read(terminal, 1000)
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
@@ -351,9 +355,6 @@ def test_a_users_own_copy_of_a_checkpoint_stays(run, stdlib):
 
 def test_a_kill_between_any_two_changes_of_names_leaves_a_good_checkpoint(tmp_path, monkeypatch):
     """Also where the last one was damaged, and the one before it is all there is."""
-
-    class Killed(BaseException):
-        pass
 
     real = os.replace, os.link, os.remove
     for k in range(6):
@@ -581,6 +582,30 @@ def test_files_that_are_others_are_not_mixed_with_what_is_there(run, file):
     assert not os.path.exists("data/mine.tmp")
 
 
+def test_a_file_that_comes_after_a_kill_at_the_end_is_not_left_out(run, monkeypatch, tmp_path):
+    """However often it is interrupted then: what was whole before it came is not taken for all."""
+
+    def stop(*args):
+        raise error
+
+    (tmp_path / "a.txt").write_bytes(b"a" * 1000)
+    prepare = ["prepare_owt.py", "--files=*.txt", "--dataset=mine"]
+    error = Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "rename", stop)
+        run(*prepare)
+    assert os.path.exists("data/mine.tmp/meta.json")
+    (tmp_path / "b.txt").write_bytes(b"b" * 1000)
+    error = KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "read_text", stop)
+        assert "interrupted" in run(*prepare).text
+    done = run(*prepare)
+    assert done.code == 0, done.text
+    ids = [*read_tokens("train", "mine"), *read_tokens("val", "mine")]
+    assert (ids.count(ord("a")), ids.count(ord("b"))) == (1000, 1000)
+
+
 @pytest.mark.parametrize("name", ["remove", "rename", "replace"])
 def test_a_kill_in_a_preparations_last_moments_costs_nothing(run, monkeypatch, tmp_path, name):
     """Each step of the end is repeated."""
@@ -588,9 +613,6 @@ def test_a_kill_in_a_preparations_last_moments_costs_nothing(run, monkeypatch, t
     prepare = ["prepare_owt.py", "--files=a.txt", "--dataset=mine", "--force"]
     assert run(*prepare).code == 0
     whole = soak.contents("data/mine")
-
-    class Killed(BaseException):
-        pass
 
     real = getattr(os, name)
     for k in range(20):

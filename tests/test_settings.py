@@ -5,7 +5,6 @@ in the comment behind its default.
 import os
 import re
 import runpy
-import sys
 
 import pytest
 from conftest import REPO
