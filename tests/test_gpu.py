@@ -35,7 +35,11 @@ def bare(tmp_path, stdlib_data, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("part", ["checks", pytest.param("speed", marks=pytest.mark.slow), "job"])
+@pytest.mark.parametrize("part", [
+    pytest.param("checks", marks=pytest.mark.slow),
+    pytest.param("speed", marks=pytest.mark.slow),
+    "job",
+])
 def test_a_part_runs_without_gpu_network_or_other_packages(bare, part):
     done = bare(part)
     assert done.code == 0, done.text
