@@ -47,13 +47,14 @@ PREPARE = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import prepare_owt
+from parts import sources
 real = prepare_owt.next_batch
 def slow(tasks):
     time.sleep(0.05)
     return real(tasks)
 prepare_owt.next_batch = slow
 prepare_owt.NOTE_EVERY = 0.1
-prepare_owt.BATCH = 100_000
+prepare_owt.BATCH = sources.PIECE = 100_000
 prepare_owt.main()
 """
 ENV = os.environ | dict(OMP_NUM_THREADS="1")
@@ -184,7 +185,7 @@ def children(pid):
 
 def preparations(n, chance):
     """A preparation of rows and one of a text file are killed n times each, at random moments."""
-    words = np.random.default_rng(0).choice(["naïve ", "café\n", "read ", "size, ", "value\n"], (4000, 200))
+    words = np.random.default_rng(0).choice(["naïve ", "café\n", "read ", "size, ", "value\n"], (2000 * n, 200))
     documents = ["".join(row) for row in words]
     with open("rows.jsonl", "w") as f:
         f.writelines(json.dumps(dict(text=document)) + "\n" for document in documents)
@@ -198,7 +199,7 @@ def preparations(n, chance):
             process = start(*args, "--dataset=killed")
             while not os.path.exists("data/killed.tmp/train.bin") and process.poll() is None:
                 time.sleep(0.01)
-            time.sleep(chance.uniform(0, 3 / n))
+            time.sleep(chance.uniform(0, 2))
             process.kill()
             process.communicate()
             if os.path.exists("data/killed.tmp/progress.json"):
