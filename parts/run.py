@@ -75,8 +75,10 @@ def open_run(out_dir, settings, resumed, lock):
     remove_files(model_directory, ["config.json", "model.safetensors"])
     halves = [name + ".tmp" for name in ("ckpt.pt", "log.jsonl", "settings.json")]  # of a run that was killed
     for name in [*halves, *([] if resumed else [*checkpoint_names(out_dir), "log.jsonl"])]:
-        if os.path.lexists(os.path.join(out_dir, name)):
-            os.remove(os.path.join(out_dir, name))
+        path = os.path.join(out_dir, name)
+        with on_disk(f"can't replace {path}"):
+            if os.path.lexists(path):
+                os.remove(path)
     write_json(os.path.join(out_dir, "settings.json"), settings)
     return lock
 

@@ -195,6 +195,7 @@ def test_a_log_that_is_not_one_and_a_checkpoint_beyond_the_last_step(refused, ru
     os.remove("out/run/log.jsonl")
     os.mkdir("out/run/log.jsonl")
     assert "can't read out/run/log.jsonl: Is a directory" in refused(*resume, "--max_iters=3")
+    assert "can't replace out/run/log.jsonl: Is a directory" in refused("--dataset=mine", "--force")
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_that_is_there(run, dataset, tmp_path):
