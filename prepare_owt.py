@@ -305,11 +305,7 @@ def encoded_in_order(tasks, chosen):
 
 def write(half, sources, rule, chosen, progress):
     """Encode and write in order, with a note of the progress every few seconds."""
-    for name in ("meta.json", "val_ordered.bin"):  # of another try; they would be taken for this one's
-        if os.path.exists(os.path.join(half, name)):
-            os.remove(os.path.join(half, name))
-    note(half, {}, progress, sources)  # it marks the folder as ours
-    out = open_token_files(half, progress)
+    out = open_token_files(half, progress, sources)
     seam = dict(gpt2=GPT2_SEAM, bytes=ANY_SEAM).get(chosen, NO_SEAM)
     tasks = read(sources, progress["position"], rule, seam)
     bar = tqdm(total=tokens or None, initial=written(progress), unit="token", unit_scale=True, disable=None)

@@ -102,9 +102,13 @@ def read_progress(path):
     return progress
 
 
-def open_token_files(half, progress):
-    """{"train" and "val": a file to append to}, without what a kill left in it after the last note. UserError: less
-    is there than was noted."""
+def open_token_files(half, progress, sources):
+    """{"train" and "val": a file to append to}, without what a kill left in it after the last note, in a folder that is
+    marked as ours and as not whole. UserError: less is there than was noted."""
+    for name in ("meta.json", "val_ordered.bin"):  # of another try; they would be taken for this one's
+        if os.path.exists(os.path.join(half, name)):
+            os.remove(os.path.join(half, name))
+    note(half, {}, progress, sources)
     out = {which: open(os.path.join(half, which + ".bin"), "ab") for which in ("train", "val")}
     for which, f in out.items():
         if os.path.getsize(f.name) < 2 * progress[which]["tokens"]:
