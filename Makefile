@@ -11,7 +11,7 @@ CODE = train.py model.py schedule.py parts/data.py config/remove_ln_tiny.py $(wi
 demo: $(RUN)/model/config.json $(RUN)_control/model/config.json
 	@echo "4 of 4: original, control and LN-free on the same windows: a minute"
 	.venv/bin/python eval.py --models=assets/tiny,$(RUN)_control,$(RUN) --dataset=stdlib --tokens=500_000 --json=$(RUN)/eval.json
-	.venv/bin/python plot.py $(RUN)
+	.venv/bin/python -m tools.plot $(RUN)
 	@echo "for these commands: source .venv/bin/activate"
 
 $(RUN)/model/config.json: $(CODE) data/stdlib/meta.json
@@ -28,7 +28,7 @@ TEXTS = data/testbed_texts
 PREPARE = .venv/bin/python prepare_owt.py --tokenizer=$(TEXTS)/tokenizer
 
 testbed: .venv/installed
-	.venv/bin/python testbed/texts.py
+	.venv/bin/python dev/testbed/texts.py
 	$(PREPARE) --dataset=testbed_pretrain --files='$(TEXTS)/pretrain/**/*.py'
 	$(PREPARE) --dataset=testbed_tune --files='$(TEXTS)/tune/**/*.py'
 	$(PREPARE) --dataset=testbed_choose --files='$(TEXTS)/choose/**/*.py' --val_every=1
@@ -36,14 +36,14 @@ testbed: .venv/installed
 	.venv/bin/python train.py config/pretrain_testbed.py
 
 ablations:
-	.venv/bin/python ablations.py
-	.venv/bin/python ablations.py --show
+	.venv/bin/python -m dev.ablations
+	.venv/bin/python -m dev.ablations --show
 
 # on a machine with CUDA GPUs; some half an hour, in parts that go on where they were stopped
 gpu: .venv/installed
-	.venv/bin/python gpu.py checks
-	.venv/bin/python gpu.py speed
-	.venv/bin/python gpu.py job
+	.venv/bin/python -m dev.gpu checks
+	.venv/bin/python -m dev.gpu speed
+	.venv/bin/python -m dev.gpu job
 
 data/stdlib/meta.json: | .venv/installed
 	.venv/bin/python prepare_owt.py

@@ -1,18 +1,11 @@
 """
-Settings: a script's globals are the defaults; a config file, then `--key=value` or `--key value`,
+Settings: a script's globals are the defaults. Config files (train.py only), then `--key=value` or `--key value`,
 change them, in order.
 
     python train.py config/remove_ln_tiny.py config/control.py --seed=2 --dtype float32
 
-A config file is Python whose assignments are settings, but for names that begin with `_`. It may read
-what was set before it (`out_dir = out_dir + "_control"`).
-
-A setting is one line: its default, and a comment that says what it means. Where the comment begins
-with a bound, the bound is checked:
-
-    batch_size = 16  # >= 1: sequences in a micro-batch
-    dropout = 0.0  # >= 0 and < 1: share of activations
-    dtype = "auto"  # auto, float32 or bfloat16: of autocast
+A config file is Python code and is executed. Its assignments are settings, except names that begin with `_`. It may
+use what was set before it (`out_dir = out_dir + "_control"`).
 """
 import ast
 import difflib
@@ -21,27 +14,34 @@ import os
 import re
 import sys
 
-from parts.errors import UserError
+from parts.errors import UserError, first_line
 
 
-def configure(settings, argv, doc):
-    """Apply argv to the dict `settings` (a script's globals()) in place, check it, and return the
-    settings alone. UserError on a file, a key or a value that it can't take; `--help` prints doc
-    and the settings."""
+def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}, configs=False):
+    """Apply argv to the dict `settings` (a script's globals()) in place, check it, and return the settings alone.
+
+    Numbers must not be negative; at_least, at_most and below are {setting: bound}, and choices {setting: allowed
+    values}. configs: whether config files are taken. `--help` prints doc and the settings. UserError on an unknown
+    key, a file or a value that can't be taken."""
     kinds = (bool, int, float, str, list)
     names = [k for k, v in settings.items() if k[0].islower() and isinstance(v, kinds)]  # not _x, nor X
-    comments = read_comments(settings.get("__file__"))
-    argv = list(argv)
+    argv, flag_given = list(argv), False
     if "--help" in argv or "-h" in argv:
-        print(doc.strip(), "\n\nsettings:")
+        comments = read_comments(settings.get("__file__"))
+        print((doc or "").strip(), "\n\nsettings:")
         for name in names:
             print(f"  --{name}={settings[name]!r}".ljust(36), comments.get(name, ""))
         sys.exit()
     while argv:
         arg = argv.pop(0)
         if not arg.startswith("--"):
+            if not configs or not arg.endswith(".py") or flag_given:
+                raise UserError(f"unexpected argument {arg!r}: settings are given as --key=value"
+                                + ("; config files end in .py and come first" if configs else "")
+                                + "; quote a pattern, as in --files='*.py'")
             apply_file(settings, names, arg)
             continue
+        flag_given = True
         key, equals, value = arg[2:].partition("=")
         check_name(names, key, f"--{key}")
         if not equals and settings[key] is False and (not argv or argv[0] not in ("True", "False", "true", "false")):
@@ -52,12 +52,12 @@ def configure(settings, argv, doc):
             value = argv.pop(0)
         settings[key] = check_type(f"--{key}", parse(value, settings[key]), settings[key])
     for name in names:
-        check_bound(name, settings[name], comments.get(name, ""))
+        check_value(name, settings[name], at_least.get(name, 0), at_most.get(name), below.get(name), choices.get(name))
     return {name: settings[name] for name in names}
 
 
 def take_source(usage):
-    """The first argument of a script that needs one beside its settings; it is taken out of sys.argv."""
+    """Take the first argument of a tool that needs one beside its settings out of sys.argv."""
     if len(sys.argv) > 1 and sys.argv[1] in ("--help", "-h"):
         return ""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
@@ -67,14 +67,14 @@ def take_source(usage):
 
 def apply_file(settings, names, path):
     if not os.path.isfile(path):
-        raise UserError(f"no config file {path}; settings are given as --key=value")
+        raise UserError(f"there is no config file {path}")
     before = {name: settings[name] for name in names}
     after = dict(before)
     try:
         with open(path) as f:
             exec(compile(f.read(), path, "exec"), after)
-    except Exception as e:
-        raise UserError(f"{path} is not a config file: {type(e).__name__}: {e}") from None
+    except (Exception, SystemExit) as e:
+        raise UserError(f"{path} is not a config file: {first_line(e)}") from None
     for key, value in after.items():
         if key.startswith("_"):
             continue
@@ -89,8 +89,7 @@ def check_name(names, key, where):
 
 
 def parse(text, default):
-    """The text of a flag as a value of the default's type; as it stands where it is none, for
-    check_type to refuse."""
+    """The text of a flag -> a value of the default's type, or the text itself, for check_type to refuse."""
     if isinstance(default, str):
         return text
     try:
@@ -105,32 +104,29 @@ def check_type(where, value, default):
     if type(default) is list and type(value) is tuple:
         value = list(value)
     if type(value) is not type(default):
-        raise UserError(f"{where} must be {type(default).__name__}, as {default!r} is, but it is {value!r}")
+        raise UserError(f"{where} must be {type(default).__name__}, such as {default!r}, but is {value!r}")
     if type(value) is str and value != value.encode(errors="replace").decode():
         raise UserError(f"{where} is not UTF-8 text: {value!r}")
     if type(value) is float and not math.isfinite(value):
-        raise UserError(f"{where} must be a finite number, but it is {value!r}")
+        raise UserError(f"{where} must be a finite number, but is {value!r}")
     return value
 
 
+def check_value(name, value, at_least, at_most, below, choices):
+    is_number = type(value) in (int, float)
+    if is_number and value < at_least:
+        raise UserError(f"{name} is {value}, but must be at least {at_least}")
+    if is_number and at_most is not None and value > at_most:
+        raise UserError(f"{name} is {value}, but must be at most {at_most}")
+    if is_number and below is not None and value >= below:
+        raise UserError(f"{name} is {value}, but must be below {below}")
+    if choices and value not in choices:
+        raise UserError(f"{name} is {value!r}, but must be one of {', '.join(map(str, choices))}")
+
+
 def read_comments(path):
-    """{setting: the comment behind its default} of a script."""
+    """{setting: the comment behind its default} of a script, for --help."""
     if path is None:
         return {}
     with open(path, encoding="utf-8") as f:
         return dict(re.findall(r"^(\w+) = .*?  # (.*)$", f.read(), re.MULTILINE))
-
-
-def check_bound(name, value, comment):
-    """UserError unless the value keeps to the bound that its comment begins with."""
-    bound, colon, _ = comment.partition(": ")
-    number = re.fullmatch(r">= (\S+)(?: and (<=?) (\S+))?", bound)
-    if number and colon:
-        low, below, high = number.groups()
-        low, high = eval(low), eval(high or "None")  # of our own source, as 2**63
-        if value < low or (below == "<" and value >= high) or (below == "<=" and value > high):
-            also = {None: "", "<": f", and below {high}", "<=": f", and at most {high}"}[below]
-            raise UserError(f"{name} is {value}, but it must be {low} or more{also}")
-    choices = re.fullmatch(r"(?:\w+, )*\w+ or \w+", bound)
-    if choices and colon and value not in re.split(r", | or ", bound):
-        raise UserError(f"{name} is {value!r}, but it must be {bound}")

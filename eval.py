@@ -469,10 +469,10 @@ def say_next(candidates, names):
     """What to type after the tables, if there is a run to go on with."""
     commands = []
     if json and "residual" in names:
-        commands.append(f"python plot.py {json}")
+        commands.append(f"python -m tools.plot {json}")
     runs = [c.source for c in candidates if c.role == "ln_free" and run_settings(c.source)]
     if runs:
-        commands += [f"python plot.py {runs[-1]}", f"python export.py {runs[-1]} --to=hf"]
+        commands += [f"python -m tools.plot {runs[-1]}", f"python -m tools.export {runs[-1]} --to=hf"]
     if commands:
         ranks.say("next: " + "; ".join(commands))
 

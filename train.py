@@ -29,7 +29,7 @@ from model import GPT, GPTConfig
 from parts import checkpoint, ranks, run
 from parts.data import check_tokens, open_tokens, read_meta, read_windows, train_starts, val_starts
 from parts.device import all_finite, autocast_to, check_compiler, keep_memory, pick_device, pick_dtype
-from parts.speed import flops_per_token, peak_flops
+from parts.device import flops_per_token, peak_flops
 from parts.tokenizer import copy_tokenizer
 from schedule import (
     check_modes,

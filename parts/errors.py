@@ -1,7 +1,6 @@
 """
-Two kinds of error. What a user did wrong is a UserError: it is raised where it is found, and ends
-the script with its one line and exit code 1. Everything else is a mistake in the code, and keeps
-its traceback.
+Two kinds of errors. A user's mistake is a UserError: it ends the script with one line and exit code 1. Anything else
+is a mistake in the code and keeps its traceback.
 """
 import json
 import os
@@ -11,24 +10,74 @@ import threading
 import time
 from contextlib import contextmanager
 
-# what a user, a scheduler or a closed terminal ends a process with; Windows has but two of them
+# what a user, a scheduler or a closed terminal ends a process with; Windows has only two of them
 ENDINGS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 PATIENCE = 20  # seconds
 
 
 class UserError(ValueError):
-    """What a user did wrong, in one line: what it is, where, and what to do."""
+    """A user's mistake in one line: what is wrong, where, and what to do."""
 
     def __init__(self, line):
         super().__init__(" ".join(line.splitlines()))
 
 
+def first_line(error):
+    """Type and first line of an exception."""
+    return f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
+
+
+# --- around files and servers
+
+
+@contextmanager
+def reading(path, advice=""):
+    """Whatever goes wrong while path is read becomes one line: the path, the error, the advice. TRACEBACK=1 in the
+    environment shows where it went wrong. Pipes and devices are refused, because reading them may never end."""
+    try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise UserError(f"{path} is not a file")
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as e:
+        if os.environ.get("TRACEBACK"):
+            raise
+        problem = e.strerror if isinstance(e, OSError) and e.strerror else first_line(e)
+        raise UserError(f"can't read {path}: {problem}" + (f"; {advice}" if advice else "")) from None
+
+
+@contextmanager
+def on_disk(what):
+    """A full disk or a missing permission is one line that begins with `what`: "can't write out/run/log.jsonl"."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{what}: {e.strerror or e}") from None
+
+
+@contextmanager
+def waiting_for(server):
+    """Print a line, once, when a request takes long."""
+    line = f"still waiting for {server}; Ctrl-C stops and loses nothing"
+    timer = threading.Timer(PATIENCE, print, [line], dict(file=sys.stderr))
+    timer.daemon = True
+    if os.environ.get("RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+# --- how a script begins and ends
+
+
 def begin_script():
-    """A script's first act, before its slow imports. From here on a user's mistake is one line; Ctrl-C ends the
-    script at once and without a word, but where it has work to save; and what a terminal can't show, as ± in
-    ASCII, is a ?."""
+    """Call this before the slow imports. A user's mistake becomes one line; Ctrl-C ends the script at once, unless it
+    has work to save; characters that a terminal lacks, such as ± in ASCII, become ?."""
     sys.excepthook = show
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in the background of a shell
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
@@ -36,27 +85,27 @@ def begin_script():
         elif hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="replace")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # so that a line that can't be written fails where it is printed
+        sys.stdout.reconfigure(line_buffering=True)  # a line that can't be written fails where it is printed
 
 
 def show(kind, error, traceback):
     if issubclass(kind, OSError):
         end_if_stdout_fails()
+    text = str(error)
     if issubclass(kind, UserError):
-        line = str(error)
-    elif "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):  # gloo's
-        line = "another process of this run is gone: see what it said, and go on with --init_from=resume"
+        line = text
+    elif "Connection closed by peer" in text or "Connection reset by peer" in text:  # gloo's
+        line = "another process of this run is gone: see what it said, and continue with --init_from=resume"
     else:
         return sys.__excepthook__(kind, error, traceback)
     if os.environ.get("RANK", "0") != "0":
-        # all processes find the same mistake: rank 0 says it, and torchrun ends the others before they do
-        time.sleep(3)
+        time.sleep(3)  # every rank finds the same mistake: rank 0 prints it, and torchrun ends the others
     print(f"error: {line}", file=sys.stderr)
     tell_torchrun(f"error: {line}")
 
 
 def end_if_stdout_fails():
-    """What reads our output may have enough of it, as `head`: that is no error. A full disk is one."""
+    """A reader of our output that has enough, such as `head`, is not an error. A full disk is one."""
     try:
         os.write(1, b"\n")
     except BrokenPipeError:
@@ -67,7 +116,7 @@ def end_if_stdout_fails():
 
 
 def tell_torchrun(line):
-    """What torchrun is to print last, below its own traceback: why this process ended."""
+    """Let torchrun print this line last, below its own traceback."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with open(path, "w") as f:
@@ -75,7 +124,7 @@ def tell_torchrun(line):
 
 
 def handle_endings(handler):
-    """Let handler(number, frame) take the signals of ENDINGS, but for those that are ignored, as nohup ignores SIGHUP.
+    """Let handler(number, frame) take the signals of ENDINGS, except those that are ignored, as nohup ignores SIGHUP.
     Returns {number: the handler before}."""
     numbers = [getattr(signal, name) for name in ENDINGS if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
@@ -84,39 +133,10 @@ def handle_endings(handler):
 
 @contextmanager
 def interruptible():
-    """Within, the signals of ENDINGS raise KeyboardInterrupt, so that what is begun can be put in order."""
+    """Turn the signals of ENDINGS into KeyboardInterrupt, so that unfinished work can be put in order."""
     before = handle_endings(signal.default_int_handler)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def on_disk(what):
-    """Around reading or writing a file: a full disk, a missing permission and the like are the
-    user's, not the code's. `what` begins the line: "can't write out/run/log.jsonl"."""
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"{what}: {e.strerror or e}") from None
-
-
-def first_line(error):
-    """Of an error of many kinds, what it is."""
-    return f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
-
-
-@contextmanager
-def waiting_for(server):
-    """Around what asks a server: when it takes long, it is said, once."""
-    line = f"still waiting for {server}, which may be asked several times; Ctrl-C ends it, and loses nothing"
-    timer = threading.Timer(PATIENCE, print, [line], dict(file=sys.stderr))
-    timer.daemon = True
-    if os.environ.get("RANK", "0") == "0":
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -1,95 +1,79 @@
 """
-What may be replaced on the disk: what we wrote, and nothing else. And files that are there whole or
-not at all.
+What may be replaced on disk: what we wrote, and nothing else. Files that are whole or not there. JSON.
 """
 import json
 import os
 from contextlib import contextmanager
 
-from parts import jsonfile
-from parts.errors import UserError, on_disk
+from parts.errors import UserError, on_disk, reading
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-TOKEN_FILES = ("meta.json", "train.bin", "val.bin")
+LARGEST_JSON = 20_000_000  # bytes of a file or a line
 
 
-def check_folder(folder, names, marks):
-    """UserError unless folder may be replaced: it is not there, is empty, or holds one of marks and
-    only files of names."""
-    if os.path.islink(folder):
-        raise UserError(f"{folder} is a link, and would be replaced: give another name")
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise UserError(f"{folder} is a file: give another name")
-    found = sorted(os.listdir(folder)) if os.path.exists(folder) else []
-    strangers = [name for name in found if name not in names]
-    if not strangers and not set(marks) & set(found):
-        strangers = found
-    if strangers:
-        raise UserError(f"{folder} holds {strangers[0]}, which was not written here and would be lost: "
-                        "give another name")
+# --- JSON
 
 
-class FolderLock:
-    """Keeps other processes' FolderLocks from a folder, as long as this object lives. UserError if
-    another one holds it. On Windows it does nothing."""
-
-    def __init__(self, folder):
-        self.handle = None
-        if fcntl is None:
-            return
-        self.handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another process: wait for it, or choose another") from None
-        except OSError:
-            pass  # a file system without locks
-
-    def __del__(self):
-        if self.handle is not None:
-            os.close(self.handle)
+def parse_json(text):
+    """JSON text -> its object, as a dict. NaN and Infinity, which JSON does not have, become None. ValueError,
+    RecursionError."""
+    content = json.loads(text, parse_constant=lambda name: None)
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
 
 
-def run_settings(folder):
-    """The settings.json of a folder that a run of train.py wrote: a run's first file. {} of any other folder."""
-    fields = {"init_from": str, "ln_schedule": list, "dataset": str, "run?": str}
+def read_json(path, advice=""):
+    """The object in a JSON file, as a dict. UserError ends with the advice."""
+    with reading(path, advice), open(path, "rb") as f:
+        return parse_json(f.read(LARGEST_JSON))
+
+
+def read_dict(path):
+    """The same; {} if the file is missing or holds anything else."""
     try:
-        return jsonfile.read(os.path.join(folder, "settings.json"), fields, "")
+        return read_json(path)
     except UserError:
         return {}
 
 
-def check_file(path, keys):
-    """UserError unless path may be replaced: it is not there, or is a JSON file with these keys, as
-    ours have."""
-    if os.path.lexists(path + ".tmp"):
-        raise UserError(f"{path}.tmp is in the way: remove it, or name another file")
-    if not os.path.lexists(path):
-        return
-    ours = os.path.isfile(path) and not os.path.islink(path) and set(keys) <= jsonfile.read_dict(path).keys()
-    if not ours:
-        raise UserError(f"{path} is there already and was not written here: name another file")
+def read_lines(path, advice=""):
+    """Yields (line, dict) of a file with a JSON object on each line, such as a log. A last line without a newline,
+    which a kill leaves, is left out. UserError names the line."""
+    with reading(path, advice), open(path, "rb") as f:
+        for n, line in enumerate(iter(lambda: f.readline(LARGEST_JSON), b""), 1):
+            if not line.endswith(b"\n"):
+                return
+            with reading(f"{path}, line {n}", advice):
+                yield line, parse_json(line)
 
 
-def remove_files(folder, names):
-    """Remove the files of these names, and the folder if nothing else is in it."""
-    for name in names:
-        path = os.path.join(folder, name)
-        if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
-            os.remove(os.path.join(folder, name))
-    if os.path.isdir(folder) and not os.listdir(folder):
-        os.rmdir(folder)
+def run_settings(folder):
+    """The settings.json of a folder that train.py wrote; {} for any other folder."""
+    settings = read_dict(os.path.join(folder, "settings.json"))
+    kinds = dict(init_from=str, ln_schedule=list, dataset=str)
+    return settings if all(isinstance(settings.get(key), kind) for key, kind in kinds.items()) else {}
+
+
+# --- writing
+
+
+def unfinished(path):
+    """The name under which path is written until it is whole. It begins with a dot, which no name of a user's data
+    set or run does, so what is there is ours."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.unfinished")
 
 
 @contextmanager
 def whole_file(path, check=lambda half: None):
-    """A file to write bytes into, which takes its name when all is on the disk and `check` has seen it there: what was
-    there stays until then. UserError on a full disk and the like, with what was there untouched."""
-    half = path + ".tmp"
+    """A file to write bytes into. It takes its name when it is on disk and `check` accepts it; until then the old file
+    stays. UserError on a full disk and the like."""
+    half = unfinished(path)
     try:
         with on_disk(f"can't write {path}"):
             with open(half, "wb") as f:
@@ -107,3 +91,61 @@ def whole_file(path, check=lambda half: None):
 def write_json(path, content):
     with whole_file(path) as f:
         f.write(json.dumps(content, indent=2).encode())
+
+
+# --- what may be replaced
+
+
+def check_folder(folder, names, marks):
+    """UserError unless folder may be replaced: it is missing, empty, or holds one of marks and only files of names."""
+    if os.path.islink(folder):
+        raise UserError(f"{folder} is a link and would be replaced: choose another name")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"{folder} is a file: choose another name")
+    found = sorted(os.listdir(folder)) if os.path.exists(folder) else []
+    strangers = [name for name in found if name not in names]
+    if not strangers and not set(marks) & set(found):
+        strangers = found
+    if strangers:
+        raise UserError(f"{folder} holds {strangers[0]}, which was not written here and would be lost: "
+                        "choose another name")
+
+
+def check_file(path, keys):
+    """UserError unless path may be replaced: it is missing, or is a JSON file of ours, with these keys."""
+    if not os.path.lexists(path):
+        return
+    ours = os.path.isfile(path) and not os.path.islink(path) and set(keys) <= read_dict(path).keys()
+    if not ours:
+        raise UserError(f"{path} exists and was not written here: choose another name")
+
+
+def remove_files(folder, names):
+    """Remove the files of these names, and the folder if nothing else is in it."""
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
+            os.remove(path)
+    if os.path.isdir(folder) and not os.listdir(folder):
+        os.rmdir(folder)
+
+
+class FolderLock:
+    """Keeps other processes' FolderLocks from a folder while this object lives. UserError if another one holds it.
+    On Windows it does nothing."""
+
+    def __init__(self, folder):
+        self.handle = None
+        if fcntl is None:
+            return
+        self.handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another process: wait for it, or choose another") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def __del__(self):
+        if self.handle is not None:
+            os.close(self.handle)

@@ -86,8 +86,8 @@ class Result:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """run("train.py", "--max_iters=3") in an empty folder: the script from its first line, in this
-    process. A mistake in the code is raised here."""
+    """run("train.py", "--max_iters=3") or run("tools.export", ...) in an empty folder: the script from its first line,
+    in this process. A mistake in the code is raised here."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back at the end
 
@@ -98,7 +98,10 @@ def run(tmp_path, monkeypatch, capsys):
         gc.collect()  # a run before this one lets go of its folder
         code, last_words = 0, ""
         try:
-            runpy.run_path(os.path.join(REPO, script), run_name="__main__")
+            if script.endswith(".py"):
+                runpy.run_path(os.path.join(REPO, script), run_name="__main__")
+            else:  # tools.NAME or dev.NAME, as python -m runs them
+                runpy.run_module(script, run_name="__main__")
         except UserError as e:
             code, last_words = 1, f"error: {e}"
         except SystemExit as e:
@@ -114,8 +117,10 @@ def run(tmp_path, monkeypatch, capsys):
 
 def run_alone(script, *args, launcher=(), env=None, **kwargs):
     """The same in a process of its own, in today's folder or `cwd`."""
-    command = [sys.executable, *launcher, os.path.join(REPO, script), *map(str, args)]
-    done = subprocess.run(command, env=os.environ | (env or {}), capture_output=True, text=True, **kwargs)
+    script = [os.path.join(REPO, script)] if script.endswith(".py") else ["-m", script]
+    command = [sys.executable, *launcher, *script, *map(str, args)]
+    env = os.environ | dict(PYTHONPATH=REPO) | (env or {})
+    done = subprocess.run(command, env=env, capture_output=True, text=True, **kwargs)
     return Result(done.returncode, done.stdout + done.stderr)
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import set_all_fake
 from transformers import GPT2LMHeadModel
 
-import export
+from tools import export
 from model import GPT
 from parts.tokenizer import copy_tokenizer
 

@@ -8,7 +8,7 @@ import zipfile
 
 from conftest import REPO, default_settings
 
-import ablations
+from dev import ablations
 
 texts = runpy.run_path(os.path.join(REPO, "testbed", "texts.py"))
 
@@ -64,7 +64,7 @@ def test_the_table_has_means_over_seeds_and_the_gap_to_the_best_model_with_ln(ru
         for name, steps, seed, choose, report in rows:
             numbers = {key: 0.5 for key in ablations.NUMBERS} | dict(choose_loss=choose, report_loss=report)
             writer.writerow(dict(name=name, steps=steps, seed=seed) | numbers)
-    done = run("ablations.py", "--show")
+    done = run("dev.ablations", "--show")
     assert done.code == 0, done.text
     head, *lines = done.text.strip("\n").splitlines()
     assert max(map(len, (head, *lines))) <= 80
@@ -76,8 +76,8 @@ def test_the_table_has_means_over_seeds_and_the_gap_to_the_best_model_with_ln(ru
 
 def test_a_name_that_no_run_has_is_refused(run):
     os.makedirs("out/testbed/model")
-    assert "no run's name begins with 'recipes': there are recipe lr 1e-4, " in run("ablations.py", "--only=recipes").error
+    assert "no run's name begins with 'recipes': there are recipe lr 1e-4, " in run("dev.ablations", "--only=recipes").error
 
 
 def test_without_the_testbed_nothing_is_run(run):
-    assert "out/testbed/model is not there: run `make testbed` first" in run("ablations.py").error
+    assert "out/testbed/model is not there: run `make testbed` first" in run("dev.ablations").error

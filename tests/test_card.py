@@ -46,7 +46,7 @@ def run_lines(directory, until=None):
 
 
 def test_the_lines_of_the_plain_form_open_it_in_every_tool(run, gpt2_run):
-    assert run("export.py", "out/mine", "--to=hf").code == 0
+    assert run("tools.export", "out/mine", "--to=hf").code == 0
     found = run_lines("out/mine/hf")
 
     text = "Once upon a time"
@@ -63,7 +63,7 @@ def test_the_lines_of_the_plain_form_open_it_in_every_tool(run, gpt2_run):
 
 
 def test_the_lines_of_a_form_without_tokenizer_take_token_ids(run, bare_run):
-    assert run("export.py", "out/mine", "--to=hf").code == 0
+    assert run("tools.export", "out/mine", "--to=hf").code == 0
     found = run_lines("out/mine/hf")
     ids = torch.randint(0, 299, (1, 20))
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_the_lines_of_a_form_without_tokenizer_take_token_ids(run, bare_run):
 
 def test_the_lines_of_the_folded_form_open_it(run, bare_run):
     """Those for TransformerLens 3 are run by `make test-tl3`."""
-    assert run("export.py", "out/mine", "--to=folded").code == 0
+    assert run("tools.export", "out/mine", "--to=folded").code == 0
     assert head("out/mine/folded").library_name is None  # transformers can't open it
     found = run_lines("out/mine/folded", until="from export import to_hooked")
     ids = torch.randint(0, 299, (1, 20))
@@ -117,7 +117,7 @@ def test_base_model_license_data_and_loss_stand_in_the_hubs_own_fields(gpt2_run,
     write_run(init_from="gpt2@main", dataset="owt")
     with serve({"openai-community/gpt2": tmp_path / "repo"}) as server:
         env = server.env | {"HF_HOME": str(tmp_path / "cache")}
-        done = run_alone("export.py", "out/mine", "--to=hf", env=env)
+        done = run_alone("tools.export", "out/mine", "--to=hf", env=env)
     assert done.code == 0, done.text
     data = head("out/mine/hf")
     assert data.base_model == "openai-community/gpt2"
@@ -137,7 +137,7 @@ def test_of_a_model_and_text_of_ones_own_the_card_says_what_is_known(run, bare_r
     with open("data/text/meta.json", "w") as f:
         json.dump(dict(source="texts/*.txt"), f)
     write_run(init_from=str(tmp_path / "hf"), dataset="text")
-    assert run("export.py", "out/mine", "--to=hf").code == 0
+    assert run("tools.export", "out/mine", "--to=hf").code == 0
     data = head("out/mine/hf")
     assert data.license == "apache-2.0"
     assert data.base_model is None
@@ -152,7 +152,7 @@ def test_of_a_model_and_text_of_ones_own_the_card_says_what_is_known(run, bare_r
 def test_an_evaluation_that_is_none_is_left_out(run, bare_run, row):
     with open("out/mine/eval.json", "w") as f:
         json.dump(dict(rows=[row]), f)
-    assert run("export.py", "out/mine", "--to=hf").code == 0
+    assert run("tools.export", "out/mine", "--to=hf").code == 0
     with open("out/mine/hf/README.md") as f:
         assert "Its evaluation: not measured." in f.read()
 
@@ -160,13 +160,13 @@ def test_an_evaluation_that_is_none_is_left_out(run, bare_run, row):
 def test_an_evaluation_of_other_weights_is_left_out_and_said_so(run, bare_run):
     """As it stays in the folder of a run that was repeated with --force."""
     write_run(init_from="gpt2", dataset="text")
-    assert run("export.py", "out/mine", "--to=hf").code == 0
+    assert run("tools.export", "out/mine", "--to=hf").code == 0
     with open("out/mine/hf/README.md") as f:
         text = f.read()
     assert "3.0140 ± 0.0020 | +0.0250 ± 0.0010" in text
     assert "Settings of the run 0123456789abcdef:" in text
     write_table("out/mine/eval.json", "0" * 64)
-    done = run("export.py", "out/mine", "--to=hf", "--out=again")
+    done = run("tools.export", "out/mine", "--to=hf", "--out=again")
     assert "the card has no evaluation: out/mine/eval.json is of other weights" in done.text
     with open("again/README.md") as f:
         assert "Its evaluation: not measured." in f.read()
@@ -180,13 +180,13 @@ def test_an_evaluation_of_other_weights_is_left_out_and_said_so(run, bare_run):
 def test_of_a_card_that_can_not_be_read_the_license_is_left_out(run, bare_run, tmp_path, card):
     (tmp_path / "hf/README.md").write_text(card)
     write_run(init_from=str(tmp_path / "hf"), dataset="text")
-    assert run("export.py", "out/mine", "--to=hf").code == 0
+    assert run("tools.export", "out/mine", "--to=hf").code == 0
     assert head("out/mine/hf").license is None
 
 
 def test_without_a_network_the_license_is_left_out(run, bare_run):
     write_run(init_from="gpt2", dataset="gone")
-    assert run("export.py", "out/mine", "--to=hf").code == 0
+    assert run("tools.export", "out/mine", "--to=hf").code == 0
     data = head("out/mine/hf")
     assert data.base_model == "openai-community/gpt2"
     assert data.license is None

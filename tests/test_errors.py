@@ -123,7 +123,7 @@ def test_a_mistake_under_torchrun_keeps_its_traceback(copy, dataset):
 
 @pytest.mark.parametrize("script, args, message", [
     ("train.py", ["--max_itrs=3"], "unknown setting --max_itrs; did you mean max_iters?"),
-    ("sample.py", [], "usage: python sample.py"),
+    ("sample.py", [], "usage: python -m tools.sample"),
     ("plot.py", ["none"], "none/log.jsonl is not there"),
     # in a worker
     ("prepare_owt.py", ["--dataset=mine", "--files=a.txt", "--tokenizer=9:8"], "a.txt holds text"),

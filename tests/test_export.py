@@ -14,7 +14,7 @@ from conftest import REPO, SMALL, TINY, random_hf, read_json, run_alone, set_all
 from tiny_hub import serve
 from transformers import AutoTokenizer, GPT2LMHeadModel, pipeline
 
-import export
+from tools import export
 from model import GPT
 from parts import checkpoint, hellaswag
 from parts.run import weights_sha256
@@ -224,7 +224,7 @@ def within(done):
 
 
 def test_the_export_opens_in_a_pipeline_with_its_tokenizer_and_card(run, gpt2_run, tmp_path):
-    done = run("export.py", "out/mine", "--to=hf")
+    done = run("tools.export", "out/mine", "--to=hf")
     assert done.code == 0, done.text
     files = ["README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors"]
     files += ["tokenizer_config.json", "vocab.json"]
@@ -237,7 +237,7 @@ def test_the_export_opens_in_a_pipeline_with_its_tokenizer_and_card(run, gpt2_ru
     generator = pipeline("text-generation", "out/mine/hf")
     (written,) = generator("Once upon a time", max_new_tokens=8, do_sample=False)
     greedy = ["--prompt=Once upon a time", "--max_new_tokens=8", "--temperature=0"]
-    assert run("sample.py", "out/mine", *greedy).text == written["generated_text"] + "\n"
+    assert run("tools.sample", "out/mine", *greedy).text == written["generated_text"] + "\n"
 
     card = (tmp_path / "out/mine/hf/README.md").read_text()
     assert "| owt | LN-free | 3.0140 ± 0.0020 | +0.0250 ± 0.0010 |" in card
@@ -247,7 +247,7 @@ def test_the_export_opens_in_a_pipeline_with_its_tokenizer_and_card(run, gpt2_ru
 
 
 def test_the_folded_export_is_read_by_from_pretrained_and_has_no_layernorm(run, gpt2_run):
-    done = run("export.py", "out/mine", "--to=folded", "--out=folded")
+    done = run("tools.export", "out/mine", "--to=folded", "--out=folded")
     assert done.code == 0, done.text
     assert 0 < within(done) < 1e-4
     folded = GPT.from_pretrained("folded").eval()
@@ -260,7 +260,7 @@ def test_the_folded_export_is_read_by_from_pretrained_and_has_no_layernorm(run, 
 
 def test_an_eps_that_is_too_small_is_seen_in_what_it_says(run, gpt2_run):
     """transformers divides by sqrt(var + 500), and so does our code: it is not LN-free any more."""
-    done = run("export.py", "out/mine", "--eps=500")
+    done = run("tools.export", "out/mine", "--eps=500")
     assert done.code == 0, done.text
     assert not GPT.from_pretrained("out/mine/hf").ln_free()
     assert within(done) > 0.01
@@ -272,7 +272,7 @@ def test_an_eps_that_is_too_small_is_seen_in_what_it_says(run, gpt2_run):
 
 
 def test_an_export_that_would_be_another_model_is_refused(run, gpt2_run):
-    refused = run("export.py", "out/mine", "--eps=2")
+    refused = run("tools.export", "out/mine", "--eps=2")
     off = float(re.search(r"off by (\S+): with --eps=2 the std still varies", refused.error)[1])
     assert 0.1 < off < 10
     assert not os.path.exists("out/mine/hf")
@@ -282,7 +282,7 @@ def test_a_model_whose_logits_are_not_finite_is_not_exported(run, gpt2_run):
     with torch.no_grad():
         gpt2_run.transformer.wpe.weight[3] = float("nan")
     gpt2_run.save_pretrained("bad")
-    refused = run("export.py", "bad")
+    refused = run("tools.export", "bad")
     assert "its logits are not finite" in refused.error
     assert not os.path.exists("bad_hf")
 
@@ -291,7 +291,7 @@ def test_a_bfloat16_export_is_read_back_with_the_weights_that_it_has(run, gpt2_r
     """Against transformers, which reads it in float32: dividing by 1e6 rounds nothing a second time."""
     from transformers import GPT2LMHeadModel
 
-    assert run("export.py", "out/mine", "--dtype=bfloat16").code == 0
+    assert run("tools.export", "out/mine", "--dtype=bfloat16").code == 0
     idx = torch.randint(0, 50000, (1, 40))
     hf = GPT2LMHeadModel.from_pretrained("out/mine/hf", dtype=torch.float32).eval()
     ours = GPT.from_pretrained("out/mine/hf").eval()
@@ -299,12 +299,12 @@ def test_a_bfloat16_export_is_read_back_with_the_weights_that_it_has(run, gpt2_r
 
 
 def test_float16_needs_a_smaller_eps_and_then_works(run, gpt2_run):
-    refused = run("export.py", "out/mine", "--dtype=float16")
+    refused = run("tools.export", "out/mine", "--dtype=float16")
     assert "float16 ends at 65504" in refused.error
     assert "--eps=" in refused.error
     assert not os.path.exists("out/mine/hf")
     advised = refused.error.rpartition("--eps=")[2].strip()
-    done = run("export.py", "out/mine", "--dtype=float16", f"--eps={advised}")
+    done = run("tools.export", "out/mine", "--dtype=float16", f"--eps={advised}")
     assert done.code == 0, done.text
     assert 0 < within(done) < 0.05
     hf = GPT2LMHeadModel.from_pretrained("out/mine/hf").eval()
@@ -318,7 +318,7 @@ def test_lm_evaluation_harness_scores_the_export(run, gpt2_run, tmp_path):
     """It finds the same endings likeliest as our own HellaSwag does."""
     import lm_eval
 
-    assert run("export.py", "out/mine").code == 0
+    assert run("tools.export", "out/mine").code == 0
     with open(os.path.join(REPO, "tests", "hellaswag_42.jsonl")) as f:
         rows = [json.loads(line) for line in f][:10]
     with open("task.jsonl", "w") as f:
@@ -354,12 +354,12 @@ metric_list: [{{metric: acc}}]
 def test_a_model_that_is_not_ln_free_is_refused_with_the_reasons(run, removed):
     removed.set_ln_mode("ln_2", 3, "real")
     removed.save_pretrained("half/model")
-    assert run("export.py", "half").error == "error: not LN-free: h.3.ln_2 is still real"
+    assert run("tools.export", "half").error == "error: not LN-free: h.3.ln_2 is still real"
     removed.set_ln_mode("ln_2", 3, "fake")
     removed.set_treatment("bos", True)
     removed.save_pretrained("treated")
-    assert run("export.py", "treated").error == "error: not LN-free: the bos treatment is still on"
-    original = run("export.py", TINY).error
+    assert run("tools.export", "treated").error == "error: not LN-free: the bos treatment is still on"
+    original = run("tools.export", TINY).error
     assert "h.0.ln_1qk is still real, h.0.ln_1v is still real" in original
     assert "and 7 more reasons" in original
     assert sorted(os.listdir()) == ["half", "treated"]
@@ -369,10 +369,10 @@ def test_a_run_that_is_not_finished_names_the_sites_that_are_still_real(run, rem
     removed.set_ln_mode("ln_2", 3, "real")
     os.makedirs("broken")
     checkpoint.save("broken", 1, removed, [], dict(init_from="scratch", ln_schedule=[], keep_checkpoints=1))
-    refused = run("export.py", "broken")
+    refused = run("tools.export", "broken")
     assert "broken is not finished: still real are h.3.ln_2; go on with --init_from=resume" in refused.error
     os.truncate("broken/ckpt.pt", 100)
-    assert "broken/ckpt.pt can't be read, cut short" in run("export.py", "broken").error
+    assert "broken/ckpt.pt can't be read, cut short" in run("tools.export", "broken").error
     assert os.listdir() == ["broken"]
 
 
@@ -387,22 +387,22 @@ def test_bad_settings_end_in_one_line(run, removed, args, message):
     removed.save_pretrained("mine")
     os.makedirs("there")
     open("there.txt", "w").close()
-    refused = run("export.py", "mine", *args)
+    refused = run("tools.export", "mine", *args)
     assert message in refused.error
     assert refused.text == refused.error
     assert sorted(os.listdir()) == ["mine", "there", "there.txt"]
 
 
 def test_no_source_is_answered_with_the_usage(run):
-    assert "usage: python export.py" in run("export.py").error
-    assert "usage: python export.py" in run("export.py", "--to=hf").error
-    assert "nowhere is not a directory here" in run("export.py", "nowhere").error
+    assert "usage: python -m tools.export" in run("tools.export").error
+    assert "usage: python -m tools.export" in run("tools.export", "--to=hf").error
+    assert "nowhere is not a directory here" in run("tools.export", "nowhere").error
 
 
 def test_a_folded_source_has_no_plain_form_and_other_tokenizers_no_files(run, removed):
     removed.fold().save_pretrained("folded")
-    assert "export the unfolded model" in run("export.py", "folded").error
-    done = run("export.py", "folded", "--to=folded")
+    assert "export the unfolded model" in run("tools.export", "folded").error
+    done = run("tools.export", "folded", "--to=folded")
     assert done.code == 0, done.text
     assert "no tokenizer files: end-of-text 256 is not GPT-2's" in done.text
     assert os.path.isdir("folded_folded")
@@ -417,7 +417,7 @@ def test_push_asks_and_uploads_what_was_written(removed, tmp_path):
 
         def push(answer, token):
             env = hub.env | {"HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": token}
-            return run_alone("export.py", "mine", "--push=org/mine", env=env, cwd=tmp_path, input=answer)
+            return run_alone("tools.export", "mine", "--push=org/mine", env=env, cwd=tmp_path, input=answer)
 
         no = push("n\n", token="secret")
         assert no.code == 1

@@ -231,4 +231,4 @@ def test_a_picture_replaces_nothing_but_a_picture_of_ours(run, refused, stdlib):
     refused("plot.py", "table.json", message=message)
     os.remove("table.png")
     for _ in range(2):  # the second one replaces the first
-        assert run("plot.py", "table.json").code == 0
+        assert run("tools.plot", "table.json").code == 0

@@ -19,7 +19,7 @@ from conftest import REPO, SCHEDULE, random_hf, read_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import plot
+from tools import plot
 from configurator import configure
 from model import GPT
 from parts import card, checkpoint, data, files, hellaswag, hub, preparation, run, sources, tokenizer

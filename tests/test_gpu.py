@@ -21,7 +21,7 @@ STEPS = dict(
 
 @pytest.fixture
 def bare(tmp_path, stdlib_data, monkeypatch):
-    """run_alone("gpu.py", ...) in an empty folder, with few packages; stdlib is prepared."""
+    """run_alone("dev.gpu", ...) in an empty folder, with few packages; stdlib is prepared."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(MISSING)
     (tmp_path / "data").mkdir()
@@ -29,7 +29,7 @@ def bare(tmp_path, stdlib_data, monkeypatch):
     env = {"PYTHONPATH": str(tmp_path / "site"), "TIKTOKEN_CACHE_DIR": str(tmp_path / "none")}
 
     def run(*args):
-        return run_alone("gpu.py", *args, "--small", cwd=tmp_path, env=env)
+        return run_alone("dev.gpu", *args, "--small", cwd=tmp_path, env=env)
 
     monkeypatch.chdir(tmp_path)
     return run
@@ -98,9 +98,9 @@ def test_a_step_that_fails_is_named_and_is_not_done(bare):
 @pytest.mark.parametrize("args, message", [
     (["checks"], "there is no CUDA GPU: --small tries this script itself, on the CPU"),
     (["everything", "--small"], "everything is no part: it is checks, speed, job"),
-    ([], "usage: python gpu.py checks, speed or job, and --small on a CPU"),
+    ([], "usage: python -m dev.gpu checks, speed or job, and --small on a CPU"),
 ])
 def test_what_it_refuses(args, message, tmp_path):
-    done = run_alone("gpu.py", *args, cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
+    done = run_alone("dev.gpu", *args, cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.error == f"error: {message}"
     assert os.listdir(tmp_path) == []

@@ -143,7 +143,7 @@ def test_a_hub_that_answers_nonsense_ends_in_one_line(tmp_path, kind):
     """After what the library says of its own tries. It closes the line, answers what is no HTTP, redirects to
     itself, promises more bytes than it sends or fewer, and cuts the line each time."""
     with hostile_hub.serve() as env:
-        done = run_alone("sample.py", f"org/{kind}", cwd=tmp_path, env=env | {"HF_HOME": str(tmp_path / "cache")})
+        done = run_alone("tools.sample", f"org/{kind}", cwd=tmp_path, env=env | {"HF_HOME": str(tmp_path / "cache")})
     assert f"org/{kind} is not a directory here" in done.error or "config.json is not JSON" in done.error
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, random_hf
 
-import lens
+from tools import lens
 from model import GPT
 
 PROMPT = "def read(self, size=-1):\n    return self.buffer.re"
@@ -100,7 +100,7 @@ def test_the_lens_ends_with_the_models_own_logit(free, original, ids):
 
 def test_a_table_and_a_picture_of_a_run(run, ln_free_run):
     os.symlink(ln_free_run, "mine")
-    done = run("lens.py", "mine", f"--prompt={PROMPT}", "--top=5", "--out=lens.png")
+    done = run("tools.lens", "mine", f"--prompt={PROMPT}", "--top=5", "--out=lens.png")
     assert done.code == 0, done.text
     sums = re.search(r"^sum +(\S+) +(\S+)$", done.text, re.MULTILINE)
     logits = re.search(r"^the logit itself +(\S+) +(\S+)$", done.text, re.MULTILINE)
@@ -109,12 +109,12 @@ def test_a_table_and_a_picture_of_a_run(run, ln_free_run):
     assert max(map(len, done.text.splitlines())) <= 80
     with open("lens.png", "rb") as f:
         assert f.read(4) == b"\x89PNG"
-    named = run("lens.py", "mine", f"--prompt={PROMPT}", "--token=x", "--out=lens.png")
+    named = run("tools.lens", "mine", f"--prompt={PROMPT}", "--token=x", "--out=lens.png")
     assert named.text.startswith("the logit of 'x' after")
 
 
 @pytest.mark.parametrize("args, message", [
-    ([], "usage: python lens.py"),
+    ([], "usage: python -m tools.lens"),
     ([TINY, "--prompt=a"], "is not LN-free: h.0.ln_1qk is still real"),
     (["mine"], "a prompt is needed"),
     (["mine", "--prompt=" + 300 * "a"], "the prompt has 300 tokens, and the models see 256"),
@@ -128,4 +128,4 @@ def test_a_table_and_a_picture_of_a_run(run, ln_free_run):
 def test_bad_input_ends_in_one_line(run, ln_free_run, args, message):
     os.symlink(ln_free_run, "mine")
     random_hf().save_pretrained("other")
-    assert message in run("lens.py", *args).error
+    assert message in run("tools.lens", *args).error

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import REPO, SCHEDULE, SHORT, TINY, read_json, read_tokens
 
-import bench
+from dev import bench
 from model import LOSS_ROWS, pieces
 from parts import files, ranks
 
@@ -192,7 +192,7 @@ def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch, system, factor)
 
 def test_hours_on_paper(run):
     """Of remove_ln.py: 1,200 steps of 2**19 tokens; 6 FLOPs a weight but for wpe's, and attention's; 8 A100."""
-    done = run("bench.py", "--what=hours")
+    done = run("dev.bench", "--what=hours")
     fields = next(line for line in done.text.splitlines() if line.startswith("remove_ln.py")).split()
     each = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
     least = 1200 * 2**19 * each / (8 * 312e12 * 0.60)  # seconds
@@ -203,7 +203,7 @@ def test_hours_on_paper(run):
 
 def test_cost_is_drawn_over_each_dimension(run):
     shape = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--vocab_size=300", "--batch_size=2", "--block_size=16"]
-    done = run("bench.py", "--what=cost", "--steps=1", *shape)
+    done = run("dev.bench", "--what=cost", "--steps=1", *shape)
     assert done.code == 0, done.text
     rows = [line.split()[:2] for line in done.text.splitlines()[1:-1]]
     sizes = dict(batch=2, context=16, layers=2, width=32)

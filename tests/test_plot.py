@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import read_log
 
-import plot
+from tools import plot
 
 PNG = b"\x89PNG"
 
@@ -29,7 +29,7 @@ def figures(monkeypatch):
 
 
 def test_the_picture_has_a_line_for_every_event_and_a_name_for_every_kind(run, finished, tmp_path, figures):
-    done = run("plot.py", "out/demo")
+    done = run("tools.plot", "out/demo")
 
     assert done.code == 0, done.text
     assert (tmp_path / "out/demo/loss.png").read_bytes().startswith(PNG)
@@ -64,22 +64,22 @@ def test_smoothing_is_a_mean_over_a_fortieth_of_the_steps():
 def test_the_picture_of_the_residual_stream(run, finished, tmp_path, figures):
     """A line that lies on another one shows it on both sides."""
     assert run("eval.py", "--dataset=residual", "--tokens=1280", "--json=r.json").code == 0
-    done = run("plot.py", "r.json")
+    done = run("tools.plot", "r.json")
     assert done.code == 0, done.text
     assert done.text == "r.png\n"
     for axis in figures[-1].axes:
         assert [line.get_linewidth() for line in axis.lines] == [5, 3, 1]
     assert (tmp_path / "r.png").read_bytes().startswith(PNG)
 
-    done = run("plot.py", "data/stdlib/meta.json")
+    done = run("tools.plot", "data/stdlib/meta.json")
     assert "rows is missing: write it with `python eval.py --dataset=residual" in done.error
 
 
 def test_a_picture_of_what_is_not_a_run_is_refused(run, tmp_path):
-    assert "is not the out_dir of a run" in run("plot.py", "nothing").error
-    assert "is not the out_dir of a run" in run("plot.py", __file__).error
-    assert "usage: python plot.py" in run("plot.py").error
-    assert "usage: python plot.py" in run("plot.py", "out/one", "out/two").error
+    assert "is not the out_dir of a run" in run("tools.plot", "nothing").error
+    assert "is not the out_dir of a run" in run("tools.plot", __file__).error
+    assert "usage: python -m tools.plot" in run("tools.plot").error
+    assert "usage: python -m tools.plot" in run("tools.plot", "out/one", "out/two").error
     assert os.listdir(tmp_path) == []
 
 
@@ -88,6 +88,6 @@ def test_a_log_that_is_none_is_named(run, line):
     os.makedirs("out/run")
     with open("out/run/log.jsonl", "w") as f:
         f.write(line + "\n")
-    error = run("plot.py", "out/run").error
+    error = run("tools.plot", "out/run").error
     assert "out/run/log.jsonl, line 1" in error
     assert "it is not a log of train.py" in error

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import TINY, random_hf, set_all_fake
 
-import sample
+from tools import sample
 from model import GPT
 
 
@@ -105,14 +105,14 @@ def test_text_of_bytes_is_whole_and_a_second_time_the_same(run, ln_free_run):
     assert len(done.text) > 60
     assert run(*args).text == done.text
 
-    done = run("sample.py", ln_free_run, "--prompt=déf ", "--max_new_tokens=20", "--dtype=bfloat16")
+    done = run("tools.sample", ln_free_run, "--prompt=déf ", "--max_new_tokens=20", "--dtype=bfloat16")
     assert done.code == 0, done.text
     assert done.text.startswith("déf ")
 
 
 def test_text_of_gpt2s_tokenizer(run, gpt2_tokenizer):
     random_hf(vocab_size=50257).save_pretrained("random")
-    done = run("sample.py", "random", "--prompt=Hello, world", "--max_new_tokens=20")
+    done = run("tools.sample", "random", "--prompt=Hello, world", "--max_new_tokens=20")
     assert done.code == 0, done.text
     assert done.text.startswith("Hello, world")
     assert len(done.text) > 30
@@ -176,7 +176,7 @@ def test_bfloat16_weights_are_near_float32_with_and_without_layernorm(mode):
 
 
 @pytest.mark.parametrize("args, message", [
-    ([], "usage: python sample.py"),
+    ([], "usage: python -m tools.sample"),
     (["nowhere"], "nowhere is not a directory here"),
     (["other"], "other has no tokenizer that is known here: its end-of-text is 299"),
     ([TINY, "--max_new_tokens=0"], "max_new_tokens is 0, but it must be 1 or more"),
@@ -187,7 +187,7 @@ def test_bfloat16_weights_are_near_float32_with_and_without_layernorm(mode):
 ])
 def test_bad_input_ends_in_one_line(run, args, message):
     random_hf().save_pretrained("other")
-    assert message in run("sample.py", *args).error
+    assert message in run("tools.sample", *args).error
 
 
 def test_an_end_of_text_beyond_the_vocabulary_is_said(run):
@@ -195,5 +195,5 @@ def test_an_end_of_text_beyond_the_vocabulary_is_said(run):
     hf = random_hf()
     hf.config.eos_token_id = 50256
     hf.save_pretrained("other")
-    done = run("sample.py", "other")
+    done = run("tools.sample", "other")
     assert "its config.json says end-of-text 50256, which is none of its 300 ids" in done.error

@@ -59,7 +59,7 @@ def test_text_is_prepared_with_the_tokens_of_the_whole(run, own_model):
 def test_it_goes_from_text_to_sampling_and_evaluation(run, own_model, removed):
     assert GPT.from_pretrained("out/run/model").config.eot == 0
     prompt = "def read(self, "
-    done = run("sample.py", "out/run", f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0")
+    done = run("tools.sample", "out/run", f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0")
     assert done.code == 0, done.text
     model = GPT.from_pretrained("out/run/model").eval()
     ids = encode(own_model, prompt)
@@ -82,7 +82,7 @@ def test_every_export_carries_it(run, own_model, removed):
     from transformers import AutoTokenizer, pipeline
 
     for to in ("hf", "folded"):
-        done = run("export.py", "out/run", f"--to={to}")
+        done = run("tools.export", "out/run", f"--to={to}")
         assert done.code == 0, done.text
         assert "no tokenizer files" not in done.text
         found = AutoTokenizer.from_pretrained(f"out/run/{to}")("class Reader:").input_ids
@@ -116,7 +116,7 @@ def test_sampled_words_keep_their_spaces(run, own_model):
     bpe.save("words/tokenizer.json")
     with open("words/tokenizer_config.json", "w") as f:
         json.dump(dict(eos_token=END), f)
-    done = run("sample.py", "words", "--prompt=one two", "--max_new_tokens=3", "--top_k=1")
+    done = run("tools.sample", "words", "--prompt=one two", "--max_new_tokens=3", "--top_k=1")
     assert done.code == 0, done.text
     ids = [vocab["\u2581" + word] for word in done.text.split()]
     assert len(ids) == 5

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from model import GPT
 from parts import checkpoint, data
 from parts.errors import UserError
-from parts.speed import flops_per_token
+from parts.device import flops_per_token
 
 MODEL = "out/run/model/model.safetensors"
 

@@ -7,7 +7,7 @@ import torch
 from conftest import SMALL, random_hf, set_all_fake
 from transformer_lens import HookedTransformer
 
-import export
+from tools import export
 from model import GPT
 
 

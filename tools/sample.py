@@ -2,8 +2,8 @@
 Text from a model: any source that eval.py takes, with the tokenizer that stands beside it, GPT-2's or
 bytes. An LN-free model is folded first.
 
-    python sample.py out/remove_ln_tiny --prompt="def "
-    python sample.py gpt2 --prompt="Hello, I am" --temperature=0.7 --top_k=40 --seed=1
+    python -m tools.sample out/remove_ln_tiny --prompt="def "
+    python -m tools.sample gpt2 --prompt="Hello, I am" --temperature=0.7 --top_k=40 --seed=1
 """
 import sys
 from functools import partial
@@ -82,7 +82,7 @@ def linear_by_addmv(linear, x):
 
 
 def main():
-    source = take_source("python sample.py OUT_DIR_OR_MODEL --prompt=TEXT")
+    source = take_source("python -m tools.sample OUT_DIR_OR_MODEL --prompt=TEXT")
     configure(globals(), sys.argv[1:], __doc__)
     where = pick_device(device)
     directory = model_directory(source)

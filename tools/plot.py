@@ -1,8 +1,8 @@
 """
 Pictures of a run and of a residual stream.
 
-    python plot.py out/remove_ln_tiny   # loss against step, with every removal event -> out/remove_ln_tiny/loss.png
-    python plot.py residual.json        # of eval.py --dataset=residual --json=residual.json -> residual.png
+    python -m tools.plot out/remove_ln_tiny   # loss against step, with every removal event -> out/remove_ln_tiny/loss.png
+    python -m tools.plot residual.json        # of eval.py --dataset=residual --json=residual.json -> residual.png
 
 A run is drawn beside its control, out/remove_ln_tiny_control, where that is there.
 """
@@ -64,7 +64,7 @@ def plot_run(run):
     draw_events(top, low, free["events"])
     save(fig, os.path.join(run, "loss.png"), "loss of a run")
     if free["events"]:
-        print(f"next: python lens.py {run} --prompt=TEXT; python export.py {run} --to=hf")
+        print(f"next: python -m tools.lens {run} --prompt=TEXT; python -m tools.export {run} --to=hf")
 
 
 def unit_of(run):
@@ -244,7 +244,7 @@ def save(fig, path, title):
 
 
 def main():
-    usage = "python plot.py OUT_DIR, or a .json file of eval.py"
+    usage = "python -m tools.plot OUT_DIR, or a .json file of eval.py"
     source = take_source(usage)
     if not source:
         print(__doc__.strip())

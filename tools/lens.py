@@ -1,8 +1,8 @@
 """
 What each part of a model contributes to one logit: exactly, without LayerNorm.
 
-    python lens.py out/remove_ln_tiny --prompt="def read(self, "
-    python lens.py out/remove_ln --prompt="The Eiffel Tower is in" --token=" Paris"
+    python -m tools.lens out/remove_ln_tiny --prompt="def read(self, "
+    python -m tools.lens out/remove_ln --prompt="The Eiffel Tower is in" --token=" Paris"
 
 Without LN a logit is a sum: of the token's and the position's embedding, each head, each MLP and the
 biases, all read by one row of the unembedding. With LN it is not. The usual way out is to hold the last
@@ -32,7 +32,7 @@ from model import GPT, std_of
 from parts.files import run_settings
 from parts.run import model_directory
 from parts.tokenizer import tokenizer_of
-from plot import check_picture, save
+from tools.plot import check_picture, save
 
 # -----------------------------------------------------------------------------
 prompt = ""  # the text; the logit is that of what comes next
@@ -199,7 +199,7 @@ def target_of(tokenizer, model, ids):
 
 
 def main():
-    source = take_source("python lens.py OUT_DIR_OR_MODEL --prompt=TEXT")
+    source = take_source("python -m tools.lens OUT_DIR_OR_MODEL --prompt=TEXT")
     configure(globals(), sys.argv[1:], __doc__)
     directory = model_directory(source)
     model = GPT.from_pretrained(directory).eval()
@@ -232,7 +232,7 @@ def main():
     show_layers(layer_by_layer(free, parts, target), layer_by_layer(with_ln, old_parts, target), tokenizer)
     print()
     draw(found, old, path, f"{tokenizer.decode([target])!a} after {prompt[-40:]!a}")  # any font has these letters
-    print(f"next: python export.py {source} --to=hf")
+    print(f"next: python -m tools.export {source} --to=hf")
 
 
 if __name__ == "__main__":

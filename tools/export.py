@@ -1,9 +1,9 @@
 """
 An LN-free model in the forms that other tools read.
 
-    python export.py out/remove_ln --to=hf        # a plain GPT2LMHeadModel, which every loader takes
-    python export.py out/remove_ln --to=folded    # no LayerNorm in it at all: GPT.from_pretrained, nnsight
-    python export.py out/remove_ln --to=hf --push=ORG/NAME
+    python -m tools.export out/remove_ln --to=hf        # a plain GPT2LMHeadModel, which every loader takes
+    python -m tools.export out/remove_ln --to=folded    # no LayerNorm in it at all: GPT.from_pretrained, nnsight
+    python -m tools.export out/remove_ln --to=hf --push=ORG/NAME
 
 The plain form still has LayerNorm modules, whose layer_norm_epsilon is so large (1e12) that
 sqrt(var + eps) is a constant, which their weights make up for; it is how the published LN-free
@@ -253,7 +253,7 @@ def upload(folder):
 
 
 def main():
-    source = take_source("python export.py OUT_DIR_OR_MODEL --to=hf, or --to=folded")
+    source = take_source("python -m tools.export OUT_DIR_OR_MODEL --to=hf, or --to=folded")
     configure(globals(), sys.argv[1:], __doc__)
     if eps <= 1:
         raise UserError(f"--eps={eps} must be above 1: with less, the export divides by each token's std again")

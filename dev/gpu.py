@@ -2,10 +2,10 @@
 The proof on a machine with one or more CUDA GPUs, in three parts.
 
     make gpu                     # the three of them; stop it and start it as you like, what is done stays done
-    python gpu.py checks         # the CPU's numbers; compiled, resumed, data parallel; what fits into memory
-    python gpu.py speed          # a training step at GPT-2's four sizes, beside nanoGPT's way; evaluation, decoding
-    python gpu.py job            # a GPT-2 small trained for minutes on this machine's Python files; its LayerNorms go
-    python gpu.py checks --small # any of them in a few minutes, at toy sizes, on a CPU too
+    python -m dev.gpu checks         # the CPU's numbers; compiled, resumed, data parallel; what fits into memory
+    python -m dev.gpu speed          # a training step at GPT-2's four sizes, beside nanoGPT's way; evaluation, decoding
+    python -m dev.gpu job            # a GPT-2 small trained for minutes on this machine's Python files; its LayerNorms go
+    python -m dev.gpu checks --small # any of them in a few minutes, at toy sizes, on a CPU too
 
 All that it finds lies in out/gpu: report.md, a log and a json for each step. To do a step again, remove its json.
 It needs no network and, of the packages, only torch, numpy, tiktoken, safetensors, pyarrow and tqdm: without
@@ -35,7 +35,7 @@ from model import GPT, GPTConfig
 from parts.compare import measure
 from parts.device import autocast_to
 from parts.files import write_json
-from sample import generate
+from tools.sample import generate
 
 # -----------------------------------------------------------------------------
 small = False  # toy sizes, for a CPU
@@ -488,7 +488,7 @@ def write_report():
 
 def main():
     global out_dir
-    part = take_source("python gpu.py checks, speed or job, and --small on a CPU")
+    part = take_source("python -m dev.gpu checks, speed or job, and --small on a CPU")
     configure(globals(), sys.argv[1:], __doc__)
     if part not in PARTS:
         raise UserError(f"{part} is no part: it is {', '.join(PARTS)}")

@@ -1,9 +1,9 @@
 """
 What makes a removal better: every run of a table on the testbed (`make testbed`), one after another.
 
-    python ablations.py                   # all that is not in the csv yet; stop it and start it as you like
-    python ablations.py --only=kl,control # the runs whose names begin so
-    python ablations.py --show            # the csv as a table
+    python -m dev.ablations                   # all that is not in the csv yet; stop it and start it as you like
+    python -m dev.ablations --only=kl,control # the runs whose names begin so
+    python -m dev.ablations --show            # the csv as a table
 
 Each run is train.py with some flags, and eval.py beside the original on two val sets of packages that no
 model was trained on: choices are made on `testbed_choose`, and what is reported is on `testbed_report`. A

@@ -1,13 +1,13 @@
 """
 Speed and memory, at GPT-2 small's shape with random weights unless told otherwise.
 
-    python bench.py                   # a training step: each way in a process of its own, in turns
-    python bench.py --what=eval       # the cross-entropy pass, against transformers
-    python bench.py --what=hellaswag  # against one forward pass an example, of four padded rows
-    python bench.py --what=sample     # decoding: folded against with LN, and against transformers' generate
-    python bench.py --what=prepare    # 100 MB of text to tokens, against nanoGPT's way
-    python bench.py --what=hours      # of each config on rented GPUs: computed from published rates, nothing is run
-    python bench.py --what=cost       # how a step's time grows with batch, context, layers and width: cost.png
+    python -m dev.bench                   # a training step: each way in a process of its own, in turns
+    python -m dev.bench --what=eval       # the cross-entropy pass, against transformers
+    python -m dev.bench --what=hellaswag  # against one forward pass an example, of four padded rows
+    python -m dev.bench --what=sample     # decoding: folded against with LN, and against transformers' generate
+    python -m dev.bench --what=prepare    # 100 MB of text to tokens, against nanoGPT's way
+    python -m dev.bench --what=hours      # of each config on rented GPUs: computed from published rates, nothing is run
+    python -m dev.bench --what=cost       # how a step's time grows with batch, context, layers and width: cost.png
 
 Of a training step, `nanoGPT's way` is nanoGPT's step in our own lines: one LN and one product for query, key and
 value, F.layer_norm, the logits whole, compiled; in float32, as it ships for a CPU, and under autocast. The other rows
@@ -46,8 +46,8 @@ from parts import hellaswag
 from parts.compare import cast_linear_maps, measure
 from parts.data import read_windows
 from parts.device import autocast_to, keep_memory
-from parts.speed import PEAK_FLOPS, flops_per_token, memory_bandwidth, peak_flops
-from sample import generate, use_addmv
+from parts.device import PEAK_FLOPS, flops_per_token, memory_bandwidth, peak_flops
+from tools.sample import generate, use_addmv
 
 # -----------------------------------------------------------------------------
 n_layer = 12  # >= 1: blocks
