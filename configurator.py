@@ -76,7 +76,7 @@ def apply_file(settings, names, path):
     except (Exception, SystemExit) as e:
         raise UserError(f"{path} is not a config file: {first_line(e)}") from None
     for key, value in after.items():
-        if key.startswith("_"):
+        if key.startswith("_") or value is before.get(key):
             continue
         check_name(names, key, f"{key} in {path}")
         assign(settings, key, check_type(f"{key} in {path}", value, before[key]))

@@ -99,7 +99,7 @@ checkpoint_interval = 100  # steps between checkpoints; the last step saves one 
 max_bad_steps = 5  # steps in a row that may be skipped because loss or gradient is not finite
 log_interval = 10  # steps between printed lines; log.jsonl has every step
 wandb_log = False  # log to Weights & Biases too (pip install wandb)
-wandb_project = "remove-layernorm"
+wandb_project = "remove-layernorm"  # its name there
 # machine
 device = "auto"  # the first of cuda, mps and cpu that is there; or a device's name
 dtype = "auto"  # of autocast: float32, bfloat16, or auto: bfloat16 where the machine computes with it

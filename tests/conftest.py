@@ -29,7 +29,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
+from model import std_of  # noqa: E402
 from parts.errors import ENDINGS, UserError  # noqa: E402
+from parts.loss import LossInPieces  # noqa: E402
 
 # a removal of 13 LayerNorms and two treatments from the bundled model, in 12 steps of 128 tokens
 SCHEDULE = [
@@ -117,18 +119,30 @@ def run(tmp_path, monkeypatch, capsys):
 
 def run_alone(script, *args, launcher=(), env=None, **kwargs):
     """The same in a process of its own, in today's folder or `cwd`."""
-    script = [os.path.join(REPO, script)] if script.endswith(".py") else ["-m", script]
+    script = [os.path.join(REPO, script)] if str(script).endswith(".py") else ["-m", script]
     command = [sys.executable, *launcher, *script, *map(str, args)]
     env = os.environ | dict(PYTHONPATH=REPO) | (env or {})
     done = subprocess.run(command, env=env, capture_output=True, text=True, **kwargs)
     return Result(done.returncode, done.stdout + done.stderr)
 
 
-def default_settings(script="train.py"):
-    """{name: value} of the settings that stand between the first two rulers of a script."""
-    with open(os.path.join(REPO, script)) as f:
+def default_settings():
+    """{name: value} of train.py's settings, which stand between its first two rulers."""
+    with open(os.path.join(REPO, "train.py")) as f:
         block = re.split(r"^# -{70,}$", f.read(), flags=re.MULTILINE)[1]
     return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(block).body}
+
+
+def objective_of(model, teacher=None, compiled=False, **settings):
+    """train.py's own `objective`, of this model and teacher: a function of x and y (B, T)."""
+    with open(os.path.join(REPO, "train.py")) as f:
+        tree = ast.parse(f.read())
+    tree.body = [node for node in tree.body if getattr(node, "name", "") in ("of_logits", "objective")]
+    scope = dict(torch=torch, F=torch.nn.functional, std_of=std_of, model=model, forward=model, teacher_model=teacher)
+    scope |= dict(kl_share=0.0, aux_loss_weight=0.0) | settings
+    exec(compile(tree, "train.py", "exec"), scope)
+    scope["in_pieces"] = LossInPieces(scope["of_logits"], model.lm_head, teacher and teacher.lm_head, compiled)
+    return scope["objective"]
 
 
 # --- what they leave
@@ -159,6 +173,16 @@ def even_windows(n, T):
 
 
 # --- data, and a finished run
+
+
+def write_dataset(**changes):
+    """data/mine: 1,000 tokens of vocabulary 257 a split; changes to its meta.json."""
+    os.makedirs("data/mine", exist_ok=True)
+    for split in ("train", "val"):
+        (np.arange(1000) % 250).astype("<u2").tofile(f"data/mine/{split}.bin")
+    meta = dict(vocab_size=257, eot=256, tokenizer="bytes", train=dict(tokens=1000), val=dict(tokens=1000))
+    with open("data/mine/meta.json", "w") as f:
+        json.dump(meta | changes, f)
 
 
 @pytest.fixture(scope="session")

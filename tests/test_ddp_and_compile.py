@@ -117,12 +117,8 @@ def test_two_processes_evaluate_to_the_same_numbers_as_one(run, torchrun, stdlib
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--max_itrs=3"], "did you mean max_iters?"),
-    (["--dataset=nothing"], "run `python prepare_owt.py --dataset=nothing`"),
-    (
-        ["--gradient_accumulation_steps=9"],
-        "gradient_accumulation_steps 9 is not a multiple of 2 processes: it can be run by 1, 3, 9",
-    ),
+    (["--dataset=nothing"], "python prepare_owt.py --dataset=nothing"),
+    (["--gradient_accumulation_steps=9"], "gradient_accumulation_steps 9 is not a multiple of 2"),
 ])
 def test_what_all_processes_meet_is_said_once(torchrun, args, message):
     done = torchrun(*args, "--max_iters=1")

@@ -1,6 +1,5 @@
 """
-Only what we wrote is ever removed or replaced; anything else is refused in one line, and stands as it
-was.
+Only what we wrote is ever removed or replaced. Anything else is refused in one line and stays as it was.
 """
 import gc
 import os
@@ -13,13 +12,14 @@ import pytest
 from conftest import REPO, SHORT, TINY, random_hf, read_json, set_all_fake
 
 from model import GPT
+from parts import files
 
 TRAIN = ["train.py", *SHORT, "--max_iters=2", "--checkpoint_interval=1"]
+PREPARE = ["prepare_owt.py", "--files=data/mytext/*.txt"]
 
 
 def contents(folder="."):
-    """{path: bytes} of all files below a folder, and {path: None} of what is neither a file nor a
-    folder."""
+    """{path: bytes} of all files below a folder, and {path: None} of what is neither a file nor a folder."""
     found = {}
     for below, _, names in os.walk(folder):
         for name in names:
@@ -30,69 +30,57 @@ def contents(folder="."):
 
 @pytest.fixture
 def refused(run):
-    """refused(script, args..., message=...): it ends with this one line, and no file is changed,
-    gone or new."""
+    """refused(script, args..., names=...): it ends in one line with these words, and no file changes, goes or comes."""
 
-    def refused(*args, message):
+    def refused(*args, names):
         before = contents()
         done = run(*args)
-        assert message in done.error
+        assert names in done.error
         assert done.text.count("\n") <= 1
         assert contents() == before
 
     return refused
 
 
-# --- prepare_owt.py
-
-
-PREPARE = ["prepare_owt.py", "--files=data/mytext/*.txt"]
-
-
 @pytest.fixture
 def text(run):
     """data/mytext/a.txt, the user's text."""
     os.makedirs("data/mytext")
-    with open("data/mytext/a.txt", "w") as f:
-        f.write("a" * 100)
+    Path("data/mytext/a.txt").write_text("a" * 100)
 
 
-@pytest.mark.parametrize("force", [
-    [],
-    ["--force"],
-])
-def test_text_that_lies_where_its_tokens_would_be_stays(run, refused, text, force):
-    message = "data/mytext holds a.txt, which was not written here"
-    refused(*PREPARE, "--dataset=mytext", *force, message=message)
+@pytest.fixture
+def model(run, stdlib):
+    """A model of the user's in model/."""
+    shutil.copytree(TINY, "model")
 
 
-def test_text_beside_our_own_tokens_stays(run, refused, text):
+# --- prepare_owt.py
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_text_that_lies_where_its_tokens_would_be_stays(refused, text, force):
+    refused(*PREPARE, "--dataset=mytext", *force, names="data/mytext holds a.txt")
+
+
+def test_what_another_program_or_a_user_put_in_a_data_folder_stays(refused, run, text):
+    """Text beside our tokens; nanoGPT's files, which have no meta.json; a link; a file."""
     assert run(*PREPARE, "--dataset=mine").code == 0
     shutil.copy("data/mytext/a.txt", "data/mine")
-    args = ["--dataset=mine", "--files=data/mine/*.txt", "--force"]
-    refused("prepare_owt.py", *args, message="data/mine holds a.txt")
-
-
-def test_token_files_of_another_program_stay(refused, run, text):
-    """nanoGPT's: train.bin and val.bin, without a meta.json."""
     os.makedirs("data/other")
-    for split in ("train", "val"):
-        shutil.copy("data/mytext/a.txt", f"data/other/{split}.bin")
-    refused(*PREPARE, "--dataset=other", "--force", message="data/other holds train.bin")
-
-
-def test_a_link_and_a_file_in_the_place_of_the_tokens_stay(refused, text):
+    shutil.copy("data/mytext/a.txt", "data/other/train.bin")
     os.makedirs("elsewhere")
     os.symlink("../elsewhere", "data/linked")
-    open("data/file", "w").close()
-    refused(*PREPARE, "--force", "--dataset=linked", message="data/linked is a link")
-    refused(*PREPARE, "--force", "--dataset=file", message="data/file is a file")
+    Path("data/file").write_text("")
+    for name in ("mine", "other", "linked", "file"):
+        refused(*PREPARE, "--force", f"--dataset={name}", names=f"data/{name}")
 
 
-def test_a_folder_that_only_bears_the_name_of_a_half_written_one_stays(refused, text):
-    os.makedirs("data/mine.tmp")
-    shutil.copy("data/mytext/a.txt", "data/mine.tmp")
-    refused(*PREPARE, "--dataset=mine", "--force", message="data/mine.tmp holds a.txt")
+def test_a_data_set_or_folder_whose_name_ends_in_tmp_stays(run, refused, text):
+    for name in ("mine.tmp", "mine"):
+        assert run(*PREPARE, f"--dataset={name}").code == 0
+    assert sorted(os.listdir("data")) == ["mine", "mine.tmp", "mytext"]
+    assert sorted(os.listdir("data/mine.tmp")) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_what_we_wrote_is_replaced_when_asked(run, text):
@@ -106,12 +94,6 @@ def test_what_we_wrote_is_replaced_when_asked(run, text):
 # --- train.py
 
 
-@pytest.fixture
-def model(run, stdlib):
-    """A model of the user's in model/."""
-    shutil.copytree(TINY, "model")
-
-
 @pytest.mark.parametrize("init_from, out_dir", [
     ("model", "."),
     ("model", "model"),
@@ -121,59 +103,57 @@ def model(run, stdlib):
 def test_the_model_that_a_run_starts_from_stays(refused, model, init_from, out_dir):
     shutil.copytree("model", "project/model")
     os.symlink("project", "link")
-    message = f"init_from {init_from} is in out_dir {out_dir}"
-    refused(*TRAIN, f"--init_from={init_from}", f"--out_dir={out_dir}", message=message)
+    refused(*TRAIN, f"--init_from={init_from}", f"--out_dir={out_dir}", names=f"init_from {init_from}")
 
 
-def test_the_model_that_a_run_learns_from_stays(run, refused, model):
+def test_the_teacher_of_a_run_stays(run, refused, model):
     assert run(*TRAIN).code == 0
     args = ["--init_from=model", "--kl_share=0.5", "--teacher=out/run", "--force"]
-    refused(*TRAIN, *args, message="teacher out/run is in out_dir out/run")
+    refused(*TRAIN, *args, names="teacher out/run")
 
 
-@pytest.mark.parametrize("folder", ["nanogpt", "model"])
-def test_a_folder_of_the_users_is_no_out_dir(refused, model, folder):
-    """nanoGPT's has a ckpt.pt too, and a model directory a config.json."""
+def test_a_users_folder_and_a_link_in_a_runs_folder_stay(run, refused, model):
+    """nanoGPT's folder has a ckpt.pt too, and a model directory a config.json."""
     os.makedirs("nanogpt")
-    open("nanogpt/ckpt.pt", "w").close()
-    message = f"out_dir {folder} holds files, and is not an earlier run's"
-    refused(*TRAIN, f"--out_dir={folder}", message=message)
-
-
-def test_a_link_in_a_runs_folder_stays(run, refused, model):
+    Path("nanogpt/ckpt.pt").write_text("")
+    for folder in ("nanogpt", "model"):
+        refused(*TRAIN, f"--out_dir={folder}", names=f"out_dir {folder}")
     assert run(*TRAIN).code == 0
     shutil.rmtree("out/run/model")
     os.symlink("../../model", "out/run/model")
-    refused(*TRAIN, message="out/run/model is a link")
+    refused(*TRAIN, names="out/run/model is a link")
 
 
-def test_what_lies_beside_a_runs_own_model_stays(run, model):
+def test_what_lies_beside_a_runs_own_files_stays(run, model):
     assert run(*TRAIN).code == 0
-    with open("out/run/model/tokenizer.json", "w") as f:
-        f.write("{}")
-    assert run(*TRAIN, "--force").code == 0
-    assert sorted(os.listdir("out/run/model")) == ["config.json", "model.safetensors", "tokenizer.json"]
+    Path("out/run/model/tokenizer.json").write_text("{}")
+    shutil.copy("out/run/ckpt.pt", "out/run/ckpt-500.pt")
+    Path("out/run/ckpt.pt.tmp").write_text("mine")
+    for flag in ("--init_from=resume", "--force"):
+        assert run(*TRAIN, flag).code == 0
+        assert sorted(os.listdir("out/run/model")) == ["config.json", "model.safetensors", "tokenizer.json"]
+        names = [name for name in os.listdir("out/run") if "ckpt" in name]
+        assert sorted(names) == ["ckpt-1.pt", "ckpt-500.pt", "ckpt.pt", "ckpt.pt.tmp"]
 
 
-def test_a_finished_run_stays_but_for_force(run, refused, model):
-    """So that `--out_dir` after config/control.py does not replace the LN-free run with its control."""
+def test_a_run_is_only_replaced_with_force(run, refused, model):
+    """A finished one, and one without model/, which can also be resumed."""
     assert run(*TRAIN).code == 0
-    refused(*TRAIN, "--seed=2", message="out_dir out/run holds a finished run: choose another, or replace it")
+    refused(*TRAIN, "--seed=2", names="--force")
     assert run(*TRAIN, "--seed=2", "--force").code == 0
     assert read_json("out/run/settings.json")["seed"] == 2
-
-
-def test_a_run_that_is_not_finished_stays_but_for_force(run, refused, model):
-    assert run(*TRAIN).code == 0
     shutil.rmtree("out/run/model")
-    refused(*TRAIN, message="out_dir out/run holds a run that is not finished: go on with --init_from=resume")
-    assert run(*TRAIN, "--init_from=resume").code == 0
+    refused(*TRAIN, "--seed=2", names="--init_from=resume")
+    assert run(*TRAIN, "--seed=2", "--init_from=resume").code == 0
     assert os.path.exists("out/run/model/config.json")
 
 
+# --- two at a time
+
+
 def hold(folder):
-    """A process of its own that holds the folder as a run or a preparation does."""
-    gc.collect()  # what has run in this process lets go of it
+    """A process that holds the folder, as a run or a preparation does."""
+    gc.collect()  # what ran in this process lets go of it
     code = "import sys; from parts.files import FolderLock; lock = FolderLock(sys.argv[1]); print(flush=True); input()"
     process = subprocess.Popen([sys.executable, "-c", code, folder], cwd=REPO, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -181,54 +161,49 @@ def hold(folder):
     return process
 
 
-def test_of_two_runs_in_one_folder_the_second_is_refused(run, refused, model):
+def test_a_second_run_in_one_folder_is_refused(run, refused, model):
     assert run(*TRAIN).code == 0
     holder = hold(os.path.abspath("out/run"))
-    refused(*TRAIN, "--force", message="out/run is in use by another process")
-    refused(*TRAIN, "--init_from=resume", message="out/run is in use by another process")
+    for flag in ("--force", "--init_from=resume"):
+        refused(*TRAIN, flag, names="out/run is in use")
     holder.communicate("\n")
     assert run(*TRAIN, "--force").code == 0
 
 
-def test_of_two_preparations_of_one_data_set_the_second_is_refused(run, refused, text):
-    os.makedirs("data/mine.tmp")
-    holder = hold(os.path.abspath("data/mine.tmp"))
-    refused(*PREPARE, "--dataset=mine", message="data/mine.tmp is in use by another process")
-    holder.communicate("\n")
-    assert run(*PREPARE, "--dataset=mine").code == 0
+def test_without_fcntl_as_on_windows_folders_are_not_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    first, second = files.FolderLock(tmp_path), files.FolderLock(tmp_path)
+    del first, second
 
 
-# --- eval.py, export.py, plot.py
+# --- eval.py and the tools
 
 
-def test_a_table_replaces_nothing_but_a_table(run, refused, stdlib):
+def test_a_table_replaces_only_a_table(run, refused, stdlib):
     table = ["eval.py", f"--models={TINY}", "--tokens=512"]
-    with open("notes.json", "w") as f:
-        f.write('{"mine": 1}')
+    Path("notes.json").write_text('{"mine": 1}')
     os.symlink("/dev/null", "device.json")
     os.symlink("notes.json", "link.json")
     for path in ("notes.json", "device.json", "link.json", "/dev/null"):
-        refused(*table, f"--json={path}", message=f"{path} is there already and was not written here")
+        refused(*table, f"--json={path}", names=path)
+    Path("table.json.tmp").write_text("mine")
     for _ in range(2):  # the second one replaces the first
         assert run(*table, "--json=table.json").code == 0
     assert len(read_json("table.json")["rows"]) == 1
+    assert Path("table.json.tmp").read_text() == "mine"
 
 
 def test_an_export_replaces_nothing(run, refused):
     random_hf().save_pretrained("hf")
     set_all_fake(GPT.from_pretrained("hf")).save_pretrained("free")
-    os.makedirs("mine.tmp")
-    open("mine.tmp/notes.txt", "w").close()
-    refused("export.py", "free", "--out=mine", message="mine.tmp is in the way")
-    refused("export.py", "free", "--out=hf", message="hf exists: remove it")
+    refused("tools.export", "free", "--out=hf", names="hf")
+    os.makedirs(files.unfinished("mine"))  # a kill left it
+    assert run("tools.export", "free", "--out=mine").code == 0
+    assert not os.path.exists(files.unfinished("mine"))
 
 
-def test_a_picture_replaces_nothing_but_a_picture_of_ours(run, refused, stdlib):
+def test_a_picture_replaces_nothing_outside_a_runs_folder(run, refused, stdlib):
     table = ["--dataset=residual", "--tokens=512", "--json=table.json"]
     assert run("eval.py", f"--models={TINY}", *table).code == 0
-    open("table.png", "w").close()
-    message = "table.png is there already and was not drawn by plot.py"
-    refused("plot.py", "table.json", message=message)
-    os.remove("table.png")
-    for _ in range(2):  # the second one replaces the first
-        assert run("tools.plot", "table.json").code == 0
+    Path("table.png").write_text("mine")
+    refused("tools.plot", "table.json", names="table.png")

@@ -82,33 +82,20 @@ def test_weights_initialise_as_gpt2s():
             assert abs(p.std().item() / expected - 1) < 0.03, name
 
 
-@pytest.mark.parametrize("with_targets, options, returned", [
-    (False, dict(), ["logits", None]),
-    (True, dict(), ["logits", "scalar"]),
-    (True, dict(loss_only=True), [None, "scalar"]),
-    (False, dict(with_spread=True), ["logits", None, {"spread"}]),
-    (True, dict(with_spread=True), ["logits", "scalar", {"spread"}]),
-    (True, dict(loss_only=True, with_spread=True), [None, "scalar", {"spread"}]),
-])
-def test_a_call_returns_the_same_things_in_training_and_in_evaluation(tiny, with_targets, options, returned):
-    """In training, too, nothing is left out. Without dropout, even the values are the same."""
+def test_a_call_returns_the_same_in_training_and_in_evaluation(tiny):
+    """logits and loss; with streams what the objective reads. Without dropout even the values are the same."""
     idx = tiny_tokens(2, 64)
-    targets = idx.roll(-1, 1) if with_targets else None
     with torch.no_grad():
-        in_training = tiny.train()(idx, targets, **options)
-        in_evaluation = tiny.eval()(idx, targets, **options)
-
-    assert len(in_training) == len(in_evaluation) == len(returned)
-    for kind, a, b in zip(returned, in_training, in_evaluation):
-        if kind is None:
-            assert a is None
-            assert b is None
-        elif isinstance(kind, set):
-            assert a.keys() == b.keys() == kind
-            assert all(a[key].shape == () and torch.equal(a[key], b[key]) for key in kind)
-        else:
-            assert a.shape == ((2, 64, tiny.config.vocab_size) if kind == "logits" else ())
-            assert torch.equal(a, b)
+        for options in (dict(), dict(targets=idx), dict(streams=True)):
+            for a, b in zip(tiny.train()(idx, **options), tiny.eval()(idx, **options), strict=True):
+                assert torch.equal(a, b) if a is not None else b is None
+        logits, loss = tiny(idx, idx)
+        stream, hidden = tiny(idx, streams=True)
+    assert logits.shape == (2, 64, tiny.config.vocab_size)
+    assert loss.shape == ()
+    assert tiny(idx)[1] is None
+    assert torch.equal(tiny.transformer.ln_f(stream, torch.tensor(False)), hidden)
+    assert torch.equal(tiny.lm_head(hidden), logits)
 
 
 # --- sites, modes and constants
@@ -506,173 +493,3 @@ def test_model_py_alone_in_an_empty_folder_needs_nothing_but_torch(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "done\n"
-
-
-# --- training: the loss in pieces, and what is added to it
-
-
-@pytest.mark.parametrize("pieces", [
-    1,
-    3,
-])
-def test_the_loss_in_pieces_has_the_plain_losss_value_and_gradients(hf_and_ours, monkeypatch, pieces):
-    hf, model = hf_and_ours()
-    monkeypatch.setattr("model.LOSS_ROWS", 190 // pieces)  # 2 x 95 tokens, the last piece shorter
-    idx = torch.randint(0, 300, (2, 96))
-    hf.train()
-    hf.config.resid_pdrop = 0
-    for module in hf.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    theirs = hf(idx, labels=idx).loss
-    theirs.backward()
-
-    model.train()
-    logits, ours = model(idx[:, :-1], idx[:, 1:], loss_only=True)
-    ours.backward()
-    assert logits is None
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    wte, their_wte = model.transformer.wte.weight, hf.transformer.wte.weight
-    torch.testing.assert_close(wte.grad, their_wte.grad, atol=1e-4, rtol=0)
-    c_fc, their_c_fc = model.transformer.h[0].mlp.c_fc.weight, hf.transformer.h[0].mlp.c_fc.weight
-    torch.testing.assert_close(c_fc.grad.T, their_c_fc.grad, atol=1e-4, rtol=0)
-
-
-def test_under_bfloat16_logits_far_from_zero_keep_their_loss_and_kl(hf_and_ours):
-    """As GPT-2's, which lie near -100: what all logits of a token have in common changes no distribution, but
-    would be rounded in steps of 0.5."""
-    _, model = hf_and_ours(seed=1)
-    _, teacher = hf_and_ours(seed=2)
-    for m in (model, teacher):
-        with torch.no_grad():
-            m.transformer.ln_f.bias.fill_(1.0)
-            m.lm_head.weight -= 100 / m.config.n_embd
-    idx, targets = torch.randint(0, 299, (2, 30)), torch.randint(0, 299, (2, 30))
-    found = []
-    for dtype in (torch.float64, torch.bfloat16):
-        for m in (model, teacher):
-            m.double() if dtype == torch.float64 else m.float()
-        with torch.no_grad(), autocast_to(torch.float32 if dtype == torch.float64 else dtype, "cpu"):
-            told = teacher.hidden(idx), teacher.lm_head.weight, 0.5
-            terms = model(idx, targets, loss_only=True, teacher=told)[2]
-        found.append([terms["ce"].item(), terms["kl"].item()])
-    assert model(idx)[0].mean() < -80
-    assert found[1] == pytest.approx(found[0], abs=2e-3)
-
-
-def test_a_teacher_needs_the_loss_in_pieces(tiny):
-    idx = tiny_tokens(1, 8)
-    with pytest.raises(ValueError, match="give loss_only=True too"):
-        tiny(idx, idx, teacher=(None, None, 0.5))
-
-
-def test_targets_of_minus_1_do_not_count_in_training_nor_in_evaluation(tiny):
-    idx = tiny_tokens(2, 64)
-    targets = idx.roll(-1, 1)
-    targets[:, 40:] = -1
-    with torch.no_grad():
-        expected = nn.functional.cross_entropy(tiny(idx)[0][:, :40].flatten(0, 1), targets[:, :40].flatten())
-        for training in (False, True):
-            tiny.train(training)
-            _, loss = tiny(idx, targets)
-            torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
-            logits, loss = tiny(idx, targets, loss_only=True)
-            assert logits is None
-            torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
-
-
-def test_gradient_checkpointing_changes_no_gradient(tiny):
-    idx = tiny_tokens(2, 64)
-    grads = []
-    for on in (False, True):
-        tiny.zero_grad()
-        tiny.train().gradient_checkpointing = on
-        _, loss = tiny(idx[:, :-1], idx[:, 1:], loss_only=True)
-        loss.backward()
-        grads.append(tiny.transformer.wte.weight.grad.clone())
-    assert torch.equal(*grads)
-
-
-def test_the_auxiliary_loss_is_the_spread_of_the_std_before_ln_f(hf_and_ours):
-    """Against the residual stream that transformers shows."""
-    hf, model = hf_and_ours()
-    idx = torch.randint(0, 290, (2, 30))
-    idx[1, 9] = 299
-    before = []
-
-    def see(module, args):
-        before.append(args[0].double())
-
-    hf.transformer.ln_f.register_forward_pre_hook(see)
-    with torch.no_grad():
-        hf(idx)
-        spread = model.train()(idx, idx, with_spread=True)[2]["spread"]
-    std = (before[0].var(-1, unbiased=False) + 1e-5).sqrt()
-    ordinary = (idx != 299) & (torch.arange(30) > 0)
-    expected = (std - std[ordinary].mean()).square().mean()
-    assert spread.item() == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_the_auxiliary_loss_pulls_to_a_mean_that_is_a_constant(hf_and_ours):
-    """Against transformers' gradients in float64, with the mean as a number. Position 0 is far from it."""
-    hf, model = hf_and_ours()
-    with torch.no_grad():
-        model.transformer.wpe.weight[0] *= 10
-        hf.transformer.wpe.weight[0] *= 10
-    idx = torch.randint(0, 290, (2, 30))
-    before = []
-
-    def see(module, args):
-        before.append(args[0])
-
-    hf.double().transformer.ln_f.register_forward_pre_hook(see)
-    hf(idx)
-    std = (before[0].var(-1, unbiased=False) + 1e-5).sqrt()
-    target = std[:, 1:].mean().item()
-    (std - target).square().mean().backward()
-    spread = model.double()(idx, idx, with_spread=True)[2]["spread"]
-    spread.backward()
-    for ours, theirs in (
-        (model.transformer.wpe.weight, hf.transformer.wpe.weight),
-        (model.transformer.wte.weight, hf.transformer.wte.weight),
-        (model.transformer.h[0].mlp.c_fc.bias, hf.transformer.h[0].mlp.c_fc.bias),
-    ):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-7)
-
-
-@pytest.mark.parametrize("rows, share", [
-    (1024, 0.4),
-    (17, 0.4),
-    (17, 1.0),
-])
-def test_kl_to_another_model_against_transformers_in_float64(hf_and_ours, monkeypatch, rows, share):
-    """The parts of the loss, and the gradient of its mixture; whole and in pieces, the last one shorter.
-    What has a target of -1 counts in neither part."""
-    monkeypatch.setattr("model.LOSS_ROWS", rows)
-    before, teacher = hf_and_ours(seed=1)
-    hf, model = hf_and_ours(seed=2)
-    idx = torch.randint(0, 299, (2, 30))
-    targets = torch.randint(0, 299, (2, 30))
-    targets[1, 20:] = -1
-
-    with torch.no_grad():
-        q = before.double()(idx).logits.log_softmax(-1)
-    p = hf.double()(idx).logits.log_softmax(-1)
-    expected = (q.exp() * (q - p)).sum(-1)[targets != -1].mean()
-    ce = torch.nn.functional.nll_loss(p.flatten(0, 1), targets.flatten(), ignore_index=-1)
-    ((1 - share) * ce + share * expected).backward()
-
-    teacher, model = teacher.double(), model.double().train()
-    with torch.no_grad():
-        read = teacher.hidden(idx), teacher.lm_head.weight, share
-    _, ours, parts = model(idx, targets, loss_only=True, teacher=read)
-    (2 * ours).backward()  # a gradient that is not 1 reaches it
-    assert parts["ce"].item() == pytest.approx(ce.item(), rel=1e-9)
-    assert parts["kl"].item() == pytest.approx(expected.item(), rel=1e-9)
-    assert ours.item() == pytest.approx((1 - share) * ce.item() + share * expected.item(), rel=1e-9)
-    assert expected.item() > 0.01
-    for mine, theirs in (
-        (model.transformer.wte.weight, hf.transformer.wte.weight),
-        (model.transformer.h[0].mlp.c_fc.bias, hf.transformer.h[0].mlp.c_fc.bias),
-    ):
-        torch.testing.assert_close(mine.grad, 2 * theirs.grad, atol=1e-12, rtol=1e-8)

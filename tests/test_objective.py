@@ -1,0 +1,179 @@
+"""
+train.py's objective: the loss in pieces, KL to a teacher and the auxiliary loss, against transformers and autograd.
+"""
+import pytest
+import torch
+from conftest import TINY, objective_of, random_hf
+from torch import nn
+
+from model import GPT
+from parts.device import autocast_to
+from parts.loss import exact_logits, token_losses
+
+
+@pytest.fixture
+def hf_and_ours(tmp_path):
+    """hf_and_ours(seed=1): the same random weights as transformers' model and as ours."""
+
+    def make(seed=0):
+        hf = random_hf(seed)
+        hf.save_pretrained(tmp_path / f"hf{seed}")
+        for module in hf.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return hf, GPT.from_pretrained(tmp_path / f"hf{seed}").eval()
+
+    return make
+
+
+@pytest.mark.parametrize("rows", [190, 64])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_in_pieces_has_the_plain_losss_value_and_gradients(hf_and_ours, monkeypatch, rows, compiled):
+    hf, model = hf_and_ours()
+    monkeypatch.setattr("parts.loss.LOSS_ROWS", rows)  # of 2 x 95 tokens: the last piece is shorter
+    idx = torch.randint(0, 300, (2, 96))
+    theirs = hf.train()(idx, labels=idx).loss
+    theirs.backward()
+    ours, terms = objective_of(model.train(), compiled=compiled)(idx[:, :-1], idx[:, 1:])
+    ours.backward()
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert terms.keys() == {"loss"}
+    assert terms["loss"].item() == ours.item()
+    wte, their_wte = model.transformer.wte.weight, hf.transformer.wte.weight
+    torch.testing.assert_close(wte.grad, their_wte.grad, atol=1e-4, rtol=0)
+    c_fc, their_c_fc = model.transformer.h[0].mlp.c_fc.weight, hf.transformer.h[0].mlp.c_fc.weight
+    torch.testing.assert_close(c_fc.grad.T, their_c_fc.grad, atol=1e-4, rtol=0)
+
+
+def test_a_folded_models_unembedding_bias_has_its_gradient(tmp_path):
+    model = GPT.from_pretrained(TINY)
+    for site in model.sites().values():
+        site.ln_mode = "fake"
+    model = model.fold().double()
+    idx = torch.randint(0, 257, (2, 33))
+    grads = []
+    for loss in (objective_of(model)(idx[:, :-1], idx[:, 1:])[0], model(idx[:, :-1], idx[:, 1:])[1]):
+        model.zero_grad()
+        loss.backward()
+        grads.append([p.grad.clone() for p in (model.lm_head.bias, model.lm_head.weight)])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rows, share", [(1024, 0.4), (17, 0.4), (17, 1.0)])
+def test_kl_to_a_teacher_against_transformers_in_float64(hf_and_ours, monkeypatch, rows, share):
+    """The terms, and the gradient of their mixture, whole and in pieces."""
+    monkeypatch.setattr("parts.loss.LOSS_ROWS", rows)
+    before, teacher = hf_and_ours(seed=1)
+    hf, model = hf_and_ours(seed=2)
+    idx, targets = torch.randint(0, 299, (2, 2, 30))
+    with torch.no_grad():
+        q = before.double()(idx).logits.log_softmax(-1)
+    p = hf.double()(idx).logits.log_softmax(-1)
+    kl = (q.exp() * (q - p)).sum(-1).mean()
+    ce = nn.functional.nll_loss(p.flatten(0, 1), targets.flatten())
+    ((1 - share) * ce + share * kl).backward()
+
+    objective = objective_of(model.double().train(), teacher.double().requires_grad_(False), kl_share=share)
+    ours, terms = objective(idx, targets)
+    (2 * ours).backward()  # a gradient that is not 1 reaches it
+    assert terms["loss"].item() == pytest.approx(ce.item(), rel=1e-9)
+    assert terms["kl"].item() == pytest.approx(kl.item(), rel=1e-9)
+    assert ours.item() == pytest.approx((1 - share) * ce.item() + share * kl.item(), rel=1e-9)
+    assert kl.item() > 0.01
+    for mine, theirs in (
+        (model.transformer.wte.weight, hf.transformer.wte.weight),
+        (model.transformer.h[0].mlp.c_fc.bias, hf.transformer.h[0].mlp.c_fc.bias),
+    ):
+        torch.testing.assert_close(mine.grad, 2 * theirs.grad, atol=1e-12, rtol=1e-8)
+
+
+def test_under_bfloat16_logits_far_from_zero_keep_their_loss_and_kl(hf_and_ours):
+    """GPT-2's lie near -100. What all logits of a token have in common changes no distribution, but would be rounded
+    in steps of 0.5."""
+    models = [hf_and_ours(seed)[1] for seed in (1, 2)]
+    for m in models:
+        with torch.no_grad():
+            m.transformer.ln_f.bias.fill_(1.0)
+            m.lm_head.weight -= 100 / m.config.n_embd
+    idx, targets = torch.randint(0, 299, (2, 2, 30))
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        for m in models:
+            m.double() if dtype == torch.float64 else m.float()
+        with torch.no_grad(), autocast_to(torch.float32 if dtype == torch.float64 else dtype, "cpu"):
+            terms = objective_of(*models, kl_share=0.5)(idx, targets)[1]
+        found.append([terms["loss"].item(), terms["kl"].item()])
+    assert models[0](idx)[0].mean() < -80
+    assert found[1] == pytest.approx(found[0], abs=2e-3)
+
+
+def test_targets_of_minus_1_do_not_count(hf_and_ours):
+    _, model = hf_and_ours()
+    idx = torch.randint(0, 300, (2, 64))
+    targets = idx.roll(-1, 1)
+    targets[:, 40:] = -1
+    with torch.no_grad():
+        logits = model(idx)[0]
+        expected = nn.functional.cross_entropy(logits[:, :40].flatten(0, 1), targets[:, :40].flatten())
+        assert model(idx, targets)[1].item() == pytest.approx(expected.item(), abs=1e-5)
+        assert objective_of(model)(idx, targets)[0].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_evaluations_losses_and_logits_are_the_models_own_under_autocast_too(hf_and_ours):
+    _, model = hf_and_ours()
+    idx = torch.randint(0, 300, (3, 64))
+    with torch.no_grad():
+        logits, hidden = model(idx)[0], model.hidden(idx)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(exact_logits(model, hidden), logits, atol=1e-6, rtol=1e-6)
+            losses = token_losses(model, hidden.flatten(0, 1), idx.flatten())
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), idx.flatten(), reduction="none")
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(hf_and_ours):
+    _, model = hf_and_ours()
+    idx = torch.randint(0, 300, (2, 65))
+    grads = []
+    for on in (False, True):
+        model.zero_grad()
+        model.train().gradient_checkpointing = on
+        objective_of(model)(idx[:, :-1], idx[:, 1:])[0].backward()
+        grads.append(model.transformer.wte.weight.grad.clone())
+    assert torch.equal(*grads)
+
+
+def test_the_auxiliary_loss_pulls_the_std_before_ln_f_to_its_mean_as_a_constant(hf_and_ours):
+    """Value and gradient against the residual stream that transformers shows, in float64, with the mean over ordinary
+    tokens as a number. Position 0 is far from it, and one token is end-of-text."""
+    hf, model = hf_and_ours()
+    hf, model = hf.double(), model.double()
+    with torch.no_grad():
+        model.transformer.wpe.weight[0] *= 10
+        hf.transformer.wpe.weight[0] *= 10
+    idx = torch.randint(0, 290, (2, 30))
+    idx[1, 9] = 299
+    before = []
+
+    def see(module, args):
+        before.append(args[0])
+
+    hf.transformer.ln_f.register_forward_pre_hook(see)
+    loss = hf(idx, labels=idx).loss * 0
+    std = (before[0].var(-1, unbiased=False) + 1e-5).sqrt()
+    ordinary = (idx != 299) & (torch.arange(30) > 0)
+    spread = (std - std[ordinary].mean().item()).square().mean()
+    (loss + spread).backward()
+
+    plain = objective_of(model)(idx, idx)[0]
+    total, terms = objective_of(model, aux_loss_weight=0.3)(idx, idx)
+    assert terms["spread"].item() == pytest.approx(spread.item(), rel=1e-9)
+    assert (total - plain).item() == pytest.approx(0.3 * spread.item(), rel=1e-9)
+    model.zero_grad()
+    (total - plain).backward()
+    for ours, theirs in (
+        (model.transformer.wpe.weight, hf.transformer.wpe.weight),
+        (model.transformer.h[0].mlp.c_fc.bias, hf.transformer.h[0].mlp.c_fc.bias),
+    ):
+        torch.testing.assert_close(ours.grad, 0.3 * theirs.grad, atol=1e-9, rtol=1e-7)
