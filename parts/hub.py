@@ -5,6 +5,7 @@ says.
 import json
 import os
 import zipfile
+from contextlib import suppress
 from glob import escape, glob
 
 import torch
@@ -24,32 +25,44 @@ PLAIN = dict(activation_function="gelu_new", scale_attn_weights=True, scale_attn
 # --- from a hub
 
 
-def fetch(source):
+def fetch(source, weights=True):
     """The directory of a model: `source` itself, or the cached files of the hub repository NAME, ORG/NAME or either
-    with @REVISION. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as in huggingface_hub. UserError."""
+    with @REVISION, if need be without weights. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as in
+    huggingface_hub. UserError."""
     if os.path.isdir(source):
         return source
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or os.path.isdir(source.split("/")[0]):
-        raise UserError(f"there is no directory {source}")
-    import huggingface_hub  # only here: a local directory does without
-    from huggingface_hub import constants
-
     repo, _, revision = source.partition("@")
-
-    def get(*files):
-        files = dict(allow_patterns=list(files), ignore_patterns=["*/*"])
-        return huggingface_hub.snapshot_download(repo, revision=revision or None, **files)
+    if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or os.path.isdir(repo.split("/")[0]):
+        raise UserError(f"there is no directory {source}")
+    from huggingface_hub import constants  # only here: a local directory does without
 
     try:
         with waiting_for(constants.ENDPOINT):
-            directory = get("config.json", *TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
-            if not glob(os.path.join(escape(directory), "*.safetensors")):
-                directory = get("config.json", *TOKENIZER_FILES, "pytorch_model.bin")
+            directory = download(repo, revision, "config.json", *TOKENIZER_FILES)
+            if weights:
+                download(repo, revision, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+                if not glob(os.path.join(escape(directory), "model*.safetensors")):
+                    download(repo, revision, "pytorch_model.bin")
     except Exception as e:  # of many kinds
         problem = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         raise UserError(f"{source} is not a directory here, and can't be fetched from {constants.ENDPOINT} ({problem}); "
                         "for a private or gated model, accept its terms there, and set HF_TOKEN or run "
                         "`hf auth login`") from None
+    return directory
+
+
+def download(repo, revision, *files):
+    """The cached directory of a repository, with those of the files that it has. A file of another size than the
+    hub's is fetched anew."""
+    from huggingface_hub import errors, get_cached_repo_tree, snapshot_download
+
+    options = dict(revision=revision or None, allow_patterns=list(files), ignore_patterns=["*/*"])
+    directory = snapshot_download(repo, **options)
+    with suppress(errors.CachedRepoTreeNotFoundError):  # another program filled the cache
+        for file in get_cached_repo_tree(repo, revision=os.path.basename(directory)):
+            path = os.path.join(directory, file.path)
+            if os.path.isfile(path) and os.path.getsize(path) != file.size:
+                snapshot_download(repo, force_download=True, **options | dict(allow_patterns=[file.path]))
     return directory
 
 
@@ -63,13 +76,20 @@ def read_model(cls, source, dropout):
     weights = weight_files(directory)
     with reading(directory):
         config = config_from_hf(hf, dropout)
-        bytes_there = sum(os.path.getsize(path) for path in weights)
-        parameters = 12 * config.n_layer * config.n_embd**2 + (config.vocab_size + config.block_size) * config.n_embd
-        if not 0 < parameters <= bytes_there:  # before memory is allocated for them
-            raise ValueError(f"config.json describes {parameters:,} parameters, the weights have {bytes_there:,} bytes")
+        check_size(config, sum(os.path.getsize(path) for path in weights))
         model = cls(config)
         model.load_hf(hf, read_tensors(weights, model.hf_tensors()))
     return model
+
+
+def check_size(config, nbytes):
+    """ValueError if a model of this config has more parameters than its file has bytes: before memory is allocated."""
+    C = config.n_embd
+    parameters = 12 * config.n_layer * C * C + (config.vocab_size + config.block_size) * C
+    if min(vars(config)[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")) < 1:
+        raise ValueError(f"a size below 1 in {config}")
+    if parameters > nbytes:
+        raise ValueError(f"its config describes {parameters:,} parameters, but the weights have {nbytes:,} bytes")
 
 
 def read_config(directory):
@@ -114,16 +134,18 @@ def read_tensors(paths, expected):
     for path in paths:
         with reading(path):
             found = load_file(path) if path.endswith(".safetensors") else load_torch(path)
-            for name, tensor in found.items():
-                # GPT-2's first files say `h.0...` where later ones say `transformer.h.0...`
-                name = "transformer." + name if name.startswith(("h.", "wte.", "wpe.", "ln_f.")) else name
-                tensors[name] = tensor
+            for name, tensor in found.items():  # GPT-2's first files leave `transformer.` out
+                tensors["transformer." * name.startswith(("h.", "wte.", "wpe.", "ln_f.")) + name] = tensor
     with reading(path):
-        check_unembedding(tensors, expected)
+        head = tensors.pop("lm_head.weight", None) if "lm_head.weight" not in expected else None  # tied to wte
+        if head is not None and not torch.equal(tensors.setdefault("transformer.wte.weight", head), head):
+            raise ValueError("lm_head.weight is not wte.weight, but GPT-2's unembedding is tied to its embedding")
         for name, tensor in expected.items():
             if tensors[name].shape != tensor.shape or not tensors[name].is_floating_point():
                 raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, but config.json makes "
                                  f"it floating point {tuple(tensor.shape)}")
+            if not tensors[name].isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
         masks = (".attn.bias", ".attn.masked_bias")  # old files hold causal masks as buffers
         strangers = [name for name in tensors if name not in expected and not name.endswith(masks)]
         if strangers:
@@ -131,25 +153,21 @@ def read_tensors(paths, expected):
     return {name: tensors[name] for name in expected}
 
 
-def check_unembedding(tensors, expected):
-    """A tied lm_head is left out of tensors, or taken for a missing wte. ValueError if it differs from wte."""
-    wte, head = "transformer.wte.weight", "lm_head.weight"
-    if head in expected or head not in tensors:
-        return
-    lm_head = tensors.pop(head)
-    if not torch.equal(tensors.setdefault(wte, lm_head), lm_head):
-        raise ValueError("lm_head.weight is not wte.weight, but GPT-2's unembedding is tied to its embedding")
-
-
 def load_torch(path):
     """What torch.save wrote, on the CPU; no code in it is run. An exception of any kind if it is damaged."""
     with open(path, "rb") as f:
         is_zip = f.read(4) == b"PK\3\4"  # since torch 1.6
-    if is_zip:  # torch does not compare the CRC-32s; a compressed part could fill the memory
-        with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()) or archive.testzip():
-                raise ValueError("a part is damaged or compressed")
+    if is_zip:
+        check_zip(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_zip(path):
+    """ValueError or BadZipFile if a part of what torch.save wrote is damaged: torch itself does not compare the
+    CRC-32s. A compressed part could fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()) or archive.testzip():
+            raise ValueError("a part is damaged or compressed")
 
 
 # --- writing
