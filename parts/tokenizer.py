@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,9 +172,10 @@ def copy_tokenizer(source, directory):
 
 
 def remove_copied_tokenizer(source, directory):
-    """Remove what copy_tokenizer copied from source: files of the same bytes."""
-    there = source if os.path.isdir(source) else fetch(source, weights=False)
-    for file in set(tokenizer_files(there)) & set(tokenizer_files(directory)):
-        original, copy = os.path.join(there, file), os.path.join(directory, file)
-        if not os.path.samefile(original, copy) and filecmp.cmp(original, copy, shallow=False):
-            os.remove(copy)
+    """Remove what copy_tokenizer copied from source: files of the same bytes. Nothing, if source is gone."""
+    for file in tokenizer_files(directory):
+        with suppress(UserError):
+            original, copy = os.path.join(fetch(source, weights=False), file), os.path.join(directory, file)
+            both = os.path.isfile(original) and os.path.isfile(copy) and not os.path.samefile(original, copy)
+            if both and filecmp.cmp(original, copy, shallow=False):
+                os.remove(copy)
