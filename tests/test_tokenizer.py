@@ -192,7 +192,7 @@ USER = dict(content="<|user|>", special=False, lstrip=True, rstrip=False, normal
     ("whole", False, dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="a"),
      dict(special_tokens_map=dict(eos_token=GPT2_END))),
     ("parts", False, {}, {}),
-    ("parts", False, dict(add_prefix_space=True, eos_token="a"), {}),
+    ("parts", False, dict(add_prefix_space=True, eos_token="z"), {}),
 ])
 def test_the_ids_are_those_of_autotokenizer(tmp_path, form, lower, config, more):
     from transformers import AutoTokenizer
