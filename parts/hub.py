@@ -4,6 +4,7 @@ says.
 """
 import json
 import os
+import pickle
 import zipfile
 from contextlib import suppress
 from glob import escape, glob
@@ -159,7 +160,10 @@ def load_torch(path):
         is_zip = f.read(4) == b"PK\3\4"  # since torch 1.6
     if is_zip:
         check_zip(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's message advises how to run the code
+        raise ValueError("it is damaged, or holds more than tensors and plain values") from None
 
 
 def check_zip(path):

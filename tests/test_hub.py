@@ -119,7 +119,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, load, tmp_path):
         "org/shard_missing": "lost.safetensors",
         "org/other": "llama",
         "org/pickle": "bytes",  # fewer than parameters
-        "org/code": "torch.nn",
+        "org/code": "pytorch_model.bin",
         "a/b/c": "a/b/c",
         "org/broken": "418",
     }
