@@ -4,7 +4,9 @@ says.
 """
 import json
 import os
+import pickle
 import zipfile
+from contextlib import suppress
 from glob import escape, glob
 
 import torch
@@ -24,32 +26,44 @@ PLAIN = dict(activation_function="gelu_new", scale_attn_weights=True, scale_attn
 # --- from a hub
 
 
-def fetch(source):
+def fetch(source, weights=True):
     """The directory of a model: `source` itself, or the cached files of the hub repository NAME, ORG/NAME or either
-    with @REVISION. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as in huggingface_hub. UserError."""
+    with @REVISION, if need be without weights. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as in
+    huggingface_hub. UserError."""
     if os.path.isdir(source):
         return source
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or os.path.isdir(source.split("/")[0]):
-        raise UserError(f"there is no directory {source}")
-    import huggingface_hub  # only here: a local directory does without
-    from huggingface_hub import constants
-
     repo, _, revision = source.partition("@")
-
-    def get(*files):
-        files = dict(allow_patterns=list(files), ignore_patterns=["*/*"])
-        return huggingface_hub.snapshot_download(repo, revision=revision or None, **files)
+    if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or os.path.isdir(repo.split("/")[0]):
+        raise UserError(f"there is no directory {source}")
+    from huggingface_hub import constants  # only here: a local directory does without
 
     try:
         with waiting_for(constants.ENDPOINT):
-            directory = get("config.json", *TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
-            if not glob(os.path.join(escape(directory), "*.safetensors")):
-                directory = get("config.json", *TOKENIZER_FILES, "pytorch_model.bin")
+            directory = download(repo, revision, "config.json", *TOKENIZER_FILES)
+            if weights:
+                download(repo, revision, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+                if not glob(os.path.join(escape(directory), "model*.safetensors")):
+                    download(repo, revision, "pytorch_model.bin")
     except Exception as e:  # of many kinds
         problem = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         raise UserError(f"{source} is not a directory here, and can't be fetched from {constants.ENDPOINT} ({problem}); "
                         "for a private or gated model, accept its terms there, and set HF_TOKEN or run "
                         "`hf auth login`") from None
+    return directory
+
+
+def download(repo, revision, *files):
+    """The cached directory of a repository, with those of the files that it has. A file of another size than the
+    hub's is fetched anew."""
+    from huggingface_hub import errors, get_cached_repo_tree, snapshot_download
+
+    options = dict(revision=revision or None, allow_patterns=list(files), ignore_patterns=["*/*"])
+    directory = snapshot_download(repo, **options)
+    with suppress(errors.CachedRepoTreeNotFoundError):  # another program filled the cache
+        for file in get_cached_repo_tree(repo, revision=os.path.basename(directory)):
+            path = os.path.join(directory, file.path)
+            if os.path.isfile(path) and os.path.getsize(path) != file.size:
+                snapshot_download(repo, force_download=True, **options | dict(allow_patterns=[file.path]))
     return directory
 
 
@@ -64,8 +78,10 @@ def read_model(cls, source, dropout):
     with reading(directory):
         config = config_from_hf(hf, dropout)
         check_size(config, sum(os.path.getsize(path) for path in weights))
-        model = cls(config)
-        model.load_hf(hf, read_tensors(weights, model.hf_tensors()))
+    model = cls(config)
+    tensors = read_tensors(weights, model.hf_tensors())
+    with reading(directory):
+        model.load_hf(hf, tensors)
     return model
 
 
@@ -75,6 +91,8 @@ def check_size(config, nbytes):
     parameters = 12 * config.n_layer * C * C + (config.vocab_size + config.block_size) * C
     if min(vars(config)[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")) < 1:
         raise ValueError(f"a size below 1 in {config}")
+    if C % config.n_head:
+        raise ValueError(f"n_embd {C} is not a multiple of n_head {config.n_head}")
     if parameters > nbytes:
         raise ValueError(f"its config describes {parameters:,} parameters, but the weights have {nbytes:,} bytes")
 
@@ -121,31 +139,23 @@ def read_tensors(paths, expected):
     for path in paths:
         with reading(path):
             found = load_file(path) if path.endswith(".safetensors") else load_torch(path)
-            for name, tensor in found.items():
-                # GPT-2's first files say `h.0...` where later ones say `transformer.h.0...`
-                name = "transformer." + name if name.startswith(("h.", "wte.", "wpe.", "ln_f.")) else name
-                tensors[name] = tensor
+            for name, tensor in found.items():  # GPT-2's first files leave `transformer.` out
+                tensors["transformer." * name.startswith(("h.", "wte.", "wpe.", "ln_f.")) + name] = tensor
     with reading(path):
-        check_unembedding(tensors, expected)
+        head = tensors.pop("lm_head.weight", None) if "lm_head.weight" not in expected else None  # tied to wte
+        if head is not None and not torch.equal(tensors.setdefault("transformer.wte.weight", head), head):
+            raise ValueError("lm_head.weight is not wte.weight, but GPT-2's unembedding is tied to its embedding")
         for name, tensor in expected.items():
             if tensors[name].shape != tensor.shape or not tensors[name].is_floating_point():
                 raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, but config.json makes "
                                  f"it floating point {tuple(tensor.shape)}")
+            if not tensors[name].isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
         masks = (".attn.bias", ".attn.masked_bias")  # old files hold causal masks as buffers
         strangers = [name for name in tensors if name not in expected and not name.endswith(masks)]
         if strangers:
             raise ValueError(f"the tensor {strangers[0][:80]} is not one of GPT-2's")
     return {name: tensors[name] for name in expected}
-
-
-def check_unembedding(tensors, expected):
-    """A tied lm_head is left out of tensors, or taken for a missing wte. ValueError if it differs from wte."""
-    wte, head = "transformer.wte.weight", "lm_head.weight"
-    if head in expected or head not in tensors:
-        return
-    lm_head = tensors.pop(head)
-    if not torch.equal(tensors.setdefault(wte, lm_head), lm_head):
-        raise ValueError("lm_head.weight is not wte.weight, but GPT-2's unembedding is tied to its embedding")
 
 
 def load_torch(path):
@@ -154,7 +164,10 @@ def load_torch(path):
         is_zip = f.read(4) == b"PK\3\4"  # since torch 1.6
     if is_zip:
         check_zip(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's message advises how to run the code
+        raise ValueError("it is damaged, or holds more than tensors and plain values") from None
 
 
 def check_zip(path):

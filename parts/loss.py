@@ -38,10 +38,10 @@ class LossInPieces:
         vocab_size = head.out_features
 
         def of_piece(x, W, b, targets, x_teacher, W_teacher):
-            logits = at_least_float32(F.linear(x, W, b)[:, :vocab_size])
+            logits = at_least_float32(F.linear(x, padded(W), padded(b))[:, :vocab_size])
             teacher_logits = None
             if x_teacher is not None:
-                teacher_logits = at_least_float32(F.linear(x_teacher, W_teacher)[:, :vocab_size])
+                teacher_logits = at_least_float32(F.linear(x_teacher, padded(W_teacher))[:, :vocab_size])
             return of_logits(logits, targets, teacher_logits)
 
         by = (0, 1) if head.bias is None else (0, 1, 2)
@@ -68,7 +68,7 @@ class InPieces(torch.autograd.Function):
     def forward(ctx, in_pieces, names, with_gradient, targets, x_teacher, x, W, b):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        weights = [None if t is None else prepared(t, dtype) for t in (W, b)]  # once a step
+        weights = [prepared(t, dtype) for t in (W, b)]  # once a step
         W_teacher = None if x_teacher is None else prepared(in_pieces.teacher_head.weight, dtype)
         loss, sums, grad_x, grads = 0, {}, [], []
         rows = piece_rows(x, LOSS_ROWS)
@@ -78,7 +78,7 @@ class InPieces(torch.autograd.Function):
             args = x[piece].to(dtype), *weights, targets[piece], teacher_piece, W_teacher
             if with_gradient:
                 (by_x, *by_weights), (piece_loss, terms) = in_pieces.gradients_and_value(*args)
-                by_weights = [by[: len(W)].to(W.dtype) for by in by_weights]
+                by_weights = [by.to(W.dtype) for by in by_weights]
                 grad_x.append(by_x.to(x.dtype))
                 grads = [grad.add_(by) for grad, by in zip(grads, by_weights)] if grads else by_weights
             else:
@@ -102,13 +102,16 @@ class InPieces(torch.autograd.Function):
 
 
 def prepared(W, dtype):
-    """An unembedding W (V, C), or its bias (V,), once a step: in dtype, with rows of zeros up to a multiple of 64,
-    which is faster than 50,257. In a lower dtype its mean over V is taken off first: the same softmax from far smaller
-    logits. GPT-2's lie near -100, where bfloat16 steps by 0.5, a noise in KL as large as KL. The gradient by W stays
-    the same, as the gradient by a row's logits sums to zero."""
-    if W.dtype != dtype:
-        W = (W - W.mean(0)).to(dtype)
-    return F.pad(W, (0, 0) * (W.dim() - 1) + (0, -len(W) % 64))
+    """An unembedding W (V, C), or its bias (V,), once a step, in dtype. In a lower dtype its mean over V is taken off
+    first: the same softmax from far smaller logits. GPT-2's lie near -100, where bfloat16 steps by 0.5, a noise in KL
+    as large as KL. The gradient by W stays the same, as the gradient by a row's logits sums to zero."""
+    return W if W is None or W.dtype == dtype else (W - W.mean(0)).to(dtype)
+
+
+def padded(W):
+    """W (V, ...) or None, with rows of zeros up to a multiple of 64, which is faster than 50,257. The copy lives for
+    one piece only."""
+    return W if W is None else F.pad(W, (0, 0) * (W.dim() - 1) + (0, -len(W) % 64))
 
 
 # --- evaluation

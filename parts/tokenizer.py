@@ -1,5 +1,5 @@
 """
-Tokenizers: text to token ids, and back. GPT-2's, bytes, or the one that stands beside a model.
+Tokenizers: text to token ids, and back. GPT-2's, bytes, or a model's own.
 """
 import filecmp
 import hashlib
@@ -7,23 +7,18 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import tiktoken
 
-from parts.errors import UserError, on_disk
-from parts.files import read_dict
+from parts.errors import UserError, on_disk, reading
+from parts.files import read_json
+from parts.hub import TOKENIZER_FILES, fetch
 
-# what transformers may want of a tokenizer beside a model
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+SAVE = ('python -c "import transformers as t; a = t.AutoTokenizer.from_pretrained(\'{}\'); t.PreTrainedTokenizerFast('
+        'tokenizer_object=a.backend_tokenizer, eos_token=a.eos_token).save_pretrained(\'DIRECTORY\')"')
 
 
 @dataclass
@@ -31,33 +26,33 @@ class Tokenizer:
     name: str
     vocab_size: int
     eot: int
-    encode: Callable | None = None  # text or UTF-8 bytes -> uint16 array; None: it is not known here
+    encode: Callable | None = None  # text or UTF-8 bytes -> uint16 array; None: only the ids are known
     decode: Callable | None = None  # a list of token ids -> text
-    sha256: str = ""  # of a tokenizer.json
+    sha256: str = ""  # of tokenizer.json, or of vocab.json and merges.txt
 
 
 def make_tokenizer(name):
-    """The Tokenizer `gpt2` or `bytes`; of a directory with a tokenizer.json, or a hub repository
-    ORG/NAME; or one of which just the ids are known, VOCAB_SIZE:EOT. UserError."""
+    """The Tokenizer `gpt2` or `bytes`, that of a directory or a hub repository, or VOCAB_SIZE:EOT, of which only the
+    ids are known. UserError."""
     if re.fullmatch(r"\d+:\d+", name):
-        vocab_size, eot = map(int, name.split(":"))
-        check_size(f"--tokenizer={name}", vocab_size, eot)
-        return Tokenizer(name, vocab_size, eot)
+        return checked(Tokenizer(name, *map(int, name.split(":"))))
     if name == "bytes":
         return Tokenizer(name, 257, 256, encode_bytes, lambda ids: bytes(ids).decode(errors="replace"))
     if name == "gpt2":
         return gpt2_tokenizer()
-    directory = directory_of(name)
-    if directory is None:
-        raise UserError(f"unknown tokenizer {name!r}: it is bytes, gpt2, a directory or hub repository with "
-                        "a tokenizer.json or, for rows of token ids, VOCAB_SIZE:EOT as 4096:1")
+    try:
+        directory = fetch(name, weights=False)
+    except UserError as e:
+        raise UserError(f"the tokenizer {name!r} is neither bytes, gpt2 nor, for rows of token ids, VOCAB_SIZE:EOT as "
+                        f"4096:1; {e}") from None
     return read_tokenizer(name, directory)
 
 
-def check_size(what, vocab_size, eot):
-    if not 0 <= eot < vocab_size <= 2**16:
-        raise UserError(f"{what}: end-of-text must be below the vocabulary's size, and that at most {2**16:,}, "
-                        "as tokens are uint16")
+def checked(tokenizer):
+    if not 0 <= tokenizer.eot < tokenizer.vocab_size <= 2**16:
+        raise UserError(f"{tokenizer.name}: end-of-text must be below the vocabulary's size, and that at most {2**16:,}, "
+                        f"because tokens are uint16; they are {tokenizer.eot} and {tokenizer.vocab_size}")
+    return tokenizer
 
 
 def encode_bytes(content):
@@ -80,105 +75,107 @@ def gpt2_tokenizer():
 
 
 def read_tokenizer(name, directory):
-    """The Tokenizer in a directory's tokenizer.json. End-of-text is tokenizer_config.json's eos_token, or
-    config.json's eos_token_id. UserError."""
+    """The Tokenizer of a directory's files, with the ids and the end-of-text of transformers' AutoTokenizer. A special
+    token that is spelled in a text stays text. UserError."""
     import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
 
-    path = os.path.join(directory, "tokenizer.json")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(path)
-    except Exception as e:  # tokenizers raises no other kind
-        raise UserError(f"{path} can't be read: {str(e).splitlines()[0]}") from None
-    tokenizer.encode_special_tokens = True  # text that spells a special token stays text
-    tokenizer.no_truncation()  # as a file may ask for: a document is taken whole
-    tokenizer.no_padding()
-    eos = read_dict(os.path.join(directory, "tokenizer_config.json")).get("eos_token")
-    if isinstance(eos, dict):
-        eos = eos.get("content")
-    eot = tokenizer.token_to_id(eos) if isinstance(eos, str) else None
-    if eot is None:
-        eot = read_dict(os.path.join(directory, "config.json")).get("eos_token_id")
-    if type(eot) is not int:
-        raise UserError(f"{directory}: neither tokenizer_config.json nor config.json names an eos_token, "
-                        "so there is no end-of-text to put after a document")
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    check_size(path, vocab_size, eot)
+    def read(file):
+        path = os.path.join(directory, file)
+        return read_json(path) if os.path.lexists(path) else {}
+
+    config, hf, whole = read("tokenizer_config.json"), read("config.json"), read("tokenizer.json")
+    kind = config.get("tokenizer_class") or hf.get("tokenizer_class") or ("GPT2Tokenizer" if hf else "TokenizersBackend")
+    is_gpt2 = str(kind).removesuffix("Fast") == "GPT2Tokenizer"
+    files = ["tokenizer.json"] if whole else ["vocab.json", "merges.txt"]
+    paths = [os.path.join(directory, file) for file in files]
+    known = is_gpt2 or whole and kind in ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
+    if not known or not all(map(os.path.exists, paths)) or {"auto_map", "fast_tokenizer_files"} & config.keys():
+        raise UserError(f"{name} has no tokenizer.json that is read here as transformers reads it (its class is {kind}): "
+                        f"make one, with DIRECTORY a copy of the model: {SAVE.format(name)}")
+    with reading(paths[0]), reading(paths[-1]):
+        if is_gpt2:  # transformers takes no more than these from any file
+            model = whole.get("model") or dict(zip(("vocab", "merges"), models.BPE.read_file(*paths)))
+            merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+            tokenizer = tokenizers.Tokenizer(models.BPE(model["vocab"], merges))
+            spaced = bool(config.get("add_prefix_space", False))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
+            tokenizer.decoder = decoders.ByteLevel()
+        else:
+            tokenizer = tokenizers.Tokenizer.from_file(paths[0])
+        added = config.get("added_tokens_decoder")
+        if added is None:
+            config |= read("special_tokens_map.json")
+            added = {id: dict(content=token) for token, id in read("added_tokens.json").items()}
+            added |= {token.pop("id"): token for token in whole.get("added_tokens", [])}
+        added = {int(id): tokenizers.AddedToken(**token) for id, token in added.items()}
+        tokenizer.add_tokens([added[id] for id in sorted(added)])
+        for id, token in added.items():
+            if tokenizer.token_to_id(token.content) != id:
+                raise ValueError(f"the added token {token.content!r} can't have the id {id}")
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()  # as a file may ask for: a document is taken whole
+        tokenizer.no_padding()
+        eos = config.get("eos_token", "<|endoftext|>" if is_gpt2 else None)
+        eot = tokenizer.token_to_id(eos.get("content") if isinstance(eos, dict) else eos) if eos else None
+        if eot is None:
+            raise ValueError(f"its eos_token is {eos!r}: name one of its tokens in tokenizer_config.json")
+        vocab_size = max(tokenizer.get_vocab().values()) + 1
+        sha256 = hashlib.sha256(b"".join(map(read_bytes, paths))).hexdigest()
 
     def encode(content):
         text = content.decode() if isinstance(content, bytes) else content
-        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype="<u2")
+        with reading(paths[0]):  # such as a word without an unknown token
+            return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype="<u2")
 
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=False)
 
+    return checked(Tokenizer(name, vocab_size, eot, encode, decode, sha256))
+
+
+def read_bytes(path):
     with open(path, "rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    return Tokenizer(name, vocab_size, eot, encode, decode, sha256)
-
-
-def directory_of(source):
-    """The directory here with the tokenizer.json of a model directory or hub repository; None: it has
-    none, or can't be reached."""
-    if os.path.exists(os.path.join(source, "tokenizer.json")):
-        return source
-    if os.path.isdir(source) or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        return None
-    import huggingface_hub as hub
-
-    repo, _, revision = source.partition("@")
-    directory = None
-    for file in FILES:
-        try:
-            path = hub.hf_hub_download(repo, file, revision=revision or None)
-        except Exception:  # of many kinds: it is not there, or can't be asked
-            if file == "tokenizer.json":
-                return None
-            continue
-        directory = os.path.dirname(path)
-    return directory
+        return f.read()
 
 
 def tokenizer_of(model, source):
-    """The Tokenizer of a model from `source`: that which stands beside it, else GPT-2's or bytes by its
-    end-of-text id. UserError."""
-    config = model.config
-    directory = source if os.path.isdir(source) else None
-    if config.eot not in (50256, 256) or config.eot >= config.vocab_size:
-        directory = directory_of(source)
-    if directory is not None and os.path.exists(os.path.join(directory, "tokenizer.json")):
+    """The Tokenizer of a model from `source`: its own; where it has no tokenizer files, GPT-2's or bytes by its
+    vocabulary, which may be padded. UserError."""
+    eot, vocab_size = model.config.eot, model.config.vocab_size
+    directory = fetch(source, weights=False)
+    if tokenizer_files(directory):
         found = read_tokenizer(directory, directory)
-    elif config.eot >= config.vocab_size:  # GPT2Config says 50256 of any vocabulary
-        raise UserError(f"{source} has no tokenizer that is known here: its config.json says end-of-text "
-                        f"{config.eot}, which is none of its {config.vocab_size} ids")
-    elif config.eot not in (50256, 256):
-        raise UserError(f"{source} has no tokenizer that is known here: its end-of-text is {config.eot}, neither "
-                        "GPT-2's 50256 nor 256, that of bytes, and no tokenizer.json stands beside it")
+    elif eot == 50256 and 50257 <= vocab_size <= 51200:
+        found = make_tokenizer("gpt2")
+    elif eot == 256 and 257 <= vocab_size <= 512:
+        found = make_tokenizer("bytes")
     else:
-        found = make_tokenizer("gpt2" if config.eot == 50256 else "bytes")
-    if found.vocab_size > config.vocab_size:
-        raise UserError(f"the tokenizer of {source} has {found.vocab_size} ids, but the model knows "
-                        f"{config.vocab_size}")
+        raise UserError(f"{source} has no tokenizer files, and its {vocab_size} ids with end-of-text {eot} are neither "
+                        "GPT-2's nor bytes: put its tokenizer.json and tokenizer_config.json beside its config.json")
+    if found.vocab_size > vocab_size:
+        raise UserError(f"the tokenizer of {source} has {found.vocab_size} ids, but the model knows {vocab_size}")
     return found
 
 
+def tokenizer_files(directory):
+    return [file for file in TOKENIZER_FILES if os.path.lexists(os.path.join(directory, file))]
+
+
 def copy_tokenizer(source, directory):
-    """Copy the tokenizer files that stand beside the model `source`, if any, into a directory. Whether
-    there are any."""
-    there = directory_of(source)
-    if there is None:
-        return False
+    """Copy the tokenizer files of the model `source`, if it has any, into a directory. Whether it has any."""
+    there = fetch(source, weights=False)
     with on_disk(f"can't copy the tokenizer of {source}"):
-        for file in FILES:
-            if os.path.exists(os.path.join(there, file)):
-                shutil.copyfile(os.path.join(there, file), os.path.join(directory, file))
-    return True
+        for file in tokenizer_files(there):
+            shutil.copyfile(os.path.join(there, file), os.path.join(directory, file))
+    return bool(tokenizer_files(there))
 
 
 def remove_copied_tokenizer(source, directory):
-    """Remove what copy_tokenizer copied from source: just files that are there to the same bytes."""
-    there = directory_of(source)
-    for file in FILES if there else ():
-        original, copy = os.path.join(there, file), os.path.join(directory, file)
-        both = os.path.exists(original) and os.path.exists(copy)
-        if both and not os.path.samefile(original, copy) and filecmp.cmp(original, copy, shallow=False):
-            os.remove(copy)
+    """Remove what copy_tokenizer copied from source: files of the same bytes. Nothing, if source is gone."""
+    for file in tokenizer_files(directory):
+        with suppress(UserError):
+            original, copy = os.path.join(fetch(source, weights=False), file), os.path.join(directory, file)
+            both = os.path.isfile(original) and os.path.isfile(copy) and not os.path.samefile(original, copy)
+            if both and filecmp.cmp(original, copy, shallow=False):
+                os.remove(copy)

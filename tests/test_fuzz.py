@@ -256,12 +256,7 @@ def test_checkpoint(folder, choose):
         with open("resumed/ckpt.pt", "rb") as f:
             content = f.read()
         write("resumed/ckpt.pt", choose.draw(damaged(content, 2000)))
-    found = refused_or_taken(checkpoint.load, "resumed")
-    if found:
-        checkpoint.load_model(found, 0.0)
-        refused_or_taken(checkpoint.load_optimizers, [optimizer], found)
-        checkpoint.set_rng_state(found["rng"])
-        run.changed_settings(RUN, found)
+    refused_or_taken(checkpoint.load, "resumed", 0.0)
 
 
 @given(st.data())

@@ -5,14 +5,16 @@ every export. Oracles: the tokenizers library on the whole text, and transformer
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
 import torch
-from conftest import END, TINY, random_hf, read_json, read_tokens, set_all_fake, text
-from tokenizers import decoders, models, pre_tokenizers
+from conftest import END, TINY, random_hf, read_json, read_tokens, text
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from model import GPT
+from parts.errors import UserError
 from parts.tokenizer import make_tokenizer, tokenizer_of
 
 def encode(directory, content):
@@ -145,29 +147,113 @@ def test_another_models_tokenizer_is_gone_when_its_run_is_replaced(run, own_mode
     assert sorted(os.listdir("out/run/model")) == ["config.json", "model.safetensors"]
 
 
-def test_a_tokenizer_without_an_end_of_text_is_refused(run, own_model, tmp_path):
-    bpe = tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json")
-    os.makedirs("bare")
-    bpe.save("bare/tokenizer.json")
-    (tmp_path / "a.txt").write_text("a" * 100)
-    done = run("prepare_owt.py", "--files=a.txt", "--tokenizer=bare")
-    assert "bare: neither tokenizer_config.json nor config.json names an eos_token" in done.error
+# --- whose ids: transformers' AutoTokenizer is the oracle
+
+GPT2_END = "<|endoftext|>"
+PROBE = " Hello world def Read\n\n naïve <|user|> 1e-5  x"
 
 
-def test_a_tokenizer_that_is_none_is_refused(run, tmp_path):
-    os.makedirs("bad")
-    (tmp_path / "bad/tokenizer.json").write_text("{")
-    (tmp_path / "a.txt").write_text("a" * 100)
-    assert "bad/tokenizer.json can't be read" in run("prepare_owt.py", "--files=a.txt", "--tokenizer=bad").error
-    assert "unknown tokenizer './nowhere'" in run("prepare_owt.py", "--files=a.txt", "--tokenizer=./nowhere").error
+def byte_level(lower=False):
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    if lower:
+        bpe.normalizer = normalizers.Lowercase()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=[GPT2_END], initial_alphabet=alphabet)
+    bpe.train_from_iterator(["def read(self): return hello world Hello"] * 9, trainer)
+    return bpe
 
 
-def test_a_tokenizer_of_more_ids_than_the_models_is_refused(own_model, tmp_path):
-    hf = random_hf(vocab_size=290)
-    hf.save_pretrained(tmp_path)
-    tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json").save(str(tmp_path / "tokenizer.json"))
-    model = set_all_fake(GPT.from_pretrained(tmp_path))
-    with pytest.raises(ValueError, match="has 300 ids, but the model knows 290"):
+def model_directory(folder, bpe, form, **files):
+    """A GPT-2's config.json, and its tokenizer as tokenizer.json or as vocab.json and merges.txt."""
+    random_hf(vocab_size=300, n_layer=1).config.save_pretrained(folder)
+    if form == "whole":
+        bpe.save(str(folder / "tokenizer.json"))
+    else:
+        model = json.loads(bpe.to_str())["model"]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+USER = dict(content="<|user|>", special=False, lstrip=True, rstrip=False, normalized=True, single_word=False)
+
+
+@pytest.mark.parametrize("form, lower, config, more", [
+    ("whole", False, {}, {}),
+    ("whole", True, {}, {}),  # GPT2Tokenizer drops the normalizer
+    ("whole", True, dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=GPT2_END), {}),
+    ("whole", False, dict(tokenizer_class="GPT2TokenizerFast", add_prefix_space=True), {}),
+    ("whole", False, dict(tokenizer_class="GPT2Tokenizer", added_tokens_decoder={"NEXT": USER}), {}),
+    ("whole", False, {}, dict(added_tokens={"<|user|>": "NEXT"})),
+    ("whole", False, dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="a"),
+     dict(special_tokens_map=dict(eos_token=GPT2_END))),
+    ("parts", False, {}, {}),
+    ("parts", False, dict(add_prefix_space=True, eos_token="z"), {}),
+])
+def test_the_ids_are_those_of_autotokenizer(tmp_path, form, lower, config, more):
+    from transformers import AutoTokenizer
+
+    bpe = byte_level(lower)
+    size = bpe.get_vocab_size()
+    config, more = json.loads(json.dumps([config, more]).replace('"NEXT": {', f'"{size}": {{').replace('"NEXT"', str(size)))
+    directory = model_directory(tmp_path, bpe, form, tokenizer_config=config, **more)
+    theirs, ours = AutoTokenizer.from_pretrained(directory), make_tokenizer(directory)
+    assert ours.encode(PROBE).tolist() == theirs(PROBE, add_special_tokens=False).input_ids
+    assert ours.eot == theirs.eos_token_id
+    assert ours.decode(ours.encode(PROBE).tolist()) == theirs.decode(theirs(PROBE, add_special_tokens=False).input_ids)
+
+
+@pytest.mark.parametrize("files", [
+    {"vocab.txt": "a"},
+    {"spiece.model": "a"},
+    {"vocab.json": "{}"},
+    {"tokenizer_config.json": "{}"},
+    {"tokenizer.json": "{"},
+    {"tokenizer.json": "WHOLE", "tokenizer_config.json": '{"tokenizer_class": "BertTokenizer"}'},
+    {"tokenizer.json": "WHOLE", "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'},  # no end
+    {"tokenizer.json": "WHOLE", "added_tokens.json": '{"<|user|>": 295}'},  # not the next id
+])
+def test_what_can_not_be_read_as_transformers_does_is_refused(tmp_path, files):
+    model = GPT.from_pretrained(TINY)
+    random_hf(vocab_size=300, n_layer=1).config.save_pretrained(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(byte_level().to_str() if content == "WHOLE" else content)
+    with pytest.raises(UserError, match=str(tmp_path)):
         tokenizer_of(model, str(tmp_path))
 
 
+@pytest.mark.parametrize("vocab_size, eot, name", [
+    (50257, 50256, "gpt2"),
+    (50304, 50256, "gpt2"),
+    (52000, 50256, None),
+    (50257, 0, None),
+    (257, 256, "bytes"),
+    (320, 256, "bytes"),
+    (4096, 256, None),
+    (300, 50256, None),
+])
+def test_without_tokenizer_files_the_vocabulary_says_it(tmp_path, gpt2_tokenizer, vocab_size, eot, name):
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size, eot=eot))
+    if name:
+        assert tokenizer_of(model, str(tmp_path)).name == name
+    else:
+        with pytest.raises(UserError, match=str(tmp_path)):
+            tokenizer_of(model, str(tmp_path))
+
+
+@pytest.mark.parametrize("broken", [models.WordLevel({"a": 0}, unk_token="?"), models.BPE(), models.Unigram()])
+def test_without_an_unknown_token_or_a_vocabulary_it_is_one_line(tmp_path, broken):
+    tokenizers.Tokenizer(broken).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    with pytest.raises(UserError, match="tokenizer.json"):
+        make_tokenizer(str(tmp_path)).encode("a b")
+
+
+def test_a_tokenizer_of_more_ids_than_the_models_is_refused(own_model):
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=290, eot=0))
+    with pytest.raises(UserError, match="300 ids"):
+        tokenizer_of(model, own_model)

@@ -52,8 +52,12 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, with_body):
         path = unquote(self.path.partition("?")[0]).lstrip("/").replace("refs/convert/parquet", CONVERTED)
         if path.startswith("api/") and "/tree/" in path:
-            repo, revision = path.removeprefix("api/").split("/tree/")
+            repo, revision = path.removeprefix("api/").removeprefix("models/").split("/tree/")
             self.list_files(repo, revision)
+        elif path.startswith("api/models/"):
+            repo, _, revision = path.removeprefix("api/models/").partition("/revision/")
+            if not self.refused(repo, revision):
+                self.send_json(dict(id=repo, sha=COMMIT, siblings=[]))
         else:
             repo, _, rest = path.partition("/resolve/")
             revision, _, name = rest.partition("/")
@@ -61,9 +65,9 @@ class Hub(BaseHTTPRequestHandler):
             self.send_file(repo, revision, name, with_body)
 
     def list_files(self, repo, revision):
-        if repo not in self.server.repos:
-            return self.refuse(404, "RepoNotFound")
-        folder = self.server.repos[repo]
+        if self.refused(repo, "main"):
+            return
+        folder = self.server.repos["org/tiny" if repo == "org/private" else repo]
         if revision == CONVERTED:
             folder = folder / CONVERTED
         found = []
@@ -74,20 +78,30 @@ class Hub(BaseHTTPRequestHandler):
                 found.append(dict(type="file", path=name, size=path.stat().st_size, oid="0" * 40))
         self.send_json(found)
 
-    def send_file(self, repo, revision, name, with_body):
+    def refused(self, repo, revision):
+        """Whether it is, and then the answer is sent."""
+        known = repo in self.server.repos or repo == "org/private"
+        answer = None
         if repo == "org/private" and self.headers.get("Authorization") != "Bearer secret":
-            return self.refuse(401)
-        if repo == "org/gated":
-            return self.refuse(403, "GatedRepo")
-        if repo == "org/broken":
-            return self.refuse(418)
-        folder = self.server.repos.get("org/tiny" if repo == "org/private" else repo)
-        if folder is None:
-            return self.refuse(404, "RepoNotFound")
+            answer = 401, None
+        elif repo == "org/gated":
+            answer = 403, "GatedRepo"
+        elif repo == "org/broken":
+            answer = 418, None
+        elif not known:
+            answer = 404, "RepoNotFound"
+        elif revision not in ("main", "v2", COMMIT, CONVERTED):
+            answer = 404, "RevisionNotFound"
+        if answer:
+            self.refuse(*answer)
+        return answer is not None
+
+    def send_file(self, repo, revision, name, with_body):
+        if self.refused(repo, revision):
+            return
+        folder = self.server.repos["org/tiny" if repo == "org/private" else repo]
         if revision == CONVERTED:
             folder = folder / CONVERTED
-        elif revision not in ("main", "v2", COMMIT):
-            return self.refuse(404, "RevisionNotFound")
         if not (folder / name).is_file():
             return self.refuse(404, "EntryNotFound")
 
