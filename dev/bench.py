@@ -4,13 +4,13 @@ Measure speed and memory, at GPT-2 small's shape with random weights.
     python -m dev.bench                   # a training step: train.py's beside nanoGPT's
     python -m dev.bench --what=eval       # the loss over windows, beside transformers
     python -m dev.bench --what=hellaswag  # beside one forward pass for each example, with four padded rows
-    python -m dev.bench --what=sample     # decoding: folded beside unfolded, and unfolded beside transformers' generate
+    python -m dev.bench --what=sample     # decoding: folded beside unfolded, unfolded beside transformers
     python -m dev.bench --what=prepare    # 100 MB of text to tokens, beside nanoGPT's prepare.py
 
 Training: "nanoGPT's way" is nanoGPT's step written with our modules: one LN and one product for query, key and value,
 F.layer_norm, whole logits, compiled. The other rows are train.py's step. Each way runs in its own process, so that its
-peak memory is its own, and the ways take turns. The table has medians over rounds of: tokens/s after two warm-up steps,
-the ratio to the first row, MFU as in train.py, and peak memory of the GPU or, on a CPU, of the process.
+peak memory is its own, and the ways take turns. The table has medians over rounds: tokens/s after two warm-up steps, the
+ratio to the first row, MFU as in train.py, and peak memory of the GPU or, on a CPU, of the process.
 
 The others: theirs and ours take turns in one process, after a round that does not count. "limit" is our speed as a
 share of what the machine can do: the rate of a large matrix product or, in decoding, of reading the weights. It needs
@@ -351,7 +351,7 @@ def memory_bandwidth():
 
 
 def source_texts(megabytes):
-    """This machine's Python files, packages included -> documents of 4,000 characters, and their size in characters."""
+    """This machine's Python files, in documents of 4,000 characters; and their size in characters."""
     texts, size = [], 0
     for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "**", "*.py"), recursive=True)):
         with open(path, encoding="utf-8", errors="replace") as f:
