@@ -50,7 +50,7 @@ def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}
             if not argv:
                 raise UserError(f"--{key} needs a value, as in --{key}={settings[key]!r}")
             value = argv.pop(0)
-        settings[key] = check_type(f"--{key}", parse(value, settings[key]), settings[key])
+        assign(settings, key, check_type(f"--{key}", parse(value, settings[key]), settings[key]))
     for name in names:
         check_value(name, settings[name], at_least.get(name, 0), at_most.get(name), below.get(name), choices.get(name))
     return {name: settings[name] for name in names}
@@ -79,7 +79,13 @@ def apply_file(settings, names, path):
         if key.startswith("_"):
             continue
         check_name(names, key, f"{key} in {path}")
-        settings[key] = check_type(f"{key} in {path}", value, before[key])
+        assign(settings, key, check_type(f"{key} in {path}", value, before[key]))
+
+
+def assign(settings, key, value):
+    if (key, value) == ("init_from", "auto"):  # init_from keeps what a new run starts from
+        key, value = "auto", True
+    settings[key] = value
 
 
 def check_name(names, key, where):

@@ -1,21 +1,20 @@
 """
-The removal schedule: what happens at which step. Rows of numbers to events, the state at a step,
-and carrying events out.
+The removal schedule: what happens at which step. Rows of numbers to events, the state at a step, carrying events out,
+and the learning rate.
 
     ln_schedule = [                      # sites, first step, steps between layers
-        ("ln_2", 10, 5),                 # layer 0 before step 10, layer 1 before step 15, ... up to the last
-        ("ln_1qk", 30, 5, "down"),       # the last layer first
-        ("ln_1v", 50, 5, [3, 0, -1]),    # these layers in this order; -1 is the last
-        ("ln_1v", 70, 0, [1, 2]),        # others, all at one time
-        ("h.4.ln_1v", 80, None),         # a single site
+        ("ln_2", 10, 5),                 # layer 0 before step 10, layer 1 before step 15, ..., up to the last
+        ("ln_1qk", 40, 0),               # all layers before step 40
+        ("h.4.ln_1v", 50, None),         # a single site
+        *[(f"h.{i}.ln_1v", 60 + i, None) for i in (3, 2, 1, 0)],    # any other order, in Python
         ("ln_f", 90, None),
         ("eot", 95, None),               # a treatment ends; one without a row is never on
         ("bos", 99, None),
-    ]                                    # of a model of 6 layers
+    ]                                    # for a model of 5 layers
 
-For a model of any depth and a run of any length, a row can say where in the run it begins, as a
-fraction of max_iters: ("ln_f", 0.4, None). A pair says from where to where its layers are spread
-evenly, the end itself not among them: ("ln_2", (0.1, 0.3), None). The learning rate is here too.
+For a model of any depth and a run of any length, a row can say where in the run it begins, as a fraction of max_iters:
+("ln_f", 0.4, None). A pair spreads the layers evenly from its first number up to, but not including, its second:
+("ln_2", (0.1, 0.3), None).
 """
 import math
 from statistics import median
@@ -31,56 +30,47 @@ FAR = 0.5  # nats
 
 
 def timeline(ln_schedule, n_layer, max_iters):
-    """The removal events [(step, kind, layer or None), ...] in the order they happen. UserError on
-    a schedule that can't run."""
+    """The removal events [(step, kind, layer or None), ...] in the order they happen. UserError on a schedule that
+    can't run."""
     events = [event for row in ln_schedule for event in row_events(row, n_layer, max_iters)]
     events.sort(key=lambda event: event[0])  # stable: events of one step keep the schedule's order
-    seen = set()
-    for step, kind, layer in events:
-        name = site_name(kind, layer)
-        if name in seen:
+    names = [site_name(kind, layer) for _, kind, layer in events]
+    for i, name in enumerate(names):
+        if name in names[:i]:
             raise UserError(f"ln_schedule: {name} has two events")
-        seen.add(name)
-    if events and events[-1][0] >= max_iters:  # the last one tells how many steps are needed
-        step, kind, layer = events[-1]
-        name = site_name(kind, layer)
-        raise UserError(f"ln_schedule: {name} at step {step} never happens: max_iters is {max_iters}")
+    if events and events[-1][0] >= max_iters:
+        raise UserError(f"ln_schedule: {names[-1]} at step {events[-1][0]} never happens: max_iters is {max_iters}")
     return events
 
 
 def row_events(row, n_layer, max_iters):
     """One row's events [(step, kind, layer or None), ...]. UserError if it is not a row."""
-    if not isinstance(row, (list, tuple)) or len(row) not in (3, 4):
-        raise UserError(f"ln_schedule: {row!r} is not a row (kind, first step, steps between layers), "
-                        "or one with an order as its fourth")
-    name, first, gap = row[:3]
-    if len(row) == 4 and name not in KINDS:
-        raise UserError(f"ln_schedule: in {row!r} there is one event, and no layers to order")
+    if not isinstance(row, (list, tuple)) or len(row) != 3:
+        raise UserError(f"ln_schedule: {row!r} is not a row (sites, first step, steps between layers)")
+    name, first, gap = row
     if name in KINDS:
-        sites = [(name, layer) for layer in layers_in_order(row, n_layer)]
+        sites = [(name, layer) for layer in range(n_layer)]
     elif name in ("ln_f", *TREATMENTS):
         sites = [(name, None)]
     else:
-        sites = [named_site(name, n_layer)]
+        named = {site_name(kind, layer): (kind, layer) for kind in KINDS for layer in range(n_layer)}
+        if name not in named:
+            raise UserError(f"ln_schedule: unknown site {name!r}: choose one of {', '.join(KINDS)}, ln_f, eot, bos, "
+                            f"or a single site, from h.0.ln_2 to h.{n_layer - 1}.ln_2")
+        sites = [named[name]]
 
-    if isinstance(first, (list, tuple)) and len(first) == 2 and gap is None:
-        if name not in KINDS:
-            raise UserError(f"ln_schedule: in {row!r} there is one event, and it happens at one step")
-        begin, end = step_of(row, first[0], max_iters), step_of(row, first[1], max_iters)
-        if type(first[0]) is not type(first[1]):
-            raise UserError(f"ln_schedule: in {row!r} one end is a step and the other a fraction of max_iters: "
-                            "write both alike")
-        if end < begin:
-            raise UserError(f"ln_schedule: in {row!r} the end is before the beginning")
+    if isinstance(first, (list, tuple)) and len(first) == 2 and name in KINDS and gap is None:
+        begin, end = (step_of(row, at, max_iters) for at in first)
+        if type(first[0]) is not type(first[1]) or end < begin:
+            raise UserError(f"ln_schedule: {row!r} needs two steps, or two fractions of max_iters, in ascending order")
         steps = [begin + (end - begin) * i // len(sites) for i in range(len(sites))]
     elif name in KINDS:
-        begin = step_of(row, first, max_iters)
         if type(gap) is not int or gap < 0:
-            raise UserError(f"ln_schedule: in {row!r} the steps between layers must be 0 or more")
-        steps = [begin + gap * i for i in range(len(sites))]
+            raise UserError(f"ln_schedule: the third column of {row!r}, the steps between layers, must be 0 or more")
+        steps = [step_of(row, first, max_iters) + gap * i for i in range(len(sites))]
     else:
         if gap is not None:
-            raise UserError(f"ln_schedule: in {row!r} there is one event: the steps between layers must be None")
+            raise UserError(f"ln_schedule: {name} is a single event: the third column of {row!r} must be None")
         steps = [step_of(row, first, max_iters)]
     return [(step, kind, layer) for step, (kind, layer) in zip(steps, sites)]
 
@@ -90,32 +80,9 @@ def step_of(row, at, max_iters):
     if type(at) is float and 0 <= at <= 1:
         return round(at * max_iters)
     if type(at) is not int or at < 0:
-        raise UserError(f"ln_schedule: in {row!r} the first step must be 0 or more, "
-                        "or as a fraction of max_iters from 0.0 to 1.0")
+        raise UserError(f"ln_schedule: {row!r} must begin at a step from 0, or at a fraction of max_iters from 0.0 to "
+                        "1.0")
     return at
-
-
-def layers_in_order(row, n_layer):
-    """The layers of a row of a kind, in the order in which they go."""
-    order = row[3] if len(row) == 4 else "up"
-    if order in ("up", "down"):
-        layers = list(range(n_layer))
-        return layers if order == "up" else layers[::-1]
-    listed = isinstance(order, (list, tuple))
-    if not listed or not order or not all(type(n) is int and -n_layer <= n < n_layer for n in order):
-        raise UserError(f"ln_schedule: in {row!r} the order must be 'up', 'down' or a list of layers "
-                        f"from 0 to {n_layer - 1}, -1 being the last")
-    return [n % n_layer for n in order]
-
-
-def named_site(name, n_layer):
-    """"h.3.ln_2" -> ("ln_2", 3)."""
-    for kind in KINDS:
-        for layer in range(n_layer):
-            if name == site_name(kind, layer):
-                return kind, layer
-    raise UserError(f"ln_schedule: unknown kind {name!r}: it is one of {', '.join(KINDS)}, ln_f, eot, bos, "
-                    f"or one site, from h.0.ln_2 to h.{n_layer - 1}.ln_2")
 
 
 def site_name(kind, layer):
@@ -123,9 +90,9 @@ def site_name(kind, layer):
 
 
 def state_at(events, step, sites):
-    """({site: mode}, {treatment: on}) after the events of all steps before `step`: a pure function
-    of the schedule, so that a resumed run finds the same model."""
-    past = {site_name(kind, layer) for k, kind, layer in events if k < step}
+    """({site: mode}, {treatment: on}) after the events of all steps before `step`: a pure function of the schedule, so
+    that a resumed run finds the same model."""
+    past = {site_name(kind, layer) for at, kind, layer in events if at < step}
     scheduled = {kind for _, kind, _ in events}
     modes = {name: "fake" if name in past else "real" for name in sites}
     treatments = {name: name in scheduled and name not in past for name in TREATMENTS}
@@ -139,7 +106,7 @@ def check_modes(model, events, step):
     modes, _ = state_at(events, step, model.sites())
     for name, mode in model.ln_modes().items():
         if mode != modes[name]:
-            raise UserError(f"{name} is {mode} at step {step}, but by ln_schedule it should be {modes[name]}")
+            raise UserError(f"{name} is {mode} at step {step}, but ln_schedule has it {modes[name]} there")
 
 
 def set_treatments(model, events, step):
@@ -150,12 +117,12 @@ def set_treatments(model, events, step):
 
 
 def remove(model, events, step, batches, mean, over, momentum):
-    """Carry out a step's events on the raw model, before its forward pass, and return a log entry for
-    each. Where a site goes, measure the constants of all sites that are still real first; with a
-    momentum, at each step until the last one goes.
+    """Carry out a step's events on the raw model, before its forward pass. Before a site is removed, measure the
+    constants of all sites that are still real. Returns a log entry for each event.
 
-    batches: idx (B, T) each, the step's own micro-batches; mean averages a tensor over processes; over
-    and momentum: train.py's std_over and std_momentum."""
+    batches: idx (B, T) each, the step's own micro-batches; mean averages a tensor over ranks; over and momentum are
+    train.py's std_over and std_momentum: with a momentum, the constants are measured at each step up to the last
+    removal."""
     due = [(kind, layer) for at, kind, layer in events if at == step]
     site_steps = [at for at, kind, _ in events if kind not in TREATMENTS]
     if step in site_steps or (momentum > 0 and step < max(site_steps, default=0)):
@@ -176,9 +143,9 @@ def remove(model, events, step, batches, mean, over, momentum):
 
 @torch.no_grad()
 def measure(model, batches, mean, over, momentum):
-    """Set the constants of all sites that are still real, in one pass. A constant must fit the weights
-    of this moment, and the tokens that come next: so it is measured at the event, on the step's own
-    batch. Those of sites that go later are measured again then."""
+    """Set the constants of all sites that are still real, in one pass. A constant must fit the weights of this moment
+    and the tokens that come next, so it is measured at the event, on the step's own batch; sites that are removed
+    later are measured again then."""
     model.eval()  # without dropout
     observed = [model.observe_std(idx, over) for idx in batches]
     model.train()
@@ -190,8 +157,8 @@ def measure(model, batches, mean, over, momentum):
 
 
 def still_far_up(losses, events, step):
-    """A note if the loss, LONG after an event, is still FAR above what it was before; else "". An event throws it up
-    for a step or two. losses: {step: loss}."""
+    """A note if the loss, LONG steps after an event, is still FAR above its value before; else "". Normally it
+    recovers within a step or two. losses: {step: loss}."""
     names = [site_name(kind, layer) for at, kind, layer in events if at == step - LONG]
     before = [losses[k] for k in range(step - 2 * LONG, step - LONG) if k in losses]
     now = [losses[k] for k in range(step - LONG // 2, step + 1) if k in losses]
@@ -200,13 +167,12 @@ def still_far_up(losses, events, step):
     up = median(now) - median(before)
     if not up > FAR:
         return ""
-    return (f"note: {LONG} steps after {names[-1]} went, the loss is still {up:.2f} nats above what it was: "
-            "a lower learning_rate, or more steps between events, may help")
+    return (f"note: {LONG} steps after the removal of {names[-1]}, the loss is still {up:.2f} nats above its value "
+            "before: a lower learning_rate, or more steps between events, may help")
 
 
 def describe(ln_schedule, events):
-    """A line for each kind, treatment and named site of the schedule: what happens before which
-    steps, and to which layers where they don't just ascend."""
+    """A line for each kind, treatment and named site of the schedule: what happens before which steps."""
     lines = []
     names = list(dict.fromkeys(row[0] for row in ln_schedule))
     for name in names:
@@ -214,11 +180,7 @@ def describe(ln_schedule, events):
         if name in KINDS:
             own = [event for event in events if name == event[1] and site_name(*event[1:]) not in names]
         steps = ", ".join(str(step) for step, _, _ in own)
-        line = f"  {name:<6} {'off' if name in TREATMENTS else 'fake'} before step {steps}"
-        layers = [layer for _, _, layer in own]
-        if name in KINDS and layers != list(range(len(layers))):
-            line += f": layers {', '.join(map(str, layers))}"
-        lines.append(line)
+        lines.append(f"  {name:<6} {'off' if name in TREATMENTS else 'fake'} before step {steps}")
     return lines
 
 
@@ -230,8 +192,8 @@ def describe_event(entry):
 
 
 def learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters):
-    """Linear warm-up, then a cosine down to min_lr at step lr_decay_iters, of which the warm-up is a part. Steps
-    count from 0. nanoGPT's, train.py."""
+    """Linear warm-up, then a cosine to min_lr at step lr_decay_iters, counted from 0 with the warm-up. Source:
+    nanoGPT, train.py."""
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     done = min(1.0, (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters))

@@ -63,13 +63,20 @@ def read_model(cls, source, dropout):
     weights = weight_files(directory)
     with reading(directory):
         config = config_from_hf(hf, dropout)
-        bytes_there = sum(os.path.getsize(path) for path in weights)
-        parameters = 12 * config.n_layer * config.n_embd**2 + (config.vocab_size + config.block_size) * config.n_embd
-        if not 0 < parameters <= bytes_there:  # before memory is allocated for them
-            raise ValueError(f"config.json describes {parameters:,} parameters, the weights have {bytes_there:,} bytes")
+        check_size(config, sum(os.path.getsize(path) for path in weights))
         model = cls(config)
         model.load_hf(hf, read_tensors(weights, model.hf_tensors()))
     return model
+
+
+def check_size(config, nbytes):
+    """ValueError if a model of this config has more parameters than its file has bytes: before memory is allocated."""
+    C = config.n_embd
+    parameters = 12 * config.n_layer * C * C + (config.vocab_size + config.block_size) * C
+    if min(vars(config)[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")) < 1:
+        raise ValueError(f"a size below 1 in {config}")
+    if parameters > nbytes:
+        raise ValueError(f"its config describes {parameters:,} parameters, but the weights have {nbytes:,} bytes")
 
 
 def read_config(directory):
@@ -145,11 +152,17 @@ def load_torch(path):
     """What torch.save wrote, on the CPU; no code in it is run. An exception of any kind if it is damaged."""
     with open(path, "rb") as f:
         is_zip = f.read(4) == b"PK\3\4"  # since torch 1.6
-    if is_zip:  # torch does not compare the CRC-32s; a compressed part could fill the memory
-        with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()) or archive.testzip():
-                raise ValueError("a part is damaged or compressed")
+    if is_zip:
+        check_zip(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_zip(path):
+    """ValueError or BadZipFile if a part of what torch.save wrote is damaged: torch itself does not compare the
+    CRC-32s. A compressed part could fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()) or archive.testzip():
+            raise ValueError("a part is damaged or compressed")
 
 
 # --- writing
