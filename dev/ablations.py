@@ -28,7 +28,7 @@ from configurator import configure
 # -----------------------------------------------------------------------------
 only = ""  # beginnings of names, with commas between; "": all runs
 tokens = 150_000  # >= 1: of each val set
-path = "ablations.csv"  # what was measured
+path = "dev/ablations.csv"  # what was measured
 show = False  # only print the table
 picture = ""  # with show: a file to draw the gap over tokens into
 # -----------------------------------------------------------------------------

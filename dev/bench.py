@@ -4,7 +4,7 @@ Measure speed and memory, at GPT-2 small's shape with random weights.
     python -m dev.bench                   # a training step: train.py's beside nanoGPT's
     python -m dev.bench --what=eval       # the loss over windows, beside transformers
     python -m dev.bench --what=hellaswag  # beside one forward pass for each example, with four padded rows
-    python -m dev.bench --what=sample     # decoding: folded beside unfolded, unfolded beside transformers
+    python -m dev.bench --what=sample     # decoding: folded, with LN, and transformers'
     python -m dev.bench --what=prepare    # 100 MB of text to tokens, beside nanoGPT's prepare.py
 
 Training: "nanoGPT's way" is nanoGPT's step written with our modules: one LN and one product for query, key and value,

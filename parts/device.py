@@ -108,17 +108,6 @@ def peak_flops(device, dtype):
     return 2 * n**3 / min(times)
 
 
-def memory_bandwidth(device):
-    """Bytes/s that the device reads: a GB in float32 is summed, timed here."""
-    a = torch.ones(2**28, device=device)
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a.sum().item()
-        times.append(time.perf_counter() - began)
-    return a.nbytes / min(times)
-
-
 def flops_per_token(model, T):
     """Of sequences of T tokens, forward and backward (PaLM, arXiv 2204.02311, appendix B): 6 per weight that
     multiplies, and attention's 12 L C T. Neither a teacher's forward pass nor recomputed activations count."""
