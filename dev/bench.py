@@ -9,8 +9,8 @@ Measure speed and memory, at GPT-2 small's shape with random weights.
 
 Training: "nanoGPT's way" is nanoGPT's step written with our modules: one LN and one product for query, key and value,
 F.layer_norm, whole logits, compiled. The other rows are train.py's step. Each way runs in its own process, so that its
-peak memory is its own, and the ways take turns. The table has medians over rounds: tokens/s after two warm-up steps, the
-ratio to the first row, MFU as in train.py, and peak memory of the GPU or, on a CPU, of the process.
+peak memory is its own, and the ways take turns. The table has medians over rounds of: tokens/s after two warm-up
+steps, the ratio to the first row, MFU as in train.py, and peak memory of the GPU or, on a CPU, of the process.
 
 The others: theirs and ours take turns in one process, after a round that does not count. "limit" is our speed as a
 share of what the machine can do: the rate of a large matrix product or, in decoding, of reading the weights. It needs
