@@ -12,8 +12,7 @@ F.layer_norm, whole logits, compiled. The other rows are train.py's step. Each w
 peak memory is its own, and the ways take turns. The table has medians over rounds of: tokens/s after two warm-up
 steps, the ratio to the first row, MFU as in train.py, and peak memory of the GPU or, on a CPU, of the process.
 
-The others: theirs and ours take turns in one process, after a round that does not count. "limit" is our speed as a
-share of what the machine can do: the rate of a large matrix product or, in decoding, of reading the weights. It needs
+The others: theirs and ours take turns in one process, after a round that does not count. They need
 requirements-dev.txt.
 """
 import glob
@@ -197,12 +196,11 @@ def compare_steps():
 
 
 def print_head(about, width=12):
-    print(f"{'':<{width}}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  {'from, to':<15}{'limit':>6}   {about}")
+    print(f"{'':<{width}}{'theirs':>10}{'ours':>10} {'':<12}{'ratio':>8}  {'from, to':<15}   {about}")
 
 
-def compare(theirs, ours, name, unit, amount, width=12, limit=math.nan):
-    """Time two functions in turns, and print a row: amount / seconds of each, the ratio, and ours as a share of limit,
-    which is in the same unit."""
+def compare(theirs, ours, name, unit, amount, width=12):
+    """Time two functions in turns, and print a row: amount / seconds of each, and the ratio of ours to theirs."""
     times = []
     for _ in range(1 + rounds):
         pair = []
@@ -214,9 +212,7 @@ def compare(theirs, ours, name, unit, amount, width=12, limit=math.nan):
     ratios = [a / b for a, b in times[1:]]
     speeds = [amount / median(column) for column in zip(*times[1:])]
     spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
-    share = "" if math.isnan(limit) else f"{speeds[1] / limit:.0%}"
-    print(f"{name:<{width}}{speeds[0]:>10,.1f}{speeds[1]:>10,.1f} {unit:<12}{median(ratios):>8.2f}  {spread:<15}"
-          f"{share:>6}".rstrip())
+    print(f"{name:<{width}}{speeds[0]:>10,.1f}{speeds[1]:>10,.1f} {unit:<12}{median(ratios):>8.2f}  {spread}")
 
 
 def transformers_twin(model):
@@ -253,8 +249,7 @@ def compare_eval():
 
         if dtype == torch.bfloat16:
             cast_linear_maps(model)
-        limit = peak_flops(DEVICE, dtype) / (flops_per_token(model, block_size) / 3)  # forward is a third
-        compare(theirs, ours, str(dtype)[6:], "tokens/s", steps * batch_size * block_size, limit=limit)
+        compare(theirs, ours, str(dtype)[6:], "tokens/s", steps * batch_size * block_size)
         assert abs(losses["ours"] - losses["theirs"]) < 1e-3, losses
 
 
@@ -296,10 +291,7 @@ def compare_hellaswag():
         scores["ours"] = sums / counts
 
     print_head("contexts of 65 ± 25 tokens, endings of 25 ± 8")
-    rows = hellaswag.sequences(examples, encode, model.config.block_size)
-    length = sum(map(len, rows)) / len(rows)
-    limit = peak_flops(DEVICE, torch.float32) / (length * flops_per_token(model, length) / 3)
-    compare(theirs, ours, "float32", "examples/s", len(examples), limit=limit)
+    compare(theirs, ours, "float32", "examples/s", len(examples))
     assert np.allclose(scores["theirs"], scores["ours"], atol=1e-3), "the scores differ"
 
 
@@ -331,20 +323,8 @@ def compare_sample(n=256):
             use_addmv(model)
             use_addmv(folded)
         name = str(dtype)[6:]
-        limit = memory_bandwidth() / sum(p.nbytes for p in model.parameters())  # each token reads all weights
-        compare(lambda: decode(model), lambda: decode(folded), f"folded to LN, {name}", "tokens/s", n, 28, limit)
-        compare(theirs, lambda: decode(model), f"to transformers, {name}", "tokens/s", n, 28, limit)
-
-
-def memory_bandwidth():
-    """Bytes/s that the device reads when it sums a GB in float32."""
-    a = torch.ones(2**28, device=DEVICE)
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a.sum().item()
-        times.append(time.perf_counter() - began)
-    return a.nbytes / min(times)
+        compare(lambda: decode(model), lambda: decode(folded), f"folded to LN, {name}", "tokens/s", n, 28)
+        compare(theirs, lambda: decode(model), f"to transformers, {name}", "tokens/s", n, 28)
 
 
 # --- preparation
