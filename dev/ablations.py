@@ -1,13 +1,13 @@
 """
-What makes a removal better: every run of a table on the testbed (`make testbed`), one after another.
+Find out what makes a removal better: many short runs on the testbed (`make testbed`).
 
-    python -m dev.ablations                   # all that is not in the csv yet; stop it and start it as you like
-    python -m dev.ablations --only=kl,control # the runs whose names begin so
-    python -m dev.ablations --show            # the csv as a table
+    python -m dev.ablations                   # do all runs that the csv lacks; the same command continues
+    python -m dev.ablations --only=kl,control # only runs whose names begin with these
+    python -m dev.ablations --show            # print the csv as a table
 
-Each run is train.py with some flags, and eval.py beside the original on two val sets of packages that no
-model was trained on: choices are made on `testbed_choose`, and what is reported is on `testbed_report`. A
-line of ablations.csv has the commit, the flags, the seed, and what was measured.
+Each run is train.py with some flags, then eval.py beside the original on two val sets from packages that no model was
+trained on: choices are made on `testbed_choose`, results are reported on `testbed_report`. A line of dev/ablations.csv
+has the commit, the flags, the seed and the results.
 """
 import csv
 import json
@@ -26,11 +26,11 @@ if __name__ == "__main__":
 from configurator import configure
 
 # -----------------------------------------------------------------------------
-only = ""  # beginnings of names, with commas between; "": all runs
-tokens = 150_000  # >= 1: of each val set
-path = "ablations.csv"  # what was measured
-show = False  # only print the table
-picture = ""  # with show: a file to draw the gap over tokens into
+only = ""  # the runs whose names begin with these, separated by commas; "": all
+tokens = 150_000  # of each val set
+path = "dev/ablations.csv"  # the results
+show = False  # print the table, run nothing
+picture = ""  # with --show, also draw the gap over tokens into this file
 # -----------------------------------------------------------------------------
 
 CONFIG = "config/remove_ln_testbed.py"
@@ -42,17 +42,17 @@ FIELDS = ["name", "steps", "seed", "commit", "flags", "seconds", *NUMBERS]
 CONTROL = ["config/control.py"]
 LEARN = ["--kl_share=0.5"]
 RATES = ("1e-4", "2e-4", "4e-4", "8e-4", "1.6e-3")
-METHODS = {  # flags, and rates with the best one between others
+METHODS = {  # flags, and learning rates on both sides of the best
     "recipe": ([], RATES[:4]),
     "control": (CONTROL, RATES[:4]),
     "kl 0.5": (LEARN, RATES[1:]),
     "control kl 0.5": ([*LEARN, *CONTROL], RATES[1:]),
 }
-# each at the rate that was best on `choose`
+# each method at its best rate on `choose`
 CHOSEN = ("recipe lr 4e-4", "control lr 2e-4", "kl 0.5 lr 8e-4", "control kl 0.5 lr 8e-4")
 STEPS = 300  # 1.2 M tokens
 
-# the config's rows in two parts
+# the rows of the config
 FIRST = [("ln_2", (0.03, 0.075), None), ("ln_1qk", (0.075, 0.12), None), ("ln_1v", (0.12, 0.19), None)]
 LAST = [("ln_f", 0.195, None), ("eot", 0.21, None), ("bos", 0.24, None)]
 ORDERS = {
@@ -124,12 +124,12 @@ def done_already():
     with open(path) as f:
         reader = csv.DictReader(f)
         if reader.fieldnames != FIELDS:
-            raise UserError(f"{path} is not a csv of ablations.py: its columns are others")
+            raise UserError(f"{path} has other columns than the csv of ablations.py: choose another --path")
         return {(row["name"], int(row["steps"]), int(row["seed"])): row for row in reader}
 
 
 def call(*command):
-    """UserError, with the last line that it printed, if a script fails."""
+    """Run a script. UserError with its last line if it fails."""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
         last = (done.stdout + done.stderr).strip().splitlines()[-1:]
@@ -228,7 +228,7 @@ def draw(rows, file):
 
 
 def main():
-    configure(globals(), sys.argv[1:], __doc__)
+    configure(globals(), sys.argv[1:], __doc__, at_least=dict(tokens=1))
     if show:
         rows = means()
         print_means(rows)

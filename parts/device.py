@@ -1,5 +1,5 @@
 """
-Which device and precision a script computes with.
+The device and precision of a script, and how fast the device could be.
 """
 import ctypes
 import os
@@ -16,8 +16,8 @@ from parts.ranks import LOCAL_RANK
 
 
 def pick_device(name):
-    """`auto` (cuda, mps or cpu, the first that is there) or a device's name -> its name, of this
-    process's own GPU. UserError if it is not on this machine."""
+    """`auto` (the first available of cuda, mps and cpu) or a device's name -> the name of this process's device.
+    UserError if the machine does not have it."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
@@ -31,8 +31,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """`auto`, float32 or bfloat16 -> torch's: by default bfloat16 where the device computes with
-    it, else float32."""
+    """`auto`, float32 or bfloat16 -> torch's dtype. auto is bfloat16 on hardware that has it, else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.startswith("cuda"):
@@ -43,40 +42,40 @@ def pick_dtype(name, device):
 
 
 def keep_memory():
-    """From now on, this process keeps on the CPU what it frees, and so reuses it: a step of training allocates a GB,
-    and glibc would fetch most of it anew from the system, page by page. No other libc has these settings."""
+    """Let malloc keep freed memory and reuse it. A training step on a CPU allocates a GB, and by default glibc returns
+    most of it to the system and fetches it again page by page. Does nothing with another libc."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped, and unmapped, on its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and nothing below 2 GB goes back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets its own mapping
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return memory only beyond 2 GB
 
 
 def all_finite(model):
-    """Whether each weight of a model, and each constant of its sites, is a finite number."""
+    """True if all weights of the model, and all constants of its LayerNorm sites, are finite."""
     constants = [std for site in model.sites().values() for std in (site.avg_std, site.bos_std)]
     return torch.stack([t.detach().isfinite().all() for t in (*model.parameters(), *constants)]).all().item()
 
 
 def autocast_to(dtype, device):
-    """Around a forward pass: its matrix products in this dtype."""
+    """A context for a forward pass, whose matrix products are then in dtype."""
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype)
 
 
 def check_compiler():
-    """UserError if torch.compile would find no compiler, long after the start."""
-    # what inductor and Triton look for; cl is Windows's
+    """UserError if torch.compile has no C++ compiler, which it would report only after minutes."""
+    # the names that inductor and Triton try; cl is for Windows
     wanted = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang", "cl")
     if not any(name and shutil.which(name) for name in wanted):
-        raise UserError("compile needs a C++ compiler, and there is none here: install g++ (on Windows MSVC), "
+        raise UserError("compile needs a C++ compiler: install g++ (on Windows MSVC), "
                         "or run with --compile=False")
 
 
-# --- how fast a step could be
+# --- how fast it could be
 
 
-PEAK_FLOPS = {  # dense bf16, the makers' data sheets
+PEAK_FLOPS = {  # dense bfloat16, from the data sheets
     "A100": 312e12,
     "H100": 989e12,
     "H200": 989e12,
@@ -89,15 +88,15 @@ PEAK_FLOPS = {  # dense bf16, the makers' data sheets
 
 
 def peak_flops(device, dtype):
-    """FLOP/s of one device: the data sheet's for a known GPU in bfloat16, else a 2048 x 2048 matrix
-    product's, timed here; a 256 x 256 one's where that takes long, as bfloat16 on a CPU that doesn't have it."""
+    """FLOP/s of one device: in bfloat16 from the data sheet of a known GPU; else measured with a product of
+    2048 x 2048 matrices, or of 256 x 256 if that is slow already, as bfloat16 is on a CPU without it."""
     if device.startswith("cuda") and dtype == torch.bfloat16:
         words = torch.cuda.get_device_name(device).replace("-", " ").split()
         for name, peak in PEAK_FLOPS.items():
             if name in words:
                 return peak
     for n in (256, 2048):
-        a = torch.full((n, n), 0.5, device=device, dtype=dtype)  # draws nothing from the random state
+        a = torch.full((n, n), 0.5, device=device, dtype=dtype)  # leaves the random state alone
         times = []
         for _ in range(5):
             began = time.perf_counter()
@@ -108,20 +107,9 @@ def peak_flops(device, dtype):
     return 2 * n**3 / min(times)
 
 
-def memory_bandwidth(device):
-    """Bytes/s that the device reads: a GB in float32 is summed, timed here."""
-    a = torch.ones(2**28, device=device)
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a.sum().item()
-        times.append(time.perf_counter() - began)
-    return a.nbytes / min(times)
-
-
 def flops_per_token(model, T):
-    """Of sequences of T tokens, forward and backward (PaLM, arXiv 2204.02311, appendix B): 6 per weight that
-    multiplies, and attention's 12 L C T. Neither a teacher's forward pass nor recomputed activations count."""
+    """FLOPs of forward and backward for a token in sequences of T (PaLM, arXiv 2204.02311, appendix B): 6 for each
+    weight that multiplies, and 12 L C T for attention. A teacher and recomputed activations don't count."""
     c = model.config
     weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
     return 6 * weights + 12 * c.n_layer * c.n_embd * T

@@ -1,6 +1,6 @@
 """
-The device computes what the CPU does in float64, and transformers. On a CUDA GPU where there is one, else on the CPU;
-`pytest -m device` runs these alone, and gpu.py does.
+The device, a CUDA GPU where there is one, computes what the CPU computes in float64 and what transformers computes.
+`pytest -m device` runs these alone, and so does dev/gpu.py.
 """
 import subprocess
 import sys
@@ -8,14 +8,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY
+from conftest import REPO, SCHEDULE, SHORT, TINY, read_log, run_alone
 from transformers import GPT2LMHeadModel
 
 from model import GPT
 from parts.compare import measure
 from parts.data import read_windows
 from parts.device import autocast_to
-from sample import generate
+from parts.loss import LossInPieces
+from tools.sample import generate
 
 pytestmark = pytest.mark.device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,12 +49,17 @@ def test_logits(tiny, exact, idx, dtype, bound):
     assert (logits - expected).abs().max() < bound
 
 
+def cross_entropy(logits, targets, _):
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), {}
+
+
 def test_gradient_of_the_loss_in_pieces(tiny, exact, idx, monkeypatch):
-    monkeypatch.setattr("model.LOSS_ROWS", 9)
-    monkeypatch.setattr("model.GPU_FACTOR", 1)
+    monkeypatch.setattr("parts.loss.LOSS_ROWS", 9)
+    monkeypatch.setattr("parts.loss.GPU_FACTOR", 1)
     targets = torch.randint(0, 257, idx.shape)
     torch.nn.functional.cross_entropy(exact(idx).logits.flatten(0, 1), targets.flatten()).backward()
-    tiny(idx.to(DEVICE), targets.to(DEVICE), loss_only=True)[1].backward()
+    _, hidden = tiny(idx.to(DEVICE), streams=True)
+    LossInPieces(cross_entropy, tiny.lm_head)(hidden, targets.to(DEVICE))[0].backward()
     expected = exact.transformer.wte.weight.grad
     apart = tiny.transformer.wte.weight.grad.double().cpu() - expected
     assert apart.norm() < 1e-4 * expected.norm()
@@ -91,6 +97,44 @@ def test_windows_losses_and_decoding(tiny, exact):
     assert list(generate(tiny, x[0].tolist(), 1, 0, 0, None)) == [likeliest]
 
 
+# --- train.py
+
+
+EXACT = ["--dtype=float32", f"--ln_schedule={SCHEDULE}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, launcher, close", [
+    (["--compile=True"], [], 1e-3),
+    (["--dtype=bfloat16"], [], 0.03),
+    ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 1e-4),
+])
+def test_compiled_bfloat16_and_data_parallel_losses(stdlib, flags, launcher, close):
+    """Through all events of a removal, beside eager float32 in one process. Two processes need two GPUs, or none."""
+    if launcher and torch.cuda.device_count() == 1:
+        pytest.skip("one GPU")
+    plain = run_alone("train.py", *SHORT, *EXACT, "--out_dir=out/plain")
+    other = run_alone("train.py", *SHORT, *EXACT, *flags, "--out_dir=out/other", launcher=launcher)
+    assert (plain.code, other.code) == (0, 0), plain.text + other.text
+    assert read_log("out/other", "loss") == pytest.approx(read_log("out/plain", "loss"), rel=close)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_continues(stdlib):
+    """To the bit on a CPU. GPU kernels add in no fixed order."""
+    whole = run_alone("train.py", *SHORT, *EXACT, "--out_dir=out/whole")
+    command = [*SHORT, *EXACT, "--out_dir=out/stopped"]
+    process = subprocess.Popen([sys.executable, f"{REPO}/train.py", *command], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step      5  loss"):
+            process.terminate()
+    process.wait()
+    resumed = run_alone("train.py", *command, "--init_from=resume")
+    assert (whole.code, resumed.code) == (0, 0), whole.text + resumed.text
+    losses = read_log("out/whole", "loss")
+    assert read_log("out/stopped", "loss") == (losses if DEVICE == "cpu" else pytest.approx(losses, rel=1e-3))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
 def test_memory_that_is_freed_is_reused():
     """keep_memory: after the first steps hardly a page is fetched from the system, as the count of faults says."""
@@ -105,7 +149,7 @@ idx = torch.randint(5000, (4, 256))
 for step in range(10):
     if step == 5:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    model(idx, idx, loss_only=True)[1].backward()
+    model(idx, idx)[1].backward()
     model.zero_grad()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """

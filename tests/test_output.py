@@ -16,9 +16,8 @@ import pytest
 import torch
 from conftest import REPO, SCHEDULE, SHORT, TINY, read_json, read_tokens
 
-from dev import bench
-from model import LOSS_ROWS, pieces
 from parts import files, ranks
+from parts.loss import LOSS_ROWS, pieces
 
 
 def widest(text):
@@ -170,46 +169,9 @@ def test_without_fcntl_as_on_windows_folders_are_not_locked(tmp_path, monkeypatc
 
 
 def test_the_library_of_locks_is_not_needed_to_import(tmp_path):
-    code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import bench, eval, prepare_owt"
+    code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import eval, prepare_owt, dev.bench"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("system, factor", [
-    ("linux", 1024),
-    ("darwin", 1),
-])
-def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch, system, factor):
-    import resource
-
-    class Usage:
-        ru_maxrss = 5000
-
-    monkeypatch.setattr(resource, "getrusage", lambda who: Usage)
-    monkeypatch.setattr(sys, "platform", system)
-    assert bench.peak_memory() == 5000 * factor
-
-
-def test_hours_on_paper(run):
-    """Of remove_ln.py: 1,200 steps of 2**19 tokens; 6 FLOPs a weight but for wpe's, and attention's; 8 A100."""
-    done = run("dev.bench", "--what=hours")
-    fields = next(line for line in done.text.splitlines() if line.startswith("remove_ln.py")).split()
-    each = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
-    least = 1200 * 2**19 * each / (8 * 312e12 * 0.60)  # seconds
-    most = least * 0.60 / 0.29
-    assert fields[1:5] == ["0.63", f"{least / 60:.0f}", "to", f"{most / 60:.0f}"]
-    assert fields[5:8] == [f"{least / 3600 * 8 * 1.5:.1f}", "to", f"{most / 3600 * 8 * 1.5:.1f}"]
-
-
-def test_cost_is_drawn_over_each_dimension(run):
-    shape = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--vocab_size=300", "--batch_size=2", "--block_size=16"]
-    done = run("dev.bench", "--what=cost", "--steps=1", *shape)
-    assert done.code == 0, done.text
-    rows = [line.split()[:2] for line in done.text.splitlines()[1:-1]]
-    sizes = dict(batch=2, context=16, layers=2, width=32)
-    assert rows == [[name, str(int(size * f))] for name, size in sizes.items() for f in (0.5, 1, 2, 4)]
-    with open("cost.png", "rb") as f:
-        assert f.read(4) == b"\x89PNG"
 
 
 @pytest.mark.parametrize("device, rank, started", [

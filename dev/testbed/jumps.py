@@ -1,21 +1,18 @@
 """
-What a removal does to the loss before any training, one site at a time, on the testbed's model.
+How much the loss of the testbed's model grows when one site is removed, before any training.
 
-    python testbed/jumps.py
+    python -m dev.testbed.jumps
 
-For each site: the spread of the std that it divides by, and by how much the loss on `testbed_choose` grows
-when this site alone is fake, with the constant from 16 windows of `testbed_tune` as the mean of the std, the
-harmonic mean 1 / mean(1/s), and the least-squares one mean(s^2) / mean(s), or with the matrix that reads the site
-fitted anew to the outputs that it had. Position 0 has a constant of its own throughout.
+For each site: the spread of its std, and the growth of the loss on `testbed_choose` when this site alone is fake. The
+constant, from 16 windows of `testbed_tune`, is the mean of the std, its harmonic mean 1 / mean(1/s), or the
+least-squares constant mean(s^2) / mean(s). "refit" fits the next matrix anew to its former outputs. Position 0 always
+has its own constant.
 """
-import os
-import sys
-
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from model import GPT, std_of
 from parts.data import open_tokens, read_windows, val_starts
+from parts.loss import token_losses
 
 MODEL = "out/testbed/model"
 MEANS = {
@@ -35,7 +32,7 @@ def windows(dataset, split, n, model):
 def loss_of(model, x, y):
     """Mean nats per token."""
     read = torch.cat([model.hidden(rows) for rows in x.split(16)]).flatten(0, 1)
-    return model.token_losses(read, y.flatten()).double().mean().item()
+    return token_losses(model, read, y.flatten()).double().mean().item()
 
 
 @torch.no_grad()
