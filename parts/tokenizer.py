@@ -13,7 +13,7 @@ import numpy as np
 import tiktoken
 
 from parts.errors import UserError, on_disk
-from parts.jsonfile import read_dict
+from parts.files import read_dict
 
 # what transformers may want of a tokenizer beside a model
 FILES = (
