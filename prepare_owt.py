@@ -27,6 +27,7 @@ from array import array
 from collections import deque
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import pairwise
 
 from parts.errors import UserError, begin_script, handle_endings, interruptible, on_disk, reading
 
@@ -85,7 +86,7 @@ OURS = re.compile(r"\.?([0-9a-f]{16}\.(bin|npy)|train\.bin|val\.bin|meta\.json)(
 
 def val_rule(sources, chosen):
     """A function source -> True: val; False: train; a share: so much of the text file, at its end, is val; None: a
-    row. And the rows of val: every so many-th."""
+    row. And which rows are val: every so many-th. And that share."""
     size = max(1, sum(source.size for source in sources))
     val_size = VAL_TOKENS * bytes_per_token(chosen)
     needed = min(0.2, val_size / size)  # as a share
@@ -103,7 +104,7 @@ def val_rule(sources, chosen):
             return True
         return place(source.name) < share if whole_files else share
 
-    return rule, every
+    return rule, every, share
 
 
 def nanogpt_val_documents(n=OWT_DOCUMENTS):
@@ -269,41 +270,45 @@ def finish(running, half, bar):
 # --- from parts to token files
 
 
-def join(half, parts, every):
+def join(half, parts, every, share, eot):
     """Write train.bin and val.bin. Returns {"train" and "val": {tokens, documents, eot_appended, sha256}}."""
+    tables = [np.load(part + ".npy") for part in parts]
+    length, _, side, last = np.concatenate([*tables, np.zeros((0, 4), np.int64)]).T
+    number = np.cumsum(last) - last  # of the row or text file
     owt = dataset == "owt" and not tokens and val_every != 1
-    order = nanogpt_val_documents().tolist() if owt else []
-    chosen, held = set(order), {}
+    order = nanogpt_val_documents() if owt else []
+    is_val = np.where(side == 2, np.isin(number, order) if owt else number % every == 0, side == 1)
+    # few long rows: each is cut at its end, as few text files are
+    cut = not val_every and not owt and (side == 2).all() and 2 * length[is_val].sum() > length.sum()
     counts = {which: dict(tokens=0, documents=0, eot_appended=0) for which in ("train", "val")}
     digests = dict(train=hashlib.sha256(), val=hashlib.sha256())
-    tables = [np.load(part + ".npy") for part in parts]
-    whole = sum(int(table[:, 0].sum()) for table in tables)
-    n_rows = sum(int((table[:, 2] == 2).sum()) for table in tables)
-    number = 0  # of a row or a text file
+    held = {}  # number: a val document of OpenWebText
     with whole_file(os.path.join(half, "train.bin")) as train, whole_file(os.path.join(half, "val.bin")) as val:
 
-        def write(which, ids):
+        def write(which, ids, documents, appended):
             dict(train=train, val=val)[which].write(ids)
             digests[which].update(ids)
-            counts[which]["tokens"] += len(ids)
+            added = dict(tokens=len(ids), documents=documents, eot_appended=appended)
+            counts[which] = {key: n + int(added[key]) for key, n in counts[which].items()}
 
+        end = 0
         for part, table in zip(parts, tables):
-            ids = np.memmap(part + ".bin", "<u2", "r") if os.path.getsize(part + ".bin") else np.zeros(0, "<u2")
-            at = 0
-            for length, appended, side, last in table.tolist():
-                is_val = side == 1 or (side == 2 and (number in chosen if owt else number % every == 0))
-                which = "val" if is_val else "train"
-                counts[which]["documents"] += 1
-                counts[which]["eot_appended"] += appended
-                document = ids[at : at + length]
-                if number in chosen:
-                    held[number] = np.array(document)
+            begin, end = end, end + len(table)
+            ids = np.memmap(part + ".bin", "<u2", "r") if table[:, 0].any() else np.zeros(0, "<u2")
+            at = np.concatenate([[0], np.cumsum(table[:, 0])])
+            runs = range(1, len(table)) if cut or owt else 1 + np.flatnonzero(np.diff(is_val[begin:end]))
+            for i, j in pairwise([0, *runs, len(table)] if len(table) else []):  # documents of one split
+                run, appended = ids[at[i] : at[j]], table[i:j, 1].sum()
+                if cut:
+                    border = len(run) - int(share * len(run))
+                    write("train", np.append(run[:border], eot).astype("<u2"), 1, 1)
+                    write("val", run[border:], 1, appended)
+                elif owt and is_val[begin + i]:
+                    held[int(number[begin + i])] = np.array(run), 1, appended
                 else:
-                    write(which, document)
-                at += length
-                number += last
-        for i in order if number == OWT_DOCUMENTS else sorted(held):
-            write("val", held[i])
+                    write("val" if is_val[begin + i] else "train", run, j - i, appended)
+        for i in order if len(number) == OWT_DOCUMENTS else sorted(held):
+            write("val", *held[i])
     return {which: counts[which] | dict(sha256=digests[which].hexdigest()) for which in counts}
 
 
@@ -322,6 +327,19 @@ def say_what_val_shows(n, word):
     if error > 0.005:
         print("note: a gap is some 0.02 nats, and will not be seen: prepare more text, "
               f"for {VAL_TOKENS:,} val tokens")
+
+
+def say_end_of_text(path, eot):
+    """How many of the tokens are end-of-text, and how many of these follow each other."""
+    ids = np.memmap(path, "<u2", "r") if os.path.getsize(path) else np.zeros(0, "<u2")
+    found = doubled = 0
+    for i in range(0, len(ids), 2**24):
+        is_eot = ids[i : i + 2**24 + 1] == eot
+        found += int(is_eot[: 2**24].sum())
+        doubled += int((is_eot[1:] & is_eot[:-1]).sum())
+    print(f"end-of-text: {found / max(1, len(ids)):.3%} of {path}, {doubled:,} of {found:,} doubled")
+    if not found and len(ids):
+        print("note: without end-of-text a model can't see where a document ends")
 
 
 def next_command(name):
@@ -403,9 +421,9 @@ def prepare(name, half, sources, made, meta):
     """All documents into the unfinished folder."""
     try:
         check_disk(name, half, sources)
-        rule, every = val_rule(sources, made.name)
+        rule, every, share = val_rule(sources, made.name)
         parts = make_parts(half, make_jobs(sources, rule), meta, made)
-        splits = join(half, parts, every)
+        splits = join(half, parts, every, share, made.eot)
         if not splits["train"]["tokens"] + splits["val"]["tokens"]:
             raise UserError(f"there is no document in {meta['source']}")
     except UserError as e:
@@ -416,6 +434,23 @@ def prepare(name, half, sources, made, meta):
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on")
     write_json(os.path.join(half, "meta.json"), meta | splits)
+
+
+def begun(half, meta):
+    """The meta.json of an unfinished folder; {} if there is none, or with force if it is of other settings. UserError."""
+    mark = os.path.join(half, "meta.json")
+    if not os.path.exists(mark):
+        return {}
+    try:
+        old = read_json(mark, "--force begins anew")
+        if differences(old, meta):
+            raise UserError(f"{half} was begun with {differences(old, meta)}: --force begins anew")
+    except UserError:
+        if not force:
+            raise
+        clear(half, ["meta.json"])
+        return {}
+    return old
 
 
 def main():
@@ -431,29 +466,21 @@ def main():
         sources = hub_sources(HUB.get(dataset, dataset), split, folder)
     with on_disk(f"can't write {half}"):
         os.makedirs(half, exist_ok=True)
-        lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
-        check_folder(half, [file for file in os.listdir(half) if OURS.fullmatch(file)], ["meta.json"])
-        try:
-            old = read_json(mark, "--force begins anew") if os.path.exists(mark) else {}
-            if differences(old, meta):
-                raise UserError(f"{half} was begun with {differences(old, meta)}: --force begins anew")
-        except UserError:
-            if not force:
-                raise
-            clear(half)
-            os.makedirs(half, exist_ok=True)
-            lock = FolderLock(half)  # noqa: F841
-            old = {}
-        if not ("train" in old and old.get("files_sha256") == meta.get("files_sha256")):
-            write_json(mark, meta)
-            with interruptible():
-                prepare(name, half, sources, made, meta)
-        meta = read_json(mark)
+    lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
+    check_folder(half, [file for file in os.listdir(half) if OURS.fullmatch(file)], ["meta.json"])
+    old = begun(half, meta)
+    if not ("train" in old and old.get("files_sha256") == meta.get("files_sha256")):
+        write_json(mark, meta)
+        with interruptible():
+            prepare(name, half, sources, made, meta)
+    meta = read_json(mark)
+    with on_disk(f"can't write {done}"):
         clear(half, TOKEN_FILES)
         remove_files(done, TOKEN_FILES)  # meta.json last: until then it is ours
         os.rename(half, done)
     for which in ("train", "val"):
         print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
+    say_end_of_text(os.path.join(done, "train.bin"), made.eot)
     documents = meta["train"]["documents"] + meta["val"]["documents"]
     if dataset == "owt" and documents != OWT_DOCUMENTS:
         print(f"this is a part of OpenWebText: {documents:,} of {OWT_DOCUMENTS:,} documents")
