@@ -3,34 +3,33 @@ Documents to tokens, once: data/NAME/{train,val}.bin (uint16) and meta.json.
 
     python prepare_owt.py                                                # this Python's own source, as bytes
     python prepare_owt.py --dataset=mytext --files='a.txt,dir/*.md'      # local text files, as bytes
-    python prepare_owt.py --dataset=mytext --files='*.jsonl' --tokenizer=gpt2     # or rows, of .parquet too
+    python prepare_owt.py --dataset=mytext --files='*.jsonl' --tokenizer=gpt2     # rows; also .parquet, .csv, .arrow
     python prepare_owt.py --dataset=owt                                  # OpenWebText, nanoGPT's val split
     python prepare_owt.py --dataset=owt --tokens=700_000_000             # enough of it for a fine-tune
     python prepare_owt.py --dataset=ORG/NAME --column=text --split=train # any data set of the hub
     python prepare_owt.py --dataset=ORG/NAME --tokenizer=4096:1          # rows of another tokenizer's ids
 
-Each document is followed by the end-of-text id; rows of ids that all have one length are taken as windows
-of a stream, which hold it. val is, of whole text files, about 5 %, by a hash of their path (of few, the
-end of each); of rows every 200th; of little text more, so that a gap can be seen; of all of OpenWebText
-nanoGPT's. Run the same command again after an interruption, or when a bad file is mended, and it resumes.
+A document is a text file or a row, and is followed by the end-of-text id. Rows of ids may also be windows of a stream
+that holds it. val is about 5 % of whole text files, by a hash of their path (of few files, the end of each), every
+200th row, more of little text so that a gap can be seen, and nanoGPT's split of all of OpenWebText. After an
+interruption, or when a bad file is mended, the same command goes on.
 """
-import glob
 import hashlib
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
-import time
+from array import array
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from dataclasses import dataclass
+from itertools import pairwise
 
-from parts.errors import UserError, begin_script, handle_endings, interruptible, on_disk
+from parts.errors import UserError, begin_script, handle_endings, interruptible, on_disk, reading
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
@@ -39,28 +38,16 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from parts.files import FolderLock, check_folder, remove_files, whole_file
-from parts.preparation import (
-    DONE_FILES,
-    HALF_FILES,
-    NOTHING,
-    after_batch,
-    finish,
-    finished,
-    is_prepared,
-    note,
-    open_token_files,
-    resume,
-    take_name,
-    written,
-)
+from parts.files import FolderLock, check_folder, read_json, remove_files, unfinished, whole_file, write_json
 from parts.sources import (
     ANY_SEAM,
     GPT2_SEAM,
     HUB,
     NO_SEAM,
+    STDLIB_SHARES,
     hub_sources,
     local_sources,
+    place,
     read_rows,
     read_text,
     stdlib_sources,
@@ -68,14 +55,15 @@ from parts.sources import (
 from parts.tokenizer import make_tokenizer
 
 # -----------------------------------------------------------------------------
-dataset = ""  # stdlib (the default), owt, pile, pile-filtered, ORG/NAME[@REVISION], or a name for --files
-files = ""  # local files, text, .jsonl or .parquet: paths and patterns, with commas between
+dataset = ""  # stdlib (the default), stdlib_pretrain, owt, pile, pile-filtered, ORG/NAME[@REVISION], or a name for --files
+files = ""  # local files: paths and patterns, with commas between
 tokenizer = ""  # bytes, gpt2, a model's directory or, for ids, VOCAB_SIZE:EOT; "": gpt2 for the hub, else bytes
-tokens = 0  # >= 0: stop after so many, at the end of a row or text file; 0: take all
+tokens = 0  # stop at the end of the row or text file that reaches so many; 0: take all
 column = ""  # of rows: text, or lists of token ids; "": text, or input_ids where there is no text
+rows = ""  # rows of ids are documents or windows (of a stream that holds end-of-text); "": found out, or asked
 split = "train"  # of a hub data set: which files
 folder = ""  # of a hub data set: only files below this folder, where several hold the split
-val_every = 0  # >= 0: of rows, every so many-th is val; 0: 200, or less of little text; 1: all, to evaluate on
+val_every = 0  # every so many-th row is val; 0: 200, or less of little text; 1: all, to evaluate on
 without = ""  # the Pile's subsets to leave out: OpenWebText2,Books3,BookCorpus2, as the published filter does
 force = False  # prepare again what is prepared already
 # -----------------------------------------------------------------------------
@@ -86,122 +74,67 @@ VAL_EVERY = 200  # of rows
 VAL_TOKENS = 20_000  # not fewer, where they are at most a fifth of all
 # a gap's standard error x sqrt(val tokens), in nats: on the bundled model, and on one with a BPE of 4,096 tokens
 TOKEN_SD = dict(byte=0.42, token=0.59)
-BATCH = 1_000_000  # characters that a worker takes at a time
-NOTE_EVERY = 10  # seconds
+JOB = 2_000_000  # bytes of small files that a worker takes at a time
+BATCH = 250_000  # characters that a thread encodes at a time
+TOKEN_FILES = ("train.bin", "val.bin", "meta.json")
+# of an unfinished folder, what is ours; meta.json marks it
+OURS = re.compile(r"\.?([0-9a-f]{16}\.(bin|npy)|train\.bin|val\.bin|meta\.json)(\.unfinished)?")
 
 
 # --- train or val
 
 
 def val_rule(sources, chosen):
-    """A function (source, index of the document) -> True: val; False: train; a share: so much of the
-    file, at its end, is val."""
-    if val_every == 1:
-        return lambda source, i: True
-    if dataset == "owt" and not tokens:
-        chosen = set(nanogpt_val_documents().tolist())
-        return lambda source, i: i in chosen
+    """A function source -> True: val; False: train; a share: so much of the text file, at its end, is val; None: a
+    row. And which rows are val: every so many-th. And that share."""
     size = max(1, sum(source.size for source in sources))
     val_size = VAL_TOKENS * bytes_per_token(chosen)
     needed = min(0.2, val_size / size)  # as a share
     share = max(VAL_SHARE, needed)
     asked = min(size, tokens * bytes_per_token(chosen) or size)
     every = val_every or max(5, min(VAL_EVERY, asked // val_size))
-    # By a hash of the path, a file stays on its side when others come or go.
-    by_hash, found = {}, 0
-    for source in sources:
-        if not source.is_rows:
-            digest = hashlib.sha256(source.name.encode()).digest()
-            by_hash[source.name] = int.from_bytes(digest[:8], "big") < share * 2**64
-            found += by_hash[source.name] * source.size
+    texts = [source for source in sources if not source.rows_format]
+    found = sum(source.size for source in texts if place(source.name) < share)
     whole_files = needed / 2 < found / size < 0.6
 
-    def rule(source, i):
-        if source.is_rows:
-            return i % every == 0
-        return by_hash[source.name] if whole_files else share
+    def rule(source):
+        if source.rows_format:
+            return None
+        if val_every == 1:
+            return True
+        return place(source.name) < share if whole_files else share
 
-    return rule
+    return rule, every, share
 
 
 def nanogpt_val_documents(n=OWT_DOCUMENTS):
-    """The documents of nanoGPT's val.bin, in its order: what datasets' train_test_split draws. The
-    published losses on OpenWebText are over these."""
+    """The documents of nanoGPT's val.bin, in its order: what datasets' train_test_split draws. The published losses on
+    OpenWebText are over these."""
     return np.random.default_rng(2357).permutation(n)[: int(np.ceil(0.0005 * n))]
 
 
-def order_val_as_nanogpt(half, eot):
-    """val.bin holds nanoGPT's val documents in the corpus's order: write val_ordered.bin, in nanoGPT's.
-    val.bin itself stays, so that a kill may repeat this."""
-    ids = np.fromfile(os.path.join(half, "val.bin"), dtype="<u2")
-    docs = np.split(ids, np.flatnonzero(ids == eot)[:-1] + 1)
-    wanted = nanogpt_val_documents().tolist()
-    place = {document: i for i, document in enumerate(sorted(wanted))}
-    ordered = np.concatenate([docs[place[document]] for document in wanted])
-    with whole_file(os.path.join(half, "val_ordered.bin")) as f:
-        f.write(ordered.tobytes())
+# --- encoding: a job, some files, becomes a part of two files: KEY.bin, its tokens, and KEY.npy, its documents
 
 
-# --- reading: a source's Pieces -> Tasks -> batches of Tasks, which workers encode
+def make_jobs(sources, rule):
+    """Lists of (Source, its val): a large file, or small ones, up to JOB bytes."""
+    jobs, size = [], JOB
+    for source in sources:
+        if size >= JOB:
+            jobs.append([])
+            size = 0
+        jobs[-1].append((source, rule(source)))
+        size += source.size
+    return jobs
 
 
-@dataclass
-class Task:
-    """A Piece for a worker, and how far all is read with it."""
-
-    name: str  # of the source
-    content: str | bytes | list[int]
-    ends: bool  # whether the document ends with it
-    packed: bool
-    val: bool
-    position: list[int]  # source, rows or bytes of it, documents: what is taken, with this one
-    share: float  # of all sources, with this one
-
-
-def read(sources, position, rule, seam):
-    """Yields Tasks, from the position on."""
-    first, skip, documents = position
-    for i, source in enumerate(sources[first:], first):
-        path = source.fetch()
-        if source.is_rows:
-            pieces = read_rows(path, skip, column, without)
-        else:
-            val = rule(source, documents)
-            pieces = read_text(path, skip, val if isinstance(val, float) else 0, seam)
-        for piece in pieces:
-            val = rule(source, documents) if piece.val is None else piece.val
-            if source.is_rows or piece.last:
-                documents += 1
-            after = [i + 1, 0, documents] if piece.last else [i, piece.taken, documents]
-            share = (i + piece.share) / len(sources)
-            yield Task(source.name, piece.content, piece.ends, piece.packed, val, after, share)
-        skip = 0
-
-
-def next_batch(tasks):
-    """The next Tasks, of about BATCH characters; [] at the end."""
-    batch, size = [], 0
-    for task in tasks:
-        batch.append(task)
-        size += len(task.content)
-        if size >= BATCH or len(batch) >= 10_000:
-            break
-    return batch
-
-
-# --- encoding, in the workers
-
-
-def start_worker(name):
-    """A worker has its tokenizer; it leaves interruptions to the main process, and ends when that is
-    gone."""
-    global worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for each core
-    worker_tokenizer = make_tokenizer(name)
+def start_worker(asked, threads, made_name):
+    """A worker leaves Ctrl-C to the main process, and ends when that is gone."""
+    global worker_asked, worker_threads, worker_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are threads for all cores
+    worker_asked, worker_threads, worker_tokenizer = asked, threads, make_tokenizer(made_name)
     handle_endings(signal.SIG_IGN)
-    # A signal to all of us: the main process ends this one in order, or it ends by itself. At once, it
-    # could leave half a result in the pipe, for which the main process would wait for ever.
-    signal.signal(signal.SIGTERM, lambda number, frame: threading.Timer(5, os._exit, [1]).start())
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -210,133 +143,176 @@ def end_with_parent():
     os._exit(1)
 
 
-def encode_batch(batch):
-    """Tasks -> {"train" and "val": (bytes, their counts)}."""
-    eot = np.array([worker_tokenizer.eot], "<u2")
-    parts = dict(train=[], val=[])
-    counts = dict(train=dict(NOTHING), val=dict(NOTHING))
-    for task in batch:
-        which = "val" if task.val else "train"
-        if isinstance(task.content, list):
-            ids = checked_ids(task.name, task.content)
-            has_eot = task.packed or ids[-1:].tolist() == [worker_tokenizer.eot]
-        else:
-            ids = encode(task.name, task.content)
-            has_eot = False
-        parts[which].append(ids)
-        counts[which]["documents"] += task.ends
-        if task.ends and not has_eot:  # what comes next is another document
-            parts[which].append(eot)
-            counts[which]["eot_appended"] += 1
-    encoded = {}
-    for which in parts:
-        data = b"".join(ids.tobytes() for ids in parts[which])
-        counts[which]["tokens"] = len(data) // 2
-        encoded[which] = data, counts[which]
-    return encoded
-
-
-def encode(name, content):
-    if worker_tokenizer.encode is None:
-        raise UserError(f"{name} holds text, not token ids: tokenize it first, "
-                        "into rows with a column input_ids")
-    try:
-        return worker_tokenizer.encode(content)
-    except UnicodeError as e:  # of bytes, or of half a letter that JSON can hold
-        before = content[max(0, e.start - 20) : e.start]
-        raise UserError(f"{name} is not UTF-8 text ({e.reason} after {before!r}): use --tokenizer=bytes, "
-                        "or leave it out") from None
-
-
-def checked_ids(name, content):
-    """A list of token ids as uint16. UserError if it holds anything else, or ids that are too large."""
-    try:
-        ids = np.array(content)
-        is_ids = not ids.size or (ids.dtype.kind == "i" and ids.ndim == 1)
-    except ValueError:  # of lists of several lengths
-        is_ids = False
-    vocab_size = worker_tokenizer.vocab_size
-    if not is_ids:
-        raise UserError(f"{name} holds lists that are not token ids: {str(content)[:40]}")
-    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-        raise UserError(f"{name} holds token ids from {ids.min()} to {ids.max()}, "
-                        f"but the tokenizer has {vocab_size}: give theirs with --tokenizer")
-    return ids.astype("<u2")
-
-
-# --- writing
-
-
-def is_enough(progress, sources):
-    """Whether the tokens that were asked for are there. A text file is taken whole, so that its val is
-    there too."""
-    i, taken, _ = progress["position"]
-    within_text_file = taken > 0 and not sources[i].is_rows
-    return tokens > 0 and written(progress) >= tokens and not within_text_file
-
-
-def encoded_in_order(tasks, chosen):
-    """Yields (position after a batch, share of all that is read with it, encode_batch's result), of work on all cores.
-    A UserError in reading comes after all that was read before it."""
-    workers = os.cpu_count() or 1
-    waiting = deque()
-    problem = None
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(chosen,)) as pool:
-        try:
-            while True:
-                while len(waiting) < 2 * workers and not problem:
-                    try:
-                        batch = next_batch(tasks)
-                    except UserError as e:
-                        problem = e
-                        break
-                    if not batch:
-                        break
-                    waiting.append((batch[-1].position, batch[-1].share, pool.submit(encode_batch, batch)))
-                if not waiting:
+def encode_job(job, part, limit):
+    """Write a part: all of a job, or the documents up to the one that reaches limit tokens. KEY.npy has a row for each
+    document: tokens; whether its end-of-text was put there; 0: train, 1: val, 2: a row; whether a row or file ends."""
+    documents, length, written = array("q"), 0, 0
+    # KEY.npy is the last to take its name: with it, the part is whole
+    with whole_file(part + ".npy") as table, whole_file(part + ".bin") as out:
+        for piece, ids, appended in in_order(encode, make_batches(job)):
+            out.write(ids)
+            length += len(ids)
+            if piece.ends:
+                documents.extend((length, appended, 2 if piece.val is None else piece.val, piece.last))
+                written, length = written + length, 0
+                if limit and piece.last and written >= limit:
                     break
-                position, share, result = waiting.popleft()
-                yield position, share, result.result()
-        finally:  # what is not begun is not waited for
-            pool.shutdown(cancel_futures=True)
-    if problem:
-        raise problem
+        np.save(table, np.frombuffer(documents, np.int64).reshape(-1, 4))
 
 
-def write(half, sources, rule, chosen, progress):
-    """Encode and write in order, with a note of the progress every few seconds."""
-    out = open_token_files(half, progress, sources)
-    seam = dict(gpt2=GPT2_SEAM, bytes=ANY_SEAM).get(chosen, NO_SEAM)
-    tasks = read(sources, progress["position"], rule, seam)
-    bar = tqdm(total=tokens or None, initial=written(progress), unit="token", unit_scale=True, disable=None)
-    noted = time.monotonic()
-    try:
-        with closing(encoded_in_order(tasks, chosen)) as batches:
-            while not is_enough(progress, sources) and (batch := next(batches, None)):
-                position, share, encoded = batch
-                for which, (data, _) in encoded.items():
-                    out[which].write(data)
-                # at once: an interruption finds a batch in it whole or not at all
-                progress.update(after_batch(progress, position, encoded))
-                bar.total = tokens or int(written(progress) / max(share, 1e-9))
-                bar.update(written(progress) - bar.n)
-                if time.monotonic() - noted > NOTE_EVERY:
-                    note(half, out, progress, sources)
-                    noted = time.monotonic()
-    finally:
-        note(half, out, progress, sources)
-        bar.close()
-        for f in out.values():
-            f.close()
+def make_batches(job):
+    """Yields lists of Pieces, of about BATCH characters."""
+    seam = dict(gpt2=GPT2_SEAM, bytes=ANY_SEAM).get(worker_tokenizer.name, NO_SEAM)
+    batch, size = [], 0
+    for source, val in job:
+        if source.rows_format:
+            windows = dict(documents=False, windows=True).get(worker_asked["rows"])
+            pieces = read_rows(source, worker_asked["column"], worker_asked["without"], worker_tokenizer.eot, windows)
+        else:
+            pieces = read_text(source, val, seam)
+        for piece in pieces:
+            batch.append(piece)
+            size += len(piece.content)
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+    yield batch
+
+
+def in_order(function, batches):
+    """Yields what function yields of each batch, in order, worked out by threads ahead."""
+    waiting = deque()
+    with ThreadPoolExecutor(worker_threads) as pool:
+        for batch in batches:
+            waiting.append(pool.submit(lambda batch: list(function(batch)), batch))
+            if len(waiting) > 2 * worker_threads:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+def encode(batch):
+    """Pieces -> (Piece, its tokens as uint16 with end-of-text, whether that was put there)."""
+    eot = np.array([worker_tokenizer.eot], "<u2")
+    for piece in batch:
+        with reading(piece.name):
+            ids = checked_ids(piece.content) if isinstance(piece.content, list) else encode_text(piece.content)
+        appended = piece.ends and not piece.window
+        if appended and isinstance(piece.content, list):  # it may have one, at its begin or its end
+            appended = not len(ids) or eot not in (ids[0], ids[-1])
+            if len(ids) and ids[0] == eot:
+                ids = np.concatenate([ids[1:], [] if ids[-1] == eot and len(ids) > 1 else eot]).astype("<u2")
+        yield piece, np.concatenate([ids, eot]) if appended else ids, appended
+
+
+def encode_text(content):
+    if worker_tokenizer.encode is None:
+        raise ValueError("it holds text, not token ids: tokenize it first, into rows with a column input_ids")
+    return worker_tokenizer.encode(content)
+
+
+def checked_ids(ids):
+    """A list of token ids as uint16. ValueError if it holds anything else, or ids that are too large."""
+    found = np.array(ids)
+    if found.size and (found.dtype.kind != "i" or found.ndim != 1):
+        raise ValueError(f"these are not token ids: {str(ids)[:40]}")
+    if found.size and not 0 <= found.min() <= found.max() < worker_tokenizer.vocab_size:
+        raise ValueError(f"token ids from {found.min()} to {found.max()}, but the tokenizer has "
+                         f"{worker_tokenizer.vocab_size}: give theirs with --tokenizer")
+    return found.astype("<u2")
+
+
+def make_parts(half, jobs, asked, made):
+    """Encode what is not there yet. Returns the parts' paths without endings, in order. With `tokens`, job after job,
+    until there are enough."""
+    cores = os.cpu_count() or 1
+    workers = 1 if tokens else max(1, min(cores, len(jobs)))
+    threads = max(1, min(cores, (4 if workers > 1 else 1) * cores // workers))
+    parts, total, running = [], 0, {}
+    bar = tqdm(total=tokens or None, unit="token", unit_scale=True, disable=None)
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(asked, threads, made.name)) as pool:
+        try:
+            for job in jobs:
+                limit = tokens and tokens - total
+                key = hashlib.sha256(repr((job, limit)).encode()).hexdigest()[:16]
+                parts.append(os.path.join(half, key))
+                if not os.path.exists(parts[-1] + ".npy"):
+                    running[pool.submit(encode_job, job, parts[-1], limit)] = job, parts[-1]
+                if tokens:
+                    finish(running, half, bar)
+                    total += int(np.load(parts[-1] + ".npy")[:, 0].sum())
+                    if total >= tokens:
+                        break
+            finish(running, half, bar)
+        except BrokenProcessPool:
+            lost = [job for job, part in running.values() if os.path.exists(unfinished(part + ".bin"))]
+            names = ", ".join(job[0][0].name + (", ..." if job[1:] else "") for job in lost) or "its files"
+            raise UserError(f"a worker died while it read {names}: out of memory, killed, or a file that crashes its "
+                            "reader") from None
+        finally:
+            if running:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+            bar.close()
+    return parts
+
+
+def finish(running, half, bar):
+    """Wait for the futures in running, and remove them from it."""
+    while running:
+        done, _ = wait(running, 0.5, FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+            del running[future]
+        bar.update(sum(f.stat().st_size for f in os.scandir(half) if ".bin" in f.name) // 2 - bar.n)
+
+
+# --- from parts to token files
+
+
+def join(half, parts, every, share, eot):
+    """Write train.bin and val.bin. Returns {"train" and "val": {tokens, documents, eot_appended, sha256}}."""
+    tables = [np.load(part + ".npy") for part in parts]
+    length, _, side, last = np.concatenate([*tables, np.zeros((0, 4), np.int64)]).T
+    number = np.cumsum(last) - last  # of the row or text file
+    owt = dataset == "owt" and not tokens and val_every != 1
+    order = nanogpt_val_documents() if owt else []
+    is_val = np.where(side == 2, np.isin(number, order) if owt else number % every == 0, side == 1)
+    # few long rows: each is cut at its end, as few text files are
+    cut = not val_every and not owt and (side == 2).all() and 2 * length[is_val].sum() > length.sum()
+    counts = {which: dict(tokens=0, documents=0, eot_appended=0) for which in ("train", "val")}
+    digests = dict(train=hashlib.sha256(), val=hashlib.sha256())
+    held = {}  # number: a val document of OpenWebText
+    with whole_file(os.path.join(half, "train.bin")) as train, whole_file(os.path.join(half, "val.bin")) as val:
+
+        def write(which, ids, documents, appended):
+            dict(train=train, val=val)[which].write(ids)
+            digests[which].update(ids)
+            added = dict(tokens=len(ids), documents=documents, eot_appended=appended)
+            counts[which] = {key: n + int(added[key]) for key, n in counts[which].items()}
+
+        end = 0
+        for part, table in zip(parts, tables):
+            begin, end = end, end + len(table)
+            ids = np.memmap(part + ".bin", "<u2", "r") if table[:, 0].any() else np.zeros(0, "<u2")
+            at = np.concatenate([[0], np.cumsum(table[:, 0])])
+            runs = range(1, len(table)) if cut or owt else 1 + np.flatnonzero(np.diff(is_val[begin:end]))
+            for i, j in pairwise([0, *runs, len(table)] if len(table) else []):  # documents of one split
+                run, appended = ids[at[i] : at[j]], table[i:j, 1].sum()
+                if cut:
+                    border = len(run) - int(share * len(run))
+                    write("train", np.append(run[:border], eot).astype("<u2"), 1, 1)
+                    write("val", run[border:], 1, appended)
+                elif owt and is_val[begin + i]:
+                    held[int(number[begin + i])] = np.array(run), 1, appended
+                else:
+                    write("val" if is_val[begin + i] else "train", run, j - i, appended)
+        for i in order if len(number) == OWT_DOCUMENTS else sorted(held):
+            write("val", *held[i])
+    return {which: counts[which] | dict(sha256=digests[which].hexdigest()) for which in counts}
 
 
 # --- from asking to files
-
-
-def find_sources(on_hub):
-    if files:
-        return local_sources(files)
-    return hub_sources(HUB.get(dataset, dataset), split, folder) if on_hub else stdlib_sources()
 
 
 def bytes_per_token(chosen):
@@ -344,19 +320,8 @@ def bytes_per_token(chosen):
     return 1 if chosen == "bytes" else 3
 
 
-def check_disk(name, half, sources, chosen):
-    size = sum(source.size for source in sources)
-    need = 2 * tokens or int(2 * size / bytes_per_token(chosen))
-    need -= sum(os.path.getsize(path) for path in glob.glob(f"{glob.escape(half)}/*.bin"))  # of an earlier try
-    free = shutil.disk_usage("data").free
-    if need > free:
-        remove_files(half, [])  # if it is empty
-        raise UserError(f"data/{name} needs about {need / 1e9:.2g} GB and {free / 1e9:.2g} GB are free: "
-                        "ask for less with --tokens")
-
-
 def say_what_val_shows(n, word):
-    """Of n val tokens, each a byte or a token: the standard error to expect of a gap."""
+    """The standard error to expect of a gap over n val tokens, each a byte or a token."""
     error = TOKEN_SD[word] / math.sqrt(max(1, n))
     print(f"{n:,} val tokens: expect a standard error of about {error:.4f} nats of a gap")
     if error > 0.005:
@@ -364,92 +329,158 @@ def say_what_val_shows(n, word):
               f"for {VAL_TOKENS:,} val tokens")
 
 
+def say_end_of_text(path, eot):
+    """How many of the tokens are end-of-text, and how many of these follow each other."""
+    ids = np.memmap(path, "<u2", "r") if os.path.getsize(path) else np.zeros(0, "<u2")
+    found = doubled = 0
+    for i in range(0, len(ids), 2**24):
+        is_eot = ids[i : i + 2**24 + 1] == eot
+        found += int(is_eot[: 2**24].sum())
+        doubled += int((is_eot[1:] & is_eot[:-1]).sum())
+    print(f"end-of-text: {found / max(1, len(ids)):.3%} of {path}, {doubled:,} of {found:,} doubled")
+    if not found and len(ids):
+        print("note: without end-of-text a model can't see where a document ends")
+
+
 def next_command(name):
-    config = dict(stdlib="config/remove_ln_tiny.py", owt="config/remove_ln.py").get(name)
+    configs = dict(stdlib="remove_ln_tiny", stdlib_pretrain="pretrain_tiny", owt="remove_ln")
     mine = f"config/remove_ln_mine.py --init_from=path/to/model --dataset={name}"
-    return f"python train.py {config or mine}"
+    return "python train.py " + (f"config/{configs[name]}.py" if name in configs else mine)
 
 
 def request():
-    """What is asked for: (the folder's name, whether it is on a hub, the Tokenizer, what meta.json says of
-    all that). UserError."""
+    """What is asked for: (the folder's name, its sources, the Tokenizer, what meta.json says of all that). UserError."""
     on_hub = dataset in HUB or "/" in dataset
-    if files and (on_hub or dataset == "stdlib"):
+    if files and (on_hub or dataset in STDLIB_SHARES):
         raise UserError(f"{dataset} has a source of its own; give the files another name with --dataset=NAME")
-    if not files and not on_hub and dataset not in ("", "stdlib"):
+    if not files and not on_hub and dataset not in ("", *STDLIB_SHARES):
         raise UserError(f"no source for {dataset!r}: give --files='a.txt,dir/*.md', "
-                        f"a hub data set as ORG/NAME, or stdlib, {', '.join(HUB)}")
+                        f"a hub data set as ORG/NAME, or {', '.join([*STDLIB_SHARES, *HUB])}")
     name = dataset or ("files" if files else "stdlib")
     name = name.partition("@")[0].split("/")[-1]
-    if name in ("", ".", ".."):
-        raise UserError(f"--dataset={dataset} does not end in a folder name for data/")
+    if not name or name.startswith("."):
+        raise UserError(f"--dataset={dataset} does not end in a name for a folder in data/")
     made = make_tokenizer(tokenizer or ("gpt2" if on_hub else "bytes"))
     origin = f"stdlib of Python {sys.version.split()[0]}"
     if files or on_hub:
         origin = files or f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip()
-    taken = column or ("input_ids" if made.encode is None else "")
-    meta = dict(tokenizer=made.name, vocab_size=made.vocab_size, eot=made.eot, source=origin,
-                asked_tokens=tokens, val_every=val_every, without=without, column=taken)
+    meta = dict(tokenizer=made.name, vocab_size=made.vocab_size, eot=made.eot, source=origin, asked_tokens=tokens,
+                val_every=val_every, without=without, column=column or ("input_ids" if made.encode is None else ""),
+                rows=rows)
     if made.sha256:
         meta["tokenizer_sha256"] = made.sha256
-    return name, on_hub, made, meta
+    if on_hub:  # listed when it is needed
+        return name, None, made, meta
+    sources = local_sources(files, split) if files else stdlib_sources(name)
+    meta["files_sha256"] = hashlib.sha256(repr(sources).encode()).hexdigest()  # of names, sizes and times
+    return name, sources, made, meta
+
+
+def differences(old, meta):
+    """What a meta.json has that is not what is asked for, in words; "": nothing."""
+    changed = [key for key in meta if key in old and old[key] != meta[key] and key != "files_sha256"]
+    return ", ".join(f"{key} {old[key]!r}, not {meta[key]!r}" for key in changed)
+
+
+def is_prepared(done, meta):
+    """Whether the folder holds just what is asked for. UserError if it holds something else."""
+    path = os.path.join(done, "meta.json")
+    if not os.path.exists(path):
+        return False
+    advice = "--force begins anew"
+    old = read_json(path, advice)
+    if differences(old, meta):
+        raise UserError(f"{done} holds {differences(old, meta)}: --force replaces it")
+    if old.get("files_sha256", meta.get("files_sha256")) != meta.get("files_sha256"):
+        raise UserError(f"{done} was made of other files, or they have changed since: --force replaces it")
+    with reading(path, advice):
+        train, val = old["train"]["tokens"], old["val"]["tokens"]
+        there = [os.path.getsize(os.path.join(done, which)) for which in TOKEN_FILES[:2]]
+        if there != [2 * train, 2 * val]:
+            raise ValueError("the token files have other sizes")
+        print(f"{done} is prepared already: {train:,} train and {val:,} val tokens (--force redoes it)")
+    return True
+
+
+def check_disk(name, half, sources):
+    size = sum(source.size for source in sources)
+    need = 4 * (tokens or size // bytes_per_token(tokenizer or "bytes"))  # the parts, and the token files
+    free = shutil.disk_usage("data").free + sum(f.stat().st_size for f in os.scandir(half))
+    if need > free:
+        raise UserError(f"data/{name} needs about {need / 1e9:.2g} GB and {free / 1e9:.2g} GB are free: "
+                        "ask for less with --tokens")
+
+
+def clear(half, keep=()):
+    """Remove what is ours in an unfinished folder, its mark last, and the folder if it is empty."""
+    ours = [name for name in os.listdir(half) if OURS.fullmatch(name) and name not in keep]
+    remove_files(half, sorted(ours, key="meta.json".__eq__))
 
 
 def prepare(name, half, sources, made, meta):
-    """All documents into the unfinished folder. Returns the progress; what breaks it off says how to go on."""
-    progress = resume(half, meta, sources, force)
+    """All documents into the unfinished folder."""
     try:
-        write(half, sources, val_rule(sources, made.name), made.name, progress)
-        if not written(progress):
+        check_disk(name, half, sources)
+        rule, every, share = val_rule(sources, made.name)
+        parts = make_parts(half, make_jobs(sources, rule), meta, made)
+        splits = join(half, parts, every, share, made.eot)
+        if not splits["train"]["tokens"] + splits["val"]["tokens"]:
             raise UserError(f"there is no document in {meta['source']}")
-        if dataset == "owt" and not tokens and progress["documents"] == OWT_DOCUMENTS:
-            order_val_as_nanogpt(half, made.eot)
-    except UserError as e:  # bad input
-        if written(progress):
-            raise UserError(f"{e}; when that is mended, the same command resumes after "
-                            f"{written(progress):,} tokens") from None
-        remove_files(half, HALF_FILES)
+    except UserError as e:
+        if any(file.endswith(".npy") and not file.startswith(".") for file in os.listdir(half)):
+            raise UserError(f"{e}; when that is mended, the same command goes on") from None
+        clear(half)
         raise
-    except OSError as e:  # a full disk, or a broken line to the hub
-        if type(e) is FileNotFoundError:  # neither of these: a mistake in the code
-            raise
-        raise UserError(f"{e}; data/{name} is not finished: run the same command to resume "
-                        f"after {written(progress):,} tokens") from None
-    except BrokenProcessPool:
-        raise UserError("a worker was killed, as a machine without memory does; run the same command to resume "
-                        f"after {written(progress):,} tokens") from None
     except KeyboardInterrupt:
-        sys.exit(f"interrupted: run the same command to resume after {written(progress):,} tokens")
-    return progress
+        sys.exit("interrupted: the same command goes on")
+    write_json(os.path.join(half, "meta.json"), meta | splits)
+
+
+def begun(half, meta):
+    """The meta.json of an unfinished folder; {} if there is none, or with force if it is of other settings. UserError."""
+    mark = os.path.join(half, "meta.json")
+    if not os.path.exists(mark):
+        return {}
+    try:
+        old = read_json(mark, "--force begins anew")
+        if differences(old, meta):
+            raise UserError(f"{half} was begun with {differences(old, meta)}: --force begins anew")
+    except UserError:
+        if not force:
+            raise
+        clear(half, ["meta.json"])
+        return {}
+    return old
 
 
 def main():
-    global column
-    configure(globals(), sys.argv[1:], __doc__)
-    name, on_hub, made, meta = request()
-    column = meta["column"]
-    done, half = os.path.join("data", name), os.path.join("data", name + ".tmp")
+    configure(globals(), sys.argv[1:], __doc__, choices=dict(rows=("", "documents", "windows")))
+    name, sources, made, meta = request()
+    done = os.path.join("data", name)
+    half = unfinished(done)
+    mark = os.path.join(half, "meta.json")
     if not force and is_prepared(done, meta):
         return
-    check_folder(done, DONE_FILES, ["meta.json"])
-    check_folder(half, HALF_FILES, ["progress.json", "progress.json.tmp", "meta.json"])
-    sources = find_sources(on_hub)
-    with on_disk("can't write into data"):
-        os.makedirs("data", exist_ok=True)
-    with on_disk(f"can't write into {half}"):
+    check_folder(done, TOKEN_FILES, ["meta.json"])
+    if sources is None:
+        sources = hub_sources(HUB.get(dataset, dataset), split, folder)
+    with on_disk(f"can't write {half}"):
         os.makedirs(half, exist_ok=True)
-        lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
-    whole = finished(half, meta, sources)
-    if not whole:
-        check_disk(name, half, sources, made.name)
-        with interruptible():  # the last note is written
-            progress = prepare(name, half, sources, made, meta)
-        whole = finish(half, meta, progress)
+    lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
+    check_folder(half, [file for file in os.listdir(half) if OURS.fullmatch(file)], ["meta.json"])
+    old = begun(half, meta)
+    if not ("train" in old and old.get("files_sha256") == meta.get("files_sha256")):
+        write_json(mark, meta)
+        with interruptible():
+            prepare(name, half, sources, made, meta)
+    meta = read_json(mark)
     with on_disk(f"can't write {done}"):
-        take_name(half, done)
-    meta = whole
+        clear(half, TOKEN_FILES)
+        remove_files(done, TOKEN_FILES)  # meta.json last: until then it is ours
+        os.rename(half, done)
     for which in ("train", "val"):
         print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
+    say_end_of_text(os.path.join(done, "train.bin"), made.eot)
     documents = meta["train"]["documents"] + meta["val"]["documents"]
     if dataset == "owt" and documents != OWT_DOCUMENTS:
         print(f"this is a part of OpenWebText: {documents:,} of {OWT_DOCUMENTS:,} documents")

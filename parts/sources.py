@@ -1,24 +1,19 @@
 """
-Where documents come from: the standard library, text files, rows of .parquet and .jsonl files, here
-or on a hub.
-
-A source is a file with a name; a hub's is fetched when it is reached. Its documents come as Pieces.
+Where documents come from: the standard library, local files, or a data set on a hub. A file holds one text, or rows
+whose column is text or token ids.
 """
 import glob
 import gzip
+import hashlib
+import json
 import os
 import re
+import shutil
 import sysconfig
-from collections.abc import Callable
-from contextlib import contextmanager
+import tempfile
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, islice
 
-import pyarrow.parquet as pq
-
-from parts import jsonfile
-from parts.errors import UserError, first_line, waiting_for
+from parts.errors import UserError, first_line, reading, waiting_for
 
 # A line here makes a name for prepare_owt.py and eval.py. What they fetch by it is the split `train`, as
 # GPT-2's tokens; how much of it eval.py takes, eval.py's PUBLISHED says.
@@ -27,63 +22,90 @@ HUB = {
     "pile": "apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2",
     "pile-filtered": "lucabaroni/apollo-pile-filtered-10k",
 }
-ROWS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose rows are documents
-LONGEST = 100_000_000  # bytes of a row of JSON
+# files whose rows are documents, and what `datasets` calls their format
+ROWS = dict(parquet="parquet", jsonl="json", ndjson="json", json="json", csv="csv", arrow="arrow")
+STDLIB_SHARES = dict(stdlib_pretrain=(0.05, 0.525), stdlib=(0.525, 1))  # below 0.05: val of both
 PIECE = 1_000_000  # bytes of a text file that are read at a time
-# Where a text can be cut without a change to its tokens: a token of GPT-2's has no white space after
-# something else, but for \xa0.
+LARGEST_WHOLE = 20_000_000  # bytes of a text that can't be cut: its tokenizer needs some 160 bytes of memory for each
+# Where a text can be cut without a change to its tokens: none of GPT-2's tokens has white space after another
+# character, except \xa0.
 GPT2_SEAM = re.compile(rb"[^\s\xa0](?=[ \t\n\r])")
 ANY_SEAM = re.compile(b"")  # of bytes
-NO_SEAM = re.compile(b"(?!)")  # of a tokenizer that is not known: the text is taken whole
+NO_SEAM = re.compile(b"(?!)")  # of any other tokenizer
+BINARY = re.compile(rb"%PDF|BZh|\x28\xb5\x2f\xfd|\xfd7zXZ")  # first bytes of files that may have no zero byte
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
+    """A file, here or on a hub."""
+
     name: str
+    path: str  # here, or in the repository
     size: int  # bytes
-    fetch: Callable[[], str]  # gives the path of the file, here
-    version: str = ""  # another one where the file is another
+    version: str  # changes when the file does
+    repo: str = ""
+    revision: str = ""
 
     @property
-    def is_rows(self):
-        return self.name.endswith(ROWS)
+    def rows_format(self):
+        """What `datasets` calls the format of a file of rows; None for a text."""
+        return ROWS.get(re.sub(r"\.(gz|zst)$", "", self.name.lower()).rpartition(".")[2])
+
+    def fetch(self):
+        """The path of the file here. UserError."""
+        return fetch(self) if self.repo else self.path
 
 
 @dataclass
 class Piece:
     """A document, or a part of a large one."""
 
-    content: str | bytes | list[int]  # text, or token ids
-    ends: bool  # whether the document ends with it
-    taken: int  # rows or bytes of the file, with this one
-    share: float  # of the file, with this one
-    val: bool | None = None  # of a text file that is cut: whether it is the end that goes to val
-    last: bool = False  # of its text file
-    packed: bool = False  # a window of a stream of documents, which holds their end-of-text
+    name: str  # of the source, and its row
+    content: str | bytes | list[int]  # text, UTF-8, or token ids
+    ends: bool = True  # whether a document ends with it
+    last: bool = True  # whether a row or a text file ends with it
+    val: bool | None = None  # None: a row; its place in the data set decides
+    window: bool = False  # ids cut from a stream of documents, which hold their own end-of-text
 
 
 # --- which files
 
 
-def stdlib_sources():
-    """The standard library's .py files, without tests, installed packages and caches, sorted."""
+def place(name):
+    """A number in [0, 1) by a hash of the name: a file stays in its split when others come or go."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def stdlib_sources(dataset):
+    """The standard library's .py files, without tests, installed packages and caches, sorted: val, and the half to
+    fine-tune on (stdlib) or the one that the bundled model is pretrained on (stdlib_pretrain)."""
     root = sysconfig.get_path("stdlib")
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    begin, end = STDLIB_SHARES[dataset]
     found = []
     for below, folders, names in os.walk(root):
         folders[:] = [folder for folder in folders if folder not in skip]
         for name in names:
             path = os.path.join(below, name)
-            if name.endswith(".py"):
-                found.append(local_source(os.path.relpath(path, root).replace(os.sep, "/"), path))
+            inside = os.path.relpath(path, root).replace(os.sep, "/")
+            if name.endswith(".py") and (place(inside) < 0.05 or begin <= place(inside) < end):
+                found.append(local_source(inside, path))
     return sorted(found, key=lambda source: source.name)
 
 
-def local_sources(patterns):
-    """The files that the comma-separated patterns match, sorted. UserError if one matches none."""
+def local_sources(patterns, split):
+    """The files that the comma-separated patterns match, sorted. A folder that `datasets` saved counts as its files.
+    UserError if a pattern matches none."""
     found = set()
     for pattern in filter(None, patterns.split(",")):
-        paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+        for folder in filter(os.path.isdir, list(matches)):
+            inside = os.path.join(glob.escape(folder), split)
+            saved = glob.glob(os.path.join(glob.escape(folder), "*.arrow")) or glob.glob(os.path.join(inside, "*.arrow"))
+            if not saved and folder == os.path.expanduser(pattern):
+                raise UserError(f"--files: {folder} is a folder: give a pattern, as '{folder.rstrip('/')}/**/*.txt'")
+            matches += saved
+        paths = [path for path in matches if not os.path.isdir(path)]
         if not paths:
             raise UserError(f"--files: no file matches {pattern!r}")
         found.update(paths)
@@ -91,15 +113,16 @@ def local_sources(patterns):
 
 
 def local_source(name, path):
-    return Source(name, os.path.getsize(path), lambda: path, str(os.stat(path).st_mtime_ns))
+    with reading(path):
+        stat = os.stat(path)
+    return Source(name, path, stat.st_size, str(stat.st_mtime_ns))
 
 
 def hub_sources(repo, split, folder):
     """A hub data set's files of the split, in their order. UserError.
 
-    `datasets` no longer runs loading scripts: where a repository holds nothing else, the files are
-    those of the hub's own conversion to parquet."""
-    import huggingface_hub as hub
+    `datasets` no longer runs loading scripts: where a repository holds nothing else, the files are those of the hub's
+    own conversion to parquet."""
     from huggingface_hub import constants
 
     repo, _, revision = repo.partition("@")
@@ -115,10 +138,10 @@ def hub_sources(repo, split, folder):
                         "bring its files here and run with --files='*.parquet' --tokenizer=gpt2 "
                         "--dataset=NAME") from None
     if not found and split == "train":
-        found = rows  # of a repository without splits
+        found = rows  # a repository without splits
     if not found:
         below = f" below {folder!r}" if folder else ""
-        raise UserError(f"{repo} has no {' or '.join(ROWS)} file of the split {split!r}{below}")
+        raise UserError(f"{repo} has no file of the split {split!r}{below} in a format such as {', '.join(ROWS)}")
     folders = set()
     for f in found:
         below = os.path.dirname(f.path)
@@ -127,20 +150,7 @@ def hub_sources(repo, split, folder):
         first, *others = sorted(folders)
         raise UserError(f"{repo} has the split {split!r} in several folders: "
                         f"choose one with --folder={first} (or {', '.join(others[:4])})")
-
-    def fetch(f):
-        with waiting_for(constants.ENDPOINT):
-            try:
-                path = hub.hf_hub_download(repo, f.path, revision=revision or "main", repo_type="dataset")
-            except OSError:
-                raise
-            except Exception as e:  # of the library's transport
-                raise OSError(f"{f.path} can't be fetched: {first_line(e)}") from None
-        if os.path.getsize(path) != f.size:
-            raise OSError(f"{path} has {os.path.getsize(path):,} bytes, and {constants.ENDPOINT} lists {f.size:,}")
-        return path
-
-    return [Source(f.path, f.size, partial(fetch, f), str(getattr(f, "blob_id", ""))) for f in found]
+    return [Source(f.path, f.path, f.size, str(f.blob_id), repo, revision or "main") for f in found]
 
 
 def hub_rows(repo, revision, folder):
@@ -149,145 +159,159 @@ def hub_rows(repo, revision, folder):
 
     with waiting_for(constants.ENDPOINT):
         tree = list(hub.HfApi().list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset"))
-    found = [f for f in tree if hasattr(f, "size") and f.path.endswith(ROWS) and f.path.startswith(folder)]
-    return sorted(found, key=lambda f: f.path)
+    files = [f for f in tree if hasattr(f, "size") and f.path.startswith(folder)]
+    return sorted((f for f in files if Source(f.path, "", 0, "").rows_format), key=lambda f: f.path)
+
+
+def fetch(source):
+    """The path in the cache of a file on a hub. UserError."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    for again in (False, True):  # a cached file of another size is fetched again
+        try:
+            with waiting_for(constants.ENDPOINT):
+                path = hub.hf_hub_download(source.repo, source.path, revision=source.revision, repo_type="dataset",
+                                           force_download=again)
+        except Exception as e:  # of many kinds
+            raise UserError(f"{source.path} can't be fetched from {constants.ENDPOINT}: {first_line(e)}") from None
+        if os.path.getsize(path) == source.size:
+            return path
+    raise UserError(f"{path} has {os.path.getsize(path):,} bytes, and {constants.ENDPOINT} lists {source.size:,}")
 
 
 # --- rows
 
 
-def read_rows(path, skip, column, without):
-    """Yields the rows of a file from row `skip` on, a Piece each. column: of the documents; without:
-    the Pile's subsets to leave out, by a row's meta. UserError: no such column, or no document in it.
+def read_rows(source, column, without, eot, are_windows):
+    """Yields the rows of a file, a Piece each. column: of the documents, "": text, or input_ids; without: the Pile's
+    subsets to leave out, by a row's meta; are_windows: whether rows of ids are windows of a stream of documents,
+    None: as windows_or_documents finds. UserError."""
+    path = source.fetch()
+    with reading(source.name):
+        names = next(batches(source, path, None), [])
+        name = column or ("text" if "text" in names else "input_ids")
+        if name not in names:
+            raise ValueError(f"no column {name!r}: choose one of {', '.join(names)} with --column")
+        if without and "meta" not in names:
+            raise ValueError("--without needs a column meta with pile_set_name, as the Pile's text has")
+        wanted = [name, *(other for other in ("attention_mask", "meta") if other in names and other != name)]
 
-    Lists of ids that all have one length are windows, cut out of a stream of documents."""
-    open_file = open_parquet if path.endswith(".parquet") else open_json
-    names, total, rows_with = open_file(path)
-    name = column or ("text" if "text" in names else "input_ids")
-    if name not in names:
-        raise UserError(f"{path} can't be read: no column {column or 'text'!r}: "
-                        f"choose one of {', '.join(names)} with --column")
-    if without and "meta" not in names:
-        raise UserError(f"{path} can't be read: --without needs a column meta with pile_set_name, "
-                        "as the Pile's text has")
-    wanted = [name, "meta"] if without else [name]
-    rows = rows_with(wanted)
-    first = list(islice(rows, 1000))
-    lengths = [len(row[name]) for row in first if isinstance(row.get(name), list)]
-    window = max(lengths, default=0)
-    packed = lengths.count(window) > 1 and set(lengths) <= {0, window}
-    size, characters = os.path.getsize(path), 0
-    for n, row in enumerate(chain(first, rows), 1):
-        content = row.get(name)
-        if content is None:
-            content = [] if lengths else ""
-        if not isinstance(content, (str, list)):
-            raise UserError(f"{path} can't be read: row {n} of column {name!r} is neither text "
-                            f"nor a list of token ids: {str(content)[:40]}")
-        characters += len(content)
-        if packed and len(content) not in (0, window) and n != total:
-            raise UserError(f"{path} can't be read: row {n} has {len(content)} ids, and those before it {window} "
-                            "each: are they windows of a stream, or documents? Give them as two data sets")
-        if n <= skip or (without and pile_subset(path, row.get("meta")) in without.split(",")):
-            continue
-        share = n / total if total else min(1.0, characters / size)
-        yield Piece(content, True, n, share, packed=packed)
+        def rows():
+            n = 0
+            for batch in batches(source, path, wanted):
+                kind = str(batch.schema.field(name).type)
+                ids = "list" in kind
+                if not ids and kind not in ("string", "large_string", "string_view", "null"):
+                    raise ValueError(f"column {name!r} is {kind}, neither text nor lists of token ids")
+                for row in batch.to_pylist():
+                    n += 1
+                    content = row[name]
+                    if content is None:
+                        content = [] if ids else ""
+                    if ids and row.get("attention_mask"):
+                        content = [i for i, real in zip(content, row["attention_mask"], strict=True) if real]
+                    if not (without and pile_subset(row["meta"]) in without.split(",")):
+                        yield n, content
+
+        for n, content in rows():
+            if are_windows is None and isinstance(content, list):
+                are_windows = windows_or_documents((ids for _, ids in rows()), eot)
+            yield Piece(f"{source.name}, row {n}", content, window=bool(are_windows) and isinstance(content, list))
 
 
-def open_parquet(path):
-    """(names of its columns, number of rows, a function: wanted names -> iterator of rows). A row is a
-    dict of at least the wanted columns."""
-    with refusing(path):
+def batches(source, path, wanted):
+    """Yields a file's rows as pyarrow's record batches or tables of the wanted columns; wanted None: the names of its
+    columns. Parquet goes to pyarrow itself, as importing `datasets` takes seconds."""
+    if source.rows_format == "parquet":
+        import pyarrow.parquet as pq
+
         file = pq.ParquetFile(path)
+        if wanted is None:
+            yield file.schema_arrow.names
+        for group in range(file.num_row_groups):  # one at a time in memory
+            yield from file.iter_batches(1000, row_groups=[group], columns=wanted)
+        return
+    import datasets
 
-    def rows_with(wanted):
-        with refusing(path):
-            for group in range(file.num_row_groups):  # one at a time in memory
-                for batch in file.iter_batches(1000, row_groups=[group], columns=wanted):
-                    yield from batch.to_pylist()
-
-    return file.schema_arrow.names, file.metadata.num_rows, rows_with
-
-
-def open_json(path):
-    """As open_parquet, of a file of JSON rows, one on each line or all in one list; their number is not known: None.
-    Its columns are those of the first row; a later row may lack one."""
-    rows = json_rows(path)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{path} can't be read: it has no rows")
-    return list(first), None, lambda wanted: chain([first], rows)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    # mixed types are an error, not JSON in the text's place; an empty cell or "NA" is text
+    options = dict(json=dict(on_mixed_types=None), csv=dict(keep_default_na=False)).get(source.rows_format, {})
+    stream = datasets.load_dataset(source.rows_format, data_files=os.path.abspath(path), split="train",
+                                   streaming=True, **options)
+    for table in stream.with_format("arrow").iter(1000):
+        if wanted is None:
+            yield table.column_names
+        yield table.select([name for name in wanted if name in table.column_names])
 
 
-def json_rows(path):
-    open_file = gzip.open if path.endswith(".gz") else open
-    with refusing(path), open_file(path, "rb") as f:
-        n = 0
-        while line := f.readline(LONGEST):
-            n += 1
-            if not line.strip():
-                continue
-            if len(line) == LONGEST:
-                raise ValueError(f"line {n} is longer than {LONGEST:,} bytes")
-            try:
-                is_list = n == 1 and path.endswith(".json") and line.lstrip()[:1] == b"["
-                found = jsonfile.parse(line + f.read() if is_list else line)
-            except ValueError as e:
-                raise ValueError(f"JSON parse error in line {n}: {e}") from None
-            for row in found if is_list else [found]:
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {n} holds no row but {jsonfile.shown(row)}")
-                yield row
+def windows_or_documents(rows, eot):
+    """Whether rows of ids are windows, cut from a stream of documents, or documents. Windows hold end-of-text anywhere
+    and most have one length; documents have any length. ValueError where the rows say neither or both."""
+    lengths, marked, inside = [], True, False
+    for ids in filter(None, rows):
+        lengths.append(len(ids))
+        marked &= eot in (ids[0], ids[-1])
+        inside |= eot in ids[1:-1]
+    longest = lengths.count(max(lengths, default=0))
+    varied = longest <= max(2, len(lengths) // 100)
+    if marked or (varied and not inside):
+        return False
+    if inside and not varied:
+        return True
+    raise ValueError(f"{longest:,} of its {len(lengths):,} rows of ids have the longest length, and end-of-text {eot} is "
+                     f"{'' if inside else 'not '}inside rows: are they documents (--rows=documents), each to be followed "
+                     "by end-of-text, or windows of a stream that holds it (--rows=windows)?")
 
 
-@contextmanager
-def refusing(path):
-    """Around reading a file: what pyarrow and datasets say of one that they can't read is the user's to
-    mend."""
-    try:
-        yield
-    except Exception as e:  # of many kinds, EOFError and KeyError among them
-        problem = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"{path} can't be read: {problem[:200]}") from None
-
-
-def pile_subset(path, meta):
+def pile_subset(meta):
     """A row's meta, a dict or JSON -> the Pile's name of its subset, or None."""
-    if isinstance(meta, str):
-        try:
-            meta = jsonfile.parse(meta)
-        except ValueError:
-            raise UserError(f"{path} can't be read: its column meta is not JSON: {meta[:40]}") from None
+    meta = json.loads(meta) if isinstance(meta, str) else meta
     return meta.get("pile_set_name") if isinstance(meta, dict) else None
 
 
 # --- text files
 
 
-def read_text(path, skip, val_share, seam):
-    """Yields a text file from byte `skip` on, in Pieces of about PIECE bytes, so that a file of any size
-    fits into memory. They begin at seams, so that their tokens are the whole's. Its last val_share,
-    above 0, is a document of its own, for val."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as f:
-        documents = [(0, size, None)]  # (begin, end, val)
-        if val_share:
-            border = val_border(f, size, val_share, GPT2_SEAM if seam is NO_SEAM else seam)
+def read_text(source, val, seam):
+    """Yields a text file in Pieces of about PIECE bytes, so that a file of any size fits into memory. They begin at
+    seams, so that their tokens are those of the whole. val: True or False, or the share at the end of the file that
+    is a document of its own, for val. UserError."""
+    with reading(source.name), open_text(source.path) as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(0)
+        head = f.read(8000)
+        if b"\0" in head or BINARY.match(head):
+            raise ValueError("it is not text: it holds zero bytes, or begins like a packed file or a PDF")
+        if seam is NO_SEAM and size > LARGEST_WHOLE:
+            raise ValueError(f"it has {size:,} bytes, and this tokenizer takes a text of {LARGEST_WHOLE:,} at most, as it "
+                             "needs all of it in memory: give it as several files, or as rows")
+        documents = [(0, size, val)]
+        if isinstance(val, float):
+            border = val_border(f, size, val, GPT2_SEAM if seam is NO_SEAM else seam)
             documents = [(0, border, False), (border, size, True)]
-        for begin, end, val in documents:
-            if begin < skip and end <= skip:
-                continue
-            at, part = max(begin, skip), b""  # part: what is read and not yielded; it begins at `at`
+        for at, end, is_val in documents:
             f.seek(at)
+            part = b""  # what is read and not yielded
             while more := f.read(min(PIECE, end - at - len(part))):
                 part += more
                 near_end = max(0, len(part) - 4096)
                 seams = [found.end() for found in seam.finditer(part, near_end)]
                 if seams and at + len(part) < end:
                     at += seams[-1]
-                    yield Piece(part[: seams[-1]], False, at, at / size, val)
+                    yield Piece(source.name, part[: seams[-1]], False, False, is_val)
                     part = part[seams[-1] :]
-            yield Piece(part, True, end, end / max(1, size), val, last=(begin, end, val) == documents[-1])
+            yield Piece(source.name, part, True, end == size and is_val is documents[-1][2], is_val)
+
+
+def open_text(path):
+    """A text file to read and seek in; a .gz is unpacked first."""
+    if not path.lower().endswith(".gz"):
+        return open(path, "rb")
+    unpacked = tempfile.TemporaryFile(dir="data")
+    with gzip.open(path) as packed:
+        shutil.copyfileobj(packed, unpacked)
+    return unpacked
 
 
 def val_border(f, size, share, seam):
