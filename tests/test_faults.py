@@ -1,6 +1,6 @@
 """
-What happens to a process, its files and its numbers costs no more than the steps since the last checkpoint: kills,
-signals, closed pipes and terminals, damaged files, numbers that are none. soak.py does the same at length.
+Kills, signals, closed pipes and terminals, damaged files, NaN and inf cost at most the steps since the last checkpoint.
+soak.py does the same at length.
 """
 import math
 import os
@@ -21,7 +21,8 @@ from conftest import REPO, SCHEDULE, SHORT, TINY, read_json, read_log, read_toke
 from safetensors.torch import load_file
 
 import schedule
-from parts import checkpoint, data, sources
+from parts import checkpoint, data
+from parts.files import unfinished
 
 GOLDEN = 2e-4  # nats
 REMOVAL = ["train.py", *SHORT, f"--ln_schedule={SCHEDULE}"]
@@ -136,16 +137,18 @@ def test_ctrl_c_before_there_is_anything_to_save_ends_at_once_and_without_a_word
 @pytest.mark.parametrize("script, args", [
     ("eval.py", [f"--models={TINY}", "--dataset=stdlib"]),
     ("prepare_owt.py", ["--dataset=again", "--files=many/*.txt", "--tokenizer=bytes"]),
-    ("sample.py", [TINY, "--max_new_tokens=100000"]),
+    ("tools.sample", [TINY, "--max_new_tokens=100000"]),
 ])
 def test_ctrl_c_ends_in_one_line_or_none(tmp_path, stdlib_data, script, args):
     shutil.copytree(stdlib_data, tmp_path / "data")
     (tmp_path / "many").mkdir()
     for i in range(20):
         (tmp_path / f"many/{i}.txt").write_bytes(bytes(1_000_000))
-    command = [sys.executable, os.path.join(REPO, script), *args]
+    command = [sys.executable, *([os.path.join(REPO, script)] if script.endswith(".py") else ["-m", script]), *args]
+    env = os.environ | dict(PYTHONPATH=REPO)
     for seconds in (0, 2):
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env=env)
         wait_for_import(process, "_multiarray_umath")
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
@@ -215,16 +218,16 @@ def test_a_terminal_without_the_plus_minus_sign_shows_another(tmp_path, stdlib_d
     assert " ? " in done.text
 
 
-def test_a_rank_that_is_no_number_is_one_line(tmp_path):
+def test_a_rank_that_is_not_a_number_is_one_line(tmp_path):
     done = run_alone("train.py", cwd=tmp_path, env={"RANK": "abc"})
-    assert done.text == "error: RANK=abc in the environment is no number, as torchrun sets it: unset it\n"
+    assert "RANK=abc" in done.error
 
 
-# --- numbers that are none
+# --- NaN and inf
 
 
 def spoil_gradients(monkeypatch, steps):
-    """The gradients of these steps, counted from 0, are no numbers."""
+    """The gradients of these steps, counted from 0, are NaN."""
     clip = torch.nn.utils.clip_grad_norm_
     calls = []
 
@@ -238,7 +241,7 @@ def spoil_gradients(monkeypatch, steps):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiled)
 
 
-def test_a_step_whose_gradient_is_no_number_is_skipped(run, stdlib, monkeypatch):
+def test_a_step_whose_gradient_is_nan_is_skipped(run, stdlib, monkeypatch):
     """It changes neither the weights nor the optimizer's means, and the run goes on."""
     spoil_gradients(monkeypatch, {3, 4})
     done = run(*REMOVAL)
@@ -255,10 +258,8 @@ def test_a_step_whose_gradient_is_no_number_is_skipped(run, stdlib, monkeypatch)
 def test_too_many_of_them_in_a_row_end_the_run_with_the_last_good_checkpoint(run, stdlib, monkeypatch):
     spoil_gradients(monkeypatch, range(7, 12))
     done = run(*REMOVAL, "--checkpoint_interval=6", "--max_bad_steps=2")
-    assert "step 9: the loss is " in done.error
-    assert "not finite for 3 steps in a row" in done.error
-    assert "; ln_f was removed before step 9. out/run/ckpt.pt stays as it was" in done.error
-    assert "a lower learning_rate" in done.error
+    assert "step 9" in done.error
+    assert "ln_f was removed before step 9. out/run/ckpt.pt" in done.error
     assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 6
     assert not os.path.exists("out/run/model")
 
@@ -271,7 +272,8 @@ def spoil_learning_rate(monkeypatch, step, rate):
 def test_a_blow_up_is_not_saved_as_the_good_checkpoint(run, stdlib, monkeypatch):
     spoil_learning_rate(monkeypatch, 7, math.inf)
     done = run(*REMOVAL, "--checkpoint_interval=2")
-    assert "step 8: a weight or constant is no finite number; h.2.ln_1v was removed before step 8" in done.error
+    assert "step 8" in done.error
+    assert "h.2.ln_1v was removed before step 8" in done.error
     assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 6
 
 
@@ -279,14 +281,27 @@ def test_a_signal_after_a_blow_up_does_not_save_it(run, stdlib, monkeypatch, at_
     spoil_learning_rate(monkeypatch, 7, math.inf)
     at_step(8, lambda: signal.raise_signal(signal.SIGTERM))
     done = run(*REMOVAL, "--checkpoint_interval=5")
-    assert "step 9: a weight or constant is no finite number" in done.error
+    assert "step 9" in done.error
     assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 5
+
+
+def test_a_run_that_ends_while_it_skips_steps_fails_and_keeps_its_good_checkpoint(run, stdlib, monkeypatch, at_step):
+    """At its last step, or by a signal; no checkpoint is written meanwhile."""
+    with monkeypatch.context() as patch:
+        spoil_gradients(patch, range(8, 12))
+        assert "step 12" in run(*REMOVAL, "--checkpoint_interval=2").error
+        assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 8
+    assert not os.path.exists("out/run/model")
+    spoil_gradients(monkeypatch, range(8, 12))
+    at_step(9, lambda: signal.raise_signal(signal.SIGTERM))
+    assert "step 10" in run(*REMOVAL, "--checkpoint_interval=2", "--force").error
+    assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 8
 
 
 def test_a_blow_up_in_the_last_step_leaves_no_model(run, stdlib, monkeypatch):
     spoil_learning_rate(monkeypatch, 11, math.inf)
     done = run(*REMOVAL)
-    assert "step 12: the val loss is nan" in done.error
+    assert "step 12" in done.error
     assert not os.path.exists("out/run/model")
 
 
@@ -296,7 +311,8 @@ def test_a_loss_that_stays_far_up_after_an_event_is_said():
     losses |= {step: 4.2 for step in range(51, 71)}
     assert schedule.still_far_up(losses, events, 50) == ""  # 0.4 above
     note = schedule.still_far_up(losses, events, 70)
-    assert "20 steps after bos went, the loss is still 0.80 nats above what it was" in note
+    assert "20 steps after the removal of bos" in note
+    assert "0.80 nats" in note
     assert schedule.still_far_up(losses, events, 69) == ""
     assert schedule.still_far_up({70: 9.0}, events, 70) == ""  # resumed: what was before is not known
 
@@ -320,75 +336,50 @@ def cut(path):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(run, stdlib, damage):
     assert run(*REMOVAL, "--checkpoint_interval=4").code == 0
     whole = load_file("out/run/model/model.safetensors")
-    assert checkpoint.checkpoint_names("out/run") == ["ckpt.pt", "ckpt-1.pt"]
+    assert sorted(name for name in os.listdir("out/run") if "ckpt" in name) == ["ckpt-1.pt", "ckpt.pt"]
     damage("out/run/ckpt.pt")
     done = run(*REMOVAL, "--init_from=resume")
     assert done.code == 0, done.text
     assert "steps 8 to 12" in done.text
     if damage is not os.remove:
-        assert "note: out/run/ckpt.pt can't be read" in done.text
-        assert "going on from ckpt-1.pt, of step 8" in done.text
+        assert "out/run/ckpt.pt" in done.text
+        assert "out/run/ckpt-1.pt, of step 8" in done.text
     found = load_file("out/run/model/model.safetensors")
     assert all(torch.equal(found[name], t) for name, t in whole.items())
 
 
-@pytest.mark.parametrize("keep, names", [
-    (1, ["ckpt.pt"]),
-    (3, ["ckpt.pt", "ckpt-1.pt", "ckpt-2.pt"]),
-])
-def test_as_many_checkpoints_stay_as_are_asked_for(run, stdlib, keep, names):
-    assert run(*REMOVAL, "--checkpoint_interval=3", f"--keep_checkpoints={keep}").code == 0
-    assert checkpoint.checkpoint_names("out/run") == names
-    steps = [torch.load(f"out/run/{name}", weights_only=True)["step"] for name in names]
-    assert steps == [12, 9, 6][:keep]
-    assert run(*REMOVAL, "--force", "--max_iters=11").code == 0
-    assert checkpoint.checkpoint_names("out/run") == ["ckpt.pt"]  # those of the run before are gone
-
-
-def test_a_users_own_copy_of_a_checkpoint_stays(run, stdlib):
-    assert run(*REMOVAL, "--checkpoint_interval=5").code == 0
-    shutil.copy("out/run/ckpt.pt", "out/run/ckpt-500.pt")
-    for flag in ("--init_from=resume", "--force"):
-        assert run(*REMOVAL, "--checkpoint_interval=3", flag).code == 0
-        assert sorted(name for name in os.listdir("out/run") if "ckpt" in name) == ["ckpt-1.pt", "ckpt-500.pt", "ckpt.pt"]
-
-
-def test_a_kill_between_any_two_changes_of_names_leaves_a_good_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_kill_between_any_two_changes_of_names_leaves_a_good_checkpoint(tmp_path, monkeypatch, damaged):
     """Also where the last one was damaged, and the one before it is all there is."""
-
-    real = os.replace, os.link, os.remove
-    for k in range(6):
+    real = os.replace
+    for k in range(3):
         for path in tmp_path.iterdir():
             path.unlink()
-        torch.save({"good": 1}, tmp_path / "ckpt-1.pt")
-        (tmp_path / "ckpt.pt").write_bytes(b"damaged")
+        torch.save({"step": 1}, tmp_path / "ckpt-1.pt")
+        torch.save({"step": 2}, tmp_path / "ckpt.pt")
+        if damaged:
+            (tmp_path / "ckpt.pt").write_bytes(b"damaged")
         calls = []
 
-        def count(f):
-            def counted(*args):
-                calls.append(args)
-                if len(calls) == k + 1:
-                    raise Killed
-                return f(*args)
+        def counted(*args):
+            calls.append(args)
+            if len(calls) == k + 1:
+                os._exit(0)
+            return real(*args)
 
-            return counted
-
-        with monkeypatch.context() as patch:
-            for name, f in zip(("replace", "link", "remove"), real):
-                patch.setattr(os, name, count(f))
-            try:
-                checkpoint.write(str(tmp_path / "ckpt.pt"), 2, {"good": 2})
-            except Killed:
-                pass
-        found = []
-        for name in checkpoint.checkpoint_names(tmp_path):
-            if (tmp_path / name).read_bytes() != b"damaged":
-                found.append(torch.load(tmp_path / name, weights_only=True)["good"])
-        assert found, k
-    assert found[0] == 2
+        pid = os.fork()  # a kill runs no clean-up
+        if pid == 0:
+            monkeypatch.setattr(os, "replace", counted)
+            checkpoint.write(str(tmp_path / "ckpt.pt"), {"step": 3})
+            os._exit(0)
+        os.waitpid(pid, 0)
+        good = [path for path in checkpoint.found(tmp_path) if b"damaged" != open(path, "rb").read()]
+        assert good, k
+        if k == 2:
+            assert torch.load(good[0], weights_only=True)["step"] == 3
 
 
-def test_a_checkpoint_with_a_part_of_another_kind_is_refused_in_one_line(run, stdlib):
+def test_a_checkpoint_with_something_else_in_it_is_refused_in_one_line(run, stdlib):
     assert run("train.py", *SHORT, "--max_iters=1").code == 0
     whole = torch.load("out/run/ckpt.pt", weights_only=True)
     for key, value in [
@@ -397,7 +388,6 @@ def test_a_checkpoint_with_a_part_of_another_kind_is_refused_in_one_line(run, st
         ("model", {"transformer.wte.weight": 5}),
         ("model_config", whole["model_config"] | {"n_layer": 10**12}),
         ("ln_state", {"sites": {}}),
-        ("ln_state", []),
         ("optimizers", [5]),
         ("optimizers", [{"state": {0: {"exp_avg": torch.zeros(3)}}}]),
         ("settings", {"init_from": 5}),
@@ -406,7 +396,7 @@ def test_a_checkpoint_with_a_part_of_another_kind_is_refused_in_one_line(run, st
     ]:
         torch.save(whole | {key: value}, "out/run/ckpt.pt")
         done = run("train.py", *SHORT, "--max_iters=2", "--init_from=resume")
-        assert "checkpoint" in done.error or "ckpt.pt" in done.error, key
+        assert "out/run" in done.error, key
 
 
 # --- one run, and not two
@@ -423,10 +413,11 @@ def test_auto_begins_goes_on_and_is_done(run, stdlib, tmp_path, at_step):
     assert run(*auto).code == 0
     assert run(*auto, "--force").code == 0
     os.makedirs("out/first")
-    (tmp_path / "out/first/settings.json.tmp").write_text("")  # of a kill in the first moment
+    (tmp_path / unfinished("out/first/settings.json")).write_text("")  # a kill in the first moment left it
     assert run(*auto, "--out_dir=out/first").code == 0
     refused = run(*REMOVAL, "--seed=7", "--init_from", "auto")
-    assert "out/run holds another run than is asked for (seed 1337 -> 7): begin anew with --force" in refused.error
+    assert "seed 1337 -> 7" in refused.error
+    assert run(*REMOVAL, "--seed=7", "--init_from=resume").code == 0  # asked for all the same
 
 
 def test_what_is_left_of_two_runs_is_not_mixed(run, stdlib):
@@ -440,8 +431,9 @@ def test_what_is_left_of_two_runs_is_not_mixed(run, stdlib):
         kept = f"out/run/{name}.kept"
         os.rename(f"out/run/{name}", kept)
         shutil.copy(f"out/other/{name}", "out/run")
-        message = f"out/run/{name} is of run {runs[1]}, and the checkpoint of run {runs[0]}"
-        assert message in run(*REMOVAL, "--init_from=resume").error
+        error = run(*REMOVAL, "--init_from=resume").error
+        assert f"out/run/{name} is of run {runs[1]}" in error
+        assert runs[0] in error
         os.replace(kept, f"out/run/{name}")
     assert run(*REMOVAL, "--init_from=resume").code == 0
 
@@ -452,7 +444,7 @@ def test_a_run_has_the_same_name_however_it_is_watched_and_another_one_with_othe
         return read_json("out/run/settings.json")["run"]
 
     first = name_of()
-    assert name_of("--log_interval=5", "--eval_interval=1", "--keep_checkpoints=1") == first
+    assert name_of("--log_interval=5", "--eval_interval=1") == first
     assert name_of("--learning_rate=1e-5") != first
     os.unlink("data")
     (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 20)
@@ -472,37 +464,20 @@ def mine(run, tmp_path):
 
 
 def test_token_files_that_are_not_those_that_were_prepared_are_refused(run, mine):
-    """An id between the vocabulary and the model's padding; another id; the splits of another data set."""
-    mine_args = [*SHORT, "--dataset=mine", "--max_iters=1"]
+    """Another id, for train.py; the same ids in another order, for eval.py."""
     tokens = np.fromfile("data/mine/train.bin", "<u2")
-    for value, message in ((300, "holds the id 300 at token 700, but its vocabulary has 257"),
-                           (7, "is not the file that was prepared: its sha256 is not meta.json's")):
-        changed = tokens.copy()
-        changed[700] = value
-        changed.tofile("data/mine/train.bin")
-        refused = run("train.py", *mine_args)
-        assert message in refused.error
-        assert "run `python prepare_owt.py --dataset=mine --force`" in refused.error
-    tokens.tofile("data/mine/train.bin")
-    assert run("train.py", *mine_args).code == 0
-    val = np.fromfile("data/mine/val.bin", "<u2")
-    val[::-1].tofile("data/mine/val.bin")
+    changed = tokens.copy()
+    changed[700] = 7
+    changed.tofile("data/mine/train.bin")
+    assert "data/mine/train.bin" in run("train.py", *SHORT, "--dataset=mine").error
+    np.fromfile("data/mine/val.bin", "<u2")[::-1].tofile("data/mine/val.bin")
     args = [f"--models={TINY}", "--dataset=mine", "--block_size=32"]
-    assert "val.bin is not the file that was prepared" in run("eval.py", *args).error
+    assert "data/mine/val.bin" in run("eval.py", *args).error
 
 
 def test_a_run_whose_data_vanish_goes_on_with_what_it_has_open(run, mine, at_step):
     at_step(3, lambda: shutil.rmtree("data"))
     assert run("train.py", *SHORT, "--dataset=mine").code == 0
-
-
-@pytest.mark.parametrize("script, args", [
-    ("train.py", [*SHORT, "--dataset=../elsewhere"]),
-    ("eval.py", [f"--models={TINY}", "--dataset=../elsewhere"]),
-])
-def test_a_name_that_leads_out_of_data_is_refused(run, mine, script, args):
-    shutil.copytree("data/mine", "elsewhere")
-    assert "../elsewhere" in run(script, *args).error
 
 
 def test_two_texts_of_one_name_are_two_data_sets(run, mine, tmp_path):
@@ -513,128 +488,3 @@ def test_two_texts_of_one_name_are_two_data_sets(run, mine, tmp_path):
     assert done.code == 0, done.text
     first, second = read_json("table.json")["rows"]
     assert first["loss"] != second["loss"]
-    refused = run("eval.py", f"--models={TINY}", "--dataset=a/x.txt,./a/x.txt")
-    assert "two of them would be data/eval_a_x.txt" in refused.error
-
-
-# --- an unfinished preparation
-
-
-ROWS = ["x" * 1000] * 3000
-
-
-def write_rows(path, rows):
-    with open(path, "w") as f:
-        f.writelines(f'{{"text": "{row}"}}\n' for row in rows)
-
-
-def test_one_bad_row_does_not_cost_the_work_before_it(run, tmp_path):
-    """When it is mended, its file is read anew, and those before it are not."""
-    write_rows("a.jsonl", ROWS)
-    write_rows("b.jsonl", ROWS[:1500])
-    with open("b.jsonl", "a") as f:
-        f.write('{"text": 5}\n')
-    prepare = ["prepare_owt.py", "--files=a.jsonl,b.jsonl", "--dataset=mine"]
-    refused = run(*prepare)
-    assert "b.jsonl" in refused.error
-    assert "when that is mended, the same command resumes after 4,004,000 tokens" in refused.error
-    other = run(*prepare, "--tokenizer=300:1")
-    assert "data/mine.tmp holds 4,004,000 tokens" in other.error
-    assert "that were prepared with other tokenizer" in other.error
-
-    write_rows("b.jsonl", ROWS[:1500])
-    done = run(*prepare)
-    assert done.code == 0, done.text
-    assert "what was being read then has changed, and is read anew" in done.text
-    assert run(*[*prepare[:-1], "--dataset=whole"]).code == 0
-    for split in ("train", "val"):
-        assert (tmp_path / f"data/mine/{split}.bin").read_bytes() == (tmp_path / f"data/whole/{split}.bin").read_bytes()
-
-
-def test_a_bad_row_in_a_file_that_was_hardly_begun_is_mended_too(run):
-    """What was written ends in the file before it."""
-    write_rows("a.jsonl", ROWS)
-    write_rows("b.jsonl", ['half a letter: \\ud83d'])
-    prepare = ["prepare_owt.py", "--files=*.jsonl", "--dataset=mine", "--tokenizer=bytes"]
-    refused = run(*prepare)
-    assert "b.jsonl is not UTF-8 text" in refused.error
-    assert "when that is mended" in refused.error
-    write_rows("b.jsonl", ["a letter"])
-    done = run(*prepare)
-    assert done.code == 0, done.text
-    assert "resuming after" in done.text
-    assert read_json("data/mine/meta.json")["train"]["tokens"] + read_json("data/mine/meta.json")["val"]["tokens"] == (
-        3000 * 1001 + 9)
-
-
-@pytest.mark.parametrize("file", ["a.jsonl", "0.jsonl"])
-def test_files_that_are_others_are_not_mixed_with_what_is_there(run, file):
-    """One that was read has changed; one has come."""
-    for name in ("a", "b"):
-        write_rows(f"{name}.jsonl", ROWS)
-    write_rows("c.jsonl", ['x" bad'])
-    prepare = ["prepare_owt.py", "--files=*.jsonl", "--dataset=mine"]
-    assert "when that is mended" in run(*prepare).error
-    write_rows(file, ["y" * 10])
-    assert "that were prepared with other files: --force begins anew" in run(*prepare).error
-    write_rows("c.jsonl", ["z" * 10])
-    assert run(*prepare, "--force").code == 0
-    assert not os.path.exists("data/mine.tmp")
-
-
-def test_a_file_that_comes_after_a_kill_at_the_end_is_not_left_out(run, monkeypatch, tmp_path):
-    """However often it is interrupted then: what was whole before it came is not taken for all."""
-
-    def stop(*args):
-        raise error
-
-    (tmp_path / "a.txt").write_bytes(b"a" * 1000)
-    prepare = ["prepare_owt.py", "--files=*.txt", "--dataset=mine"]
-    error = Killed
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "rename", stop)
-        run(*prepare)
-    assert os.path.exists("data/mine.tmp/meta.json")
-    (tmp_path / "b.txt").write_bytes(b"b" * 1000)
-    error = KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(sources, "read_text", stop)
-        assert "interrupted" in run(*prepare).text
-    done = run(*prepare)
-    assert done.code == 0, done.text
-    ids = [*read_tokens("train", "mine"), *read_tokens("val", "mine")]
-    assert (ids.count(ord("a")), ids.count(ord("b"))) == (1000, 1000)
-
-
-@pytest.mark.parametrize("name", ["remove", "rename", "replace"])
-def test_a_kill_in_a_preparations_last_moments_costs_nothing(run, monkeypatch, tmp_path, name):
-    """Each step of the end is repeated."""
-    (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 20)
-    prepare = ["prepare_owt.py", "--files=a.txt", "--dataset=mine", "--force"]
-    assert run(*prepare).code == 0
-    whole = soak.contents("data/mine")
-
-    real = getattr(os, name)
-    for k in range(20):
-        calls = []
-
-        def killed(*args):
-            calls.append(args)
-            if len(calls) == k + 1:
-                raise Killed
-            return real(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, killed)
-            try:
-                done = run(*prepare)
-            except Killed:
-                pass
-            else:
-                assert done.code == 0
-                break
-        done = run(*prepare)
-        assert done.code == 0, done.text
-        assert soak.contents("data/mine") == whole
-        assert os.listdir("data") == ["mine"]
-    assert k > 0
