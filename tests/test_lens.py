@@ -109,7 +109,7 @@ def test_a_table_and_a_picture_of_a_run(run, ln_free_run):
     with open("mine/lens.png", "rb") as f:
         assert f.read(4) == b"\x89PNG"
     named = run("tools.lens", "mine", f"--prompt={PROMPT}", "--token=x")
-    assert named.code == 0 and "logit of 'x' after" in named.text
+    assert named.text.startswith("the logit of 'x' after")
 
 
 @pytest.mark.parametrize("args, named", [

@@ -43,7 +43,8 @@ def test_the_picture_has_a_line_for_every_event_and_a_name_for_every_kind(run, f
     free, control = read_log("out/demo", "loss"), read_log("out/demo_control", "loss")
     assert np.allclose(list(top.lines[0].get_ydata()), free)
     assert np.allclose(list(low.lines[0].get_ydata()), np.subtract(free, control))
-    assert [text.get_text() for text in top.texts if not text.get_rotation()] == [f"{free[10]:.2f} right after bos off"]
+    notes = [text.get_text() for text in top.texts if not text.get_rotation()]
+    assert notes == [f"{free[10]:.2f} right after bos off"]
     assert "nats per byte" in top.get_ylabel()
     figures[0].canvas.draw()
     for axis in (top, low):  # the legend covers nothing

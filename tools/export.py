@@ -7,8 +7,7 @@ An LN-free model in the forms that other tools open.
 
 The plain form keeps its LayerNorm modules. Their layer_norm_epsilon is so large (1e12) that sqrt(var + eps) is a
 constant, and their weights make up for it. The published LN-free models are stored in this way. It is safe in float32
-and bfloat16. In a notebook, `from tools.export import to_bridge, to_hooked` makes models for TransformerLens: to_bridge
-for release 4, to_hooked for releases 2 and 3.
+and bfloat16. In a notebook, import to_bridge (TransformerLens 4) or to_hooked (2 and 3) from tools.export.
 """
 import json
 import math
@@ -54,10 +53,10 @@ def plain_form(model, eps=1e12):
     """An LN-free GPT -> the same function with all sites real and layer_norm_epsilon eps, which save_pretrained writes
     as a plain GPT-2.
 
-    A fake site (x - mean) / std * weight + bias equals (x - mean) / sqrt(var + eps) * (weight * sqrt(eps) / std) + bias
-    for eps >> var. GPT-2 has one ln_1 for query, key and value: it takes ln_1qk's std, and the value's rows of c_attn
-    make up for ln_1v's. UserError if the model is not LN-free, or is folded. Source: the format of
-    apollo-research/gpt2_noLN."""
+    For eps >> var, a fake site (x - mean) / std * weight + bias equals
+    (x - mean) / sqrt(var + eps) * (weight * sqrt(eps) / std) + bias. GPT-2 has one ln_1 for query, key and value: it
+    takes ln_1qk's std, and the value's rows of c_attn make up for ln_1v's. UserError if the model is folded or not
+    LN-free. Source: the format of apollo-research/gpt2_noLN."""
     check_ln_free(model)
     if model.config.folded:
         raise UserError("the model is folded, and a plain GPT-2 has no place for its lm_head.bias: "

@@ -124,7 +124,7 @@ def by_size(found):
 def show(free, with_ln, words):
     """The table of contributions; free and with_ln are what `contributions` returned for the two models."""
     (found, bias, logit), (old, old_bias, old_logit) = free, with_ln
-    print(f"contributions to the logit of {words}\n")
+    print(f"the logit of {words}\n")
     print(f"{'':<20}{'LN-free':>10}{'original, std held':>20}{'measured effect':>17}{'error':>10}")
     names = by_size(found)
     for name in names[:top]:

@@ -2,7 +2,7 @@
 Pictures of a run and of a residual stream.
 
     python -m tools.plot out/remove_ln_tiny   # losses and removal events -> out/remove_ln_tiny/loss.png
-    python -m tools.plot residual.json        # what eval.py --dataset=residual --json=residual.json wrote -> residual.png
+    python -m tools.plot residual.json        # from eval.py --dataset=residual --json=residual.json -> residual.png
 
 A run is drawn beside its control, such as out/remove_ln_tiny_control, if there is one.
 """
@@ -33,7 +33,7 @@ TOKEN_KINDS = ("position_0", "eot", "others")
 
 
 def read_log(run):
-    """log.jsonl of a run -> {"loss": {step: train loss}, "val": {step: val loss}, "events": [(step, name)]}. UserError."""
+    """A run's log.jsonl -> {"loss": {step: train loss}, "val": {step: val loss}, "events": [(step, kind)]}."""
     path, advice = os.path.join(run, "log.jsonl"), f"is {run} the out_dir of a run?"
     loss, val, events = {}, {}, []
     with reading(path, advice):
