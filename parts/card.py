@@ -34,11 +34,12 @@ bridge = TransformerBridge.boot_transformers("{name}")
 bridge.enable_compatibility_mode(center_writing_weights=False, center_unembed=False, fold_value_biases=False)
 """
 WITH_TOKENIZER = """
-from transformers import pipeline
-generate = pipeline("text-generation", "{name}")
+from transformers import AutoTokenizer, pipeline
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+generate = pipeline("text-generation", model, tokenizer=tokenizer)
 
 from nnsight import LanguageModel
-traced = LanguageModel("{name}")"""
+traced = LanguageModel("{name}", tokenizer=tokenizer)"""
 WITHOUT_TOKENIZER = """bridge.tokenizer = None  # it takes token ids
 
 from nnsight import NNsight
