@@ -9,8 +9,6 @@ from conftest import read_log
 
 from tools import plot
 
-PNG = b"\x89PNG"
-
 
 @pytest.fixture
 def figures(monkeypatch):
@@ -29,10 +27,10 @@ def figures(monkeypatch):
 
 
 def test_the_picture_has_a_line_for_every_event_and_a_name_for_every_kind(run, finished, tmp_path, figures):
-    done = run("tools.plot", "out/demo")
-
-    assert done.code == 0, done.text
-    assert (tmp_path / "out/demo/loss.png").read_bytes().startswith(PNG)
+    for _ in range(2):  # the second one replaces the first
+        done = run("tools.plot", "out/demo")
+        assert done.code == 0, done.text
+    assert (tmp_path / "out/demo/loss.png").read_bytes().startswith(b"\x89PNG")
     top, low = figures[0].axes
     names = {text.get_text(): text.get_position()[0] for text in top.texts if text.get_rotation()}
     assert list(names) == ["ln_2 x 4", "ln_1qk x 4", "ln_1v x 4", "ln_f", "eot off", "bos off"]
@@ -42,15 +40,14 @@ def test_the_picture_has_a_line_for_every_event_and_a_name_for_every_kind(run, f
     lines = [line.get_xdata()[0] for line in top.lines if list(line.get_ydata()) == [0, 1]]
     assert lines == [1, 2, 3, 4, *[5] * 4, 6, 7, 8, 9, 9, 10, 10]
 
-    free = read_log("out/demo", "loss")
-    control = read_log("out/demo_control", "loss")
-    assert np.allclose(top.lines[0].get_ydata(), free)
-    assert np.allclose(low.lines[0].get_ydata(), np.subtract(free, control))
-    spike = f"{max(free[10:]):.2f} after bos off"
-    assert [text.get_text() for text in top.texts if not text.get_rotation()] == [spike]
+    free, control = read_log("out/demo", "loss"), read_log("out/demo_control", "loss")
+    assert np.allclose(list(top.lines[0].get_ydata()), free)
+    assert np.allclose(list(low.lines[0].get_ydata()), np.subtract(free, control))
+    notes = [text.get_text() for text in top.texts if not text.get_rotation()]
+    assert notes == [f"{free[10]:.2f} right after bos off"]
     assert "nats per byte" in top.get_ylabel()
+    figures[0].canvas.draw()
     for axis in (top, low):  # the legend covers nothing
-        figures[0].canvas.draw()
         assert axis.get_legend().get_window_extent().x0 > axis.get_window_extent().x1
 
 
@@ -61,33 +58,47 @@ def test_smoothing_is_a_mean_over_a_fortieth_of_the_steps():
     assert np.allclose(plot.smoothed([1, 5, 2]), [1, 5, 2])
 
 
-def test_the_picture_of_the_residual_stream(run, finished, tmp_path, figures):
-    """A line that lies on another one shows it on both sides."""
+def test_the_picture_of_the_residual_stream(run, finished, figures):
+    """Where lines coincide, each one shows. A picture outside a run's folder replaces nothing."""
     assert run("eval.py", "--dataset=residual", "--tokens=1280", "--json=r.json").code == 0
     done = run("tools.plot", "r.json")
     assert done.code == 0, done.text
     assert done.text == "r.png\n"
     for axis in figures[-1].axes:
         assert [line.get_linewidth() for line in axis.lines] == [5, 3, 1]
-    assert (tmp_path / "r.png").read_bytes().startswith(PNG)
-
-    done = run("tools.plot", "data/stdlib/meta.json")
-    assert "rows is missing: write it with `python eval.py --dataset=residual" in done.error
+    assert "r.png" in run("tools.plot", "r.json").error
 
 
-def test_a_picture_of_what_is_not_a_run_is_refused(run, tmp_path):
-    assert "is not the out_dir of a run" in run("tools.plot", "nothing").error
-    assert "is not the out_dir of a run" in run("tools.plot", __file__).error
-    assert "usage: python -m tools.plot" in run("tools.plot").error
-    assert "usage: python -m tools.plot" in run("tools.plot", "out/one", "out/two").error
-    assert os.listdir(tmp_path) == []
+@pytest.mark.parametrize("name", ["loss.png", "lens.png", "mine.png"])
+def test_a_picture_replaces_only_one_of_its_own_in_a_runs_folder(tmp_path, name):
+    path = str(tmp_path / name)
+    plot.check_picture(path)
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(ValueError, match=name):
+        plot.check_picture(path)
+    (tmp_path / "settings.json").write_text('{"init_from": "a", "dataset": "b", "ln_schedule": []}')
+    if name == "mine.png":
+        with pytest.raises(ValueError, match=name):
+            plot.check_picture(path)
+    else:
+        plot.check_picture(path)
 
 
-@pytest.mark.parametrize("line", ["5", "{}", "not JSON", '{"step": 1, "event": 5}'])
-def test_a_log_that_is_none_is_named(run, line):
+@pytest.mark.parametrize("source", ["nothing", __file__, "nothing.json", "meta.json"])
+def test_what_is_not_a_run_or_a_table_is_named(run, tmp_path, source):
+    (tmp_path / "meta.json").write_text("{}")
+    assert os.path.basename(source) in run("tools.plot", source).error
+    assert os.listdir(tmp_path) == ["meta.json"]
+
+
+@pytest.mark.parametrize("args", [[], ["out/one", "out/two"]])
+def test_anything_but_one_source_is_answered_with_the_usage(run, args):
+    assert "usage: python -m tools.plot" in run("tools.plot", *args).error
+
+
+@pytest.mark.parametrize("line", ["5", "{}", "not JSON", '{"step": 1, "event": 5}', '{"step": 1, "event": "bos"}'])
+def test_a_broken_log_is_named(run, line):
     os.makedirs("out/run")
     with open("out/run/log.jsonl", "w") as f:
         f.write(line + "\n")
-    error = run("tools.plot", "out/run").error
-    assert "out/run/log.jsonl, line 1" in error
-    assert "it is not a log of train.py" in error
+    assert "out/run/log.jsonl" in run("tools.plot", "out/run").error

@@ -1,17 +1,17 @@
 """
-What each part of a model contributes to one logit: exactly, without LayerNorm.
+What each component of a model contributes to one logit. Without LayerNorm the answer is exact.
 
     python -m tools.lens out/remove_ln_tiny --prompt="def read(self, "
     python -m tools.lens out/remove_ln --prompt="The Eiffel Tower is in" --token=" Paris"
 
-Without LN a logit is a sum: of the token's and the position's embedding, each head, each MLP and the
-biases, all read by one row of the unembedding. With LN it is not. The usual way out is to hold the last
-LN's std fixed at what was observed; then the parts sum up too, but a part's share is not what the logit
-loses with it, as the std depends on all of them. Both are shown, for the LN-free model and its original:
-the table in the terminal, and a picture in SOURCE/lens.png.
+Without LN a logit is a sum of contributions: each component (the two embeddings, each head, each MLP, the biases) adds
+a vector to the residual stream, and the unembedding reads the sum. With LN the usual approximation holds the last LN's
+std at its observed value. The contributions still sum to the logit, but ablating a component also changes the std, so
+the measured effect is a different number. The table and SOURCE/lens.png show both, for the LN-free model and its
+original.
 
-Everything is at the prompt's last position. A part's effect is its direct one: what it adds to the
-residual stream that the unembedding reads, not what later layers make of it.
+Everything is at the prompt's last position. Contributions are direct: what a component writes for the unembedding to
+read, not what later layers make of it.
 """
 import os
 import sys
@@ -35,24 +35,21 @@ from parts.tokenizer import tokenizer_of
 from tools.plot import check_picture, save
 
 # -----------------------------------------------------------------------------
-prompt = ""  # the text; the logit is that of what comes next
-token = ""  # whose logit: a text that is one token; "": the one that the LN-free model finds likeliest
-original = ""  # the model with LN to stand beside it; "": the one that the run began with
-top = 12  # >= 1: lines of the table, the largest contributions first
-out = ""  # of the picture; "": lens.png in SOURCE
+prompt = ""  # the text; the logit is that of the next token
+token = ""  # which logit: a text that is one token; "": the LN-free model's likeliest
+original = ""  # the model with LN to compare with; "": the one that the run began with
+top = 12  # lines of the table, the largest contributions first
+out = ""  # the picture; "": lens.png in SOURCE
 # -----------------------------------------------------------------------------
-
-TITLE = "contributions to a logit"  # in the picture's file
 
 
 @torch.no_grad()
-def parts_of(model, ids):
-    """ids (T,) -> {name: what it adds to the residual stream at the last position, (C,)}, which sum up
-    to that stream before the last norm."""
-    parts = {}
-    T = len(ids)
-    parts["token embedding"] = model.transformer.wte.weight[ids[-1]]
-    parts["position embedding"] = model.transformer.wpe.weight[T - 1]
+def components_of(model, ids):
+    """ids (T,) -> {component: what it adds to the residual stream at the last position, (C,)}. They sum to the stream
+    before the last LN."""
+    found = {}
+    found["token embedding"] = model.transformer.wte.weight[ids[-1]]
+    found["position embedding"] = model.transformer.wpe.weight[len(ids) - 1]
     hooks = []
     for i, block in enumerate(model.transformer.h):
 
@@ -60,12 +57,12 @@ def parts_of(model, ids):
             heads = args[0][0, -1].view(model.config.n_head, -1)  # (heads, C / heads)
             weights = c_proj.weight.view(-1, *heads.shape)  # (C, heads, C / heads)
             for head in range(len(heads)):
-                parts[f"h.{i} head {head}"] = weights[:, head] @ heads[head]
+                found[f"h.{i} head {head}"] = weights[:, head] @ heads[head]
             if c_proj.bias is not None:
-                parts[f"h.{i} attention bias"] = c_proj.bias
+                found[f"h.{i} attention bias"] = c_proj.bias
 
         def see_mlp(mlp, args, out, i=i):
-            parts[f"h.{i} MLP"] = out[0, -1]
+            found[f"h.{i} MLP"] = out[0, -1]
 
         hooks.append(block.attn.c_proj.register_forward_pre_hook(see_heads))
         hooks.append(block.mlp.register_forward_hook(see_mlp))
@@ -74,164 +71,142 @@ def parts_of(model, ids):
     finally:
         for hook in hooks:
             hook.remove()
-    return parts
+    return found
 
 
 @torch.no_grad()
-def reader(model, x):
-    """Rows (vocab, C) and numbers (vocab,) with which logits are read off a residual stream: rows @
-    stream + numbers. Exact without LN; with LN the std is held at that of x (C,)."""
+def unembedding(model, x):
+    """W (vocab, C) and b (vocab,) with logits = W @ stream + b. Exact without LN; with LN, the std is that of the
+    residual stream x (C,)."""
     if model.config.folded:
         return model.lm_head.weight, model.lm_head.bias
-    ln_f = model.transformer.ln_f
-    W = model.lm_head.weight
-    rows = W * ln_f.weight / std_of(x, ln_f.eps)
-    numbers = torch.zeros(len(W)) if ln_f.bias is None else W @ ln_f.bias
-    return rows - rows.mean(1, keepdim=True), numbers  # centring
+    ln_f, W = model.transformer.ln_f, model.lm_head.weight
+    b = torch.zeros(len(W)) if ln_f.bias is None else W @ ln_f.bias
+    W = W * ln_f.weight / std_of(x, ln_f.eps)
+    return W - W.mean(1, keepdim=True), b  # centring
 
 
 @torch.no_grad()
 def logit_of(model, x, target):
-    """The logit of target that the model reads off a residual stream x (C,), with x's own std."""
-    nowhere = torch.tensor(False)
-    return model.lm_head(model.final_norm(x[None, None], nowhere))[0, 0, target]
+    """The logit of token `target` for a residual stream x (C,), with x's own std."""
+    return model.lm_head(model.final_norm(x[None, None], torch.tensor(False)))[0, 0, target]
 
 
-def contributions(model, parts, target):
-    """({part: (its share of target's logit, what that logit loses when the part is taken out)}, the
-    share of the last biases, which are no part's, the logit)."""
-    x = sum(parts.values())
-    rows, numbers = reader(model, x)
+def contributions(model, components, target):
+    """({component: (contribution to target's logit, measured effect of its ablation)}, the last biases' contribution,
+    the logit)."""
+    x = sum(components.values())
+    W, b = unembedding(model, x)
     logit = logit_of(model, x, target)
     found = {}
-    for name, part in parts.items():
-        lost = logit - logit_of(model, x - part, target)
-        found[name] = (rows[target] @ part).item(), lost.item()
-    return found, numbers[target].item(), logit.item()
+    for name, vector in components.items():
+        effect = logit - logit_of(model, x - vector, target)
+        found[name] = (W[target] @ vector).item(), effect.item()
+    return found, b[target].item(), logit.item()
 
 
-def layer_by_layer(model, parts, target):
-    """The logit lens: [(after which layer, the logit of target, the likeliest token)], read off the
-    stream after each layer as it is read after the last."""
-    rows, numbers = reader(model, sum(parts.values()))
-    x = parts["token embedding"] + parts["position embedding"]
+def logit_lens(model, components, target):
+    """[(layer, the logit of target, the likeliest token)] with each layer's stream read like the last one."""
+    W, b = unembedding(model, sum(components.values()))
+    x = components["token embedding"] + components["position embedding"]
     found = []
-    for name in ["embedding", *(f"h.{i}" for i in range(model.config.n_layer))]:
-        x = x + sum(part for key, part in parts.items() if key.startswith(name + " "))
-        logits = rows @ x + numbers
-        found.append((name, logits[target].item(), logits.argmax().item()))
+    for layer in ["embedding", *(f"h.{i}" for i in range(model.config.n_layer))]:
+        x = x + sum(vector for name, vector in components.items() if name.startswith(layer + " "))
+        logits = W @ x + b
+        found.append((layer, logits[target].item(), logits.argmax().item()))
     return found
 
 
-def by_size(shares):
-    """The names of the parts, the largest share first."""
-    return sorted(shares, key=lambda name: abs(shares[name][0]), reverse=True)
+def by_size(found):
+    return sorted(found, key=lambda name: abs(found[name][0]), reverse=True)
 
 
-def show(free, with_ln, tokenizer, target):
-    """The table: parts by their share, and what holding the std gets wrong of it. free and with_ln are what
-    contributions returned for the two models."""
-    shares, number, logit = free
-    old_shares, old_number, old_logit = with_ln
-    print(f"the logit of {tokenizer.decode([target])!r} after {prompt!r}\n")
-    print(f"{'':<20}{'LN-free':>10}{'original, std held':>20}{'really lost':>13}{'error':>10}")
-    names = by_size(shares)
+def show(free, with_ln, words):
+    """The table of contributions; free and with_ln are what `contributions` returned for the two models."""
+    (found, bias, logit), (old, old_bias, old_logit) = free, with_ln
+    print(f"the logit of {words}\n")
+    print(f"{'':<20}{'LN-free':>10}{'original, std held':>20}{'measured effect':>17}{'error':>10}")
+    names = by_size(found)
     for name in names[:top]:
-        share, lost = old_shares[name]
-        print(f"{name:<20}{shares[name][0]:>10.4f}{share:>20.4f}{lost:>13.4f}{share - lost:>+10.4f}")
-    rest = names[top:]
-    line(f"{len(rest)} more parts", sum_of(shares, rest), sum_of(old_shares, rest))
-    line("last biases", number, old_number)
-    line("sum", sum_of(shares, names) + number, sum_of(old_shares, names) + old_number)
-    line("the logit itself", logit, old_logit)
+        contribution, effect = old[name]
+        print(f"{name:<20}{found[name][0]:>10.4f}{contribution:>20.4f}{effect:>17.4f}{contribution - effect:>+10.4f}")
+    rest, old_rest = (sum(values[name][0] for name in names[top:]) for values in (found, old))
+    total, old_total = (sum(contribution for contribution, _ in values.values()) for values in (found, old))
+    for name, a, b in ((f"{len(names[top:])} more", rest, old_rest), ("last biases", bias, old_bias),
+                       ("sum", total + bias, old_total + old_bias), ("the logit itself", logit, old_logit)):
+        print(f"{name:<20}{a:>10.4f}{b:>20.4f}")
 
 
-def sum_of(shares, names):
-    return sum(shares[name][0] for name in names)
+def show_lens(free, with_ln, tokenizer):
+    def word(token_id):
+        if token_id >= tokenizer.vocab_size:  # a padded vocabulary has ids that are never trained
+            return f"id {token_id}"
+        return repr(tokenizer.decode([token_id]))[:12]
 
-
-def line(name, free, with_ln):
-    print(f"{name:<20}{free:>10.4f}{with_ln:>20.4f}")
-
-
-def show_layers(free, with_ln, tokenizer):
-    print("\nthe logit lens: that logit, and the likeliest token, after each layer\n")
+    print("\nthe logit lens: the same logit, and the likeliest token, after each layer\n")
     print(f"{'':<12}{'LN-free':>10}{'':<14}{'original, std held':>20}")
-    for (name, logit, likeliest), (_, old_logit, old_likeliest) in zip(free, with_ln):
-        words = [shown(tokenizer, token_id) for token_id in (likeliest, old_likeliest)]
-        print(f"{name:<12}{logit:>10.4f}  {words[0]:<12}{old_logit:>20.4f}  {words[1]}")
-
-
-def shown(tokenizer, token_id):
-    if token_id >= tokenizer.vocab_size:  # a model may have more ids, which are never trained
-        return f"id {token_id}"
-    return repr(tokenizer.decode([token_id]))[:12]
+    for (layer, logit, likeliest), (_, old_logit, old_likeliest) in zip(free, with_ln):
+        print(f"{layer:<12}{logit:>10.4f}  {word(likeliest):<12}{old_logit:>20.4f}  {word(old_likeliest)}")
 
 
 def draw(free, with_ln, path, title):
-    """Shares of the LN-free model as bars, and of both models the share against the loss; arguments as show's."""
+    """Left: the largest contributions, LN-free. Right: contribution against measured effect of ablation, both models.
+    Arguments as in show."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
-    shares = free[0]
-    names = by_size(shares)[:20][::-1]
-    left.barh(names, [shares[name][0] for name in names], color="tab:red")
+    names = by_size(free[0])[:20][::-1]
+    left.barh(names, [free[0][name][0] for name in names], color="tab:red")
     left.axvline(0, color="black", linewidth=0.8)
-    left.set_xlabel("share of the logit, LN-free: these sum up to it")
+    left.set_xlabel(f"contribution to the logit, LN-free: the {len(names)} largest of {len(free[0])}")
     left.set_title(title.replace("$", r"\$"), fontsize=10)  # no formula
     for found, label, color in ((with_ln[0], "original, std held", "tab:blue"), (free[0], "LN-free", "tab:red")):
-        predicted, lost = zip(*found.values())
-        right.plot(predicted, lost, "o", color=color, label=label, markersize=4, alpha=0.7)
+        right.plot(*zip(*found.values()), "o", color=color, label=label, markersize=4, alpha=0.7)
     ends = [*right.get_xlim(), *right.get_ylim()]
     right.plot([min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=0.8, label="equal")
-    right.set_xlabel("share of the logit, as predicted")
-    right.set_ylabel("what the logit loses without the part")
+    right.set_xlabel("contribution to the logit")
+    right.set_ylabel("measured effect of ablation")
     right.legend()
-    save(fig, path, TITLE)
-
-
-def target_of(tokenizer, model, ids):
-    if not token:
-        with torch.no_grad():
-            return model(ids[None])[0][0, -1, : tokenizer.vocab_size].argmax().item()
-    found = tokenizer.encode(token).tolist()
-    if len(found) != 1:
-        raise UserError(f"--token={token!r} is {len(found)} tokens, and a logit is of one")
-    return found[0]
+    save(fig, path)
 
 
 def main():
     source = take_source("python -m tools.lens OUT_DIR_OR_MODEL --prompt=TEXT")
-    configure(globals(), sys.argv[1:], __doc__)
+    configure(globals(), sys.argv[1:], __doc__, at_least=dict(top=1))
+    path = out or (os.path.join(source, "lens.png") if os.path.isdir(source) else "lens.png")
+    check_picture(path)
     directory = model_directory(source)
     model = GPT.from_pretrained(directory).eval()
     if not model.ln_free():
         raise UserError(f"{source} is not LN-free: {model.why_not_ln_free()[0]}")
-    tokenizer = tokenizer_of(model, directory)
-    free = model if model.config.folded else model.fold()
-    beside = original or run_settings(source).get("init_from", "")
-    if not beside or beside == "scratch":
-        raise UserError(f"no original to stand beside {source}: name it with --original=DIRECTORY")
-    with_ln = GPT.from_pretrained(model_directory(beside)).eval()
-    if "fake" in with_ln.ln_modes().values() or with_ln.config.folded:
-        raise UserError(f"{beside} is no original: its LayerNorms are gone")
+    with_ln_source = original or run_settings(source).get("init_from", "scratch")
+    if with_ln_source == "scratch":
+        raise UserError(f"{source} has no original to compare with: name one with --original=DIRECTORY")
+    with_ln = GPT.from_pretrained(model_directory(with_ln_source)).eval()
+    if with_ln.any_removed() or with_ln.config.folded:
+        raise UserError(f"--original={with_ln_source} has lost LayerNorms of its own")
     if with_ln.config.vocab_size != model.config.vocab_size:
-        raise UserError(f"{beside} has another vocabulary than {source}")
+        raise UserError(f"{with_ln_source} has another vocabulary than {source}")
+    tokenizer = tokenizer_of(model, directory)
     ids = torch.tensor(tokenizer.encode(prompt).astype("int64"))
-    if not len(ids):
-        raise UserError("a prompt is needed: --prompt=TEXT")
-    most = min(model.config.block_size, with_ln.config.block_size)
-    if len(ids) > most:
-        raise UserError(f"the prompt has {len(ids)} tokens, and the models see {most}")
-    path = out or (os.path.join(source, "lens.png") if os.path.isdir(source) else "lens.png")
+    longest = min(model.config.block_size, with_ln.config.block_size)
+    if not 0 < len(ids) <= longest:
+        raise UserError(f"--prompt has {len(ids)} tokens, but needs 1 to {longest}")
+    free = model if model.config.folded else model.fold()
+    if token:
+        target, *more = tokenizer.encode(token).tolist()
+        if more:
+            raise UserError(f"--token={token!r} is {1 + len(more)} tokens, but must be one")
+    else:
+        with torch.no_grad():
+            target = free(ids[None])[0][0, -1, : tokenizer.vocab_size].argmax().item()
 
-    check_picture(path, TITLE)
-    target = target_of(tokenizer, free, ids)
-    parts, old_parts = parts_of(free, ids), parts_of(with_ln, ids)
-    found = contributions(free, parts, target)
-    old = contributions(with_ln, old_parts, target)
-    show(found, old, tokenizer, target)
-    show_layers(layer_by_layer(free, parts, target), layer_by_layer(with_ln, old_parts, target), tokenizer)
+    components, old_components = components_of(free, ids), components_of(with_ln, ids)
+    found = contributions(free, components, target)
+    old = contributions(with_ln, old_components, target)
+    show(found, old, f"{tokenizer.decode([target])!r} after {prompt!r}")
+    show_lens(logit_lens(free, components, target), logit_lens(with_ln, old_components, target), tokenizer)
     print()
-    draw(found, old, path, f"{tokenizer.decode([target])!a} after {prompt[-40:]!a}")  # any font has these letters
+    end = prompt if len(prompt) <= 60 else "... " + prompt[-56:].partition(" ")[2]
+    draw(found, old, path, f"{tokenizer.decode([target])!a} after {end!a}")  # every font has ASCII
     print(f"next: python -m tools.export {source} --to=hf")
 
 

@@ -1,6 +1,5 @@
 """
-Text from a model: any source that eval.py takes, with the tokenizer that stands beside it, GPT-2's or
-bytes. An LN-free model is folded first.
+Text from a model: any source that eval.py takes. An LN-free model is folded first.
 
     python -m tools.sample out/remove_ln_tiny --prompt="def "
     python -m tools.sample gpt2 --prompt="Hello, I am" --temperature=0.7 --top_k=40 --seed=1
@@ -24,30 +23,30 @@ from parts.tokenizer import tokenizer_of
 
 # -----------------------------------------------------------------------------
 prompt = "\n"  # what the text begins with
-max_new_tokens = 256  # >= 1: it ends earlier where the model says end-of-text
-temperature = 0.8  # >= 0: of the draw; 0: always the likeliest token
-top_k = 200  # >= 0: draw from so many likeliest tokens; 0: from all
-seed = 1337  # >= 0 and < 2**63: of the draw
-device = "auto"  # cuda, mps or cpu, the first that is there; or one by name
-dtype = "float32"  # float32 or bfloat16: of the weights
+max_new_tokens = 256  # the text ends earlier at an end-of-text token
+temperature = 0.8  # 0: always the likeliest token
+top_k = 200  # draw from this many of the likeliest tokens; 0: from all
+seed = 1337
+device = "auto"  # the first of cuda, mps and cpu that is there; or one by name
+dtype = "float32"  # of the weights: float32 or bfloat16
 # -----------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def generate(model, ids, n, temperature, top_k, generator):
-    """Yields n token ids after ids, drawn one by one. Where the model's positions end, it goes on
-    from the last half of them."""
+    """Yields n token ids that follow ids. When the model's positions are full, only their last half stays in
+    context."""
     ids = list(ids)[-model.config.block_size :]
     device = model.lm_head.weight.device
     cache = None
     for _ in range(n):
-        if cache is not None and len(ids) > model.config.block_size:
+        if len(ids) > model.config.block_size:
             ids = ids[-(model.config.block_size // 2) :]
             cache = None
-        if cache is None:  # all tokens at one time
+        if cache is None:
             cache = [KeyValueCache() for _ in model.transformer.h]
             x = model.hidden(torch.tensor([ids], device=device), cache=cache)
-        else:  # the last one: what it sees of the others is in the cache
+        else:  # only the last token: the cache has the others
             pos = torch.tensor([[len(ids) - 1]], device=device)
             x = model.hidden(torch.tensor([ids[-1:]], device=device), pos, cache=cache)
         logits = model.lm_head(x[:, -1:])[0, 0].float()  # (vocab,)
@@ -56,8 +55,8 @@ def generate(model, ids, n, temperature, top_k, generator):
 
 
 def draw(logits, temperature, top_k, generator):
-    """logits (vocab,) -> a token id; temperature 0: the likeliest."""
-    if temperature == 0:
+    """logits (vocab,) -> a token id."""
+    if temperature < 1e-6:
         return logits.argmax().item()
     values, tokens = logits.topk(min(top_k or len(logits), len(logits)))
     chosen = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
@@ -65,9 +64,8 @@ def draw(logits, temperature, top_k, generator):
 
 
 def use_addmv(model):
-    """Let the model's linear maps take a single row, as each new token is, by addmv: on a CPU it
-    reads bfloat16 weights about 1.4 times as fast as F.linear does (torch 2.13), and reading them
-    is what a token costs."""
+    """Let the model's linear maps multiply a single row, which each new token is, by addmv. On a CPU it reads bfloat16
+    weights about 1.4 times as fast as F.linear (torch 2.13), and reading weights is what a token costs."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.forward = partial(linear_by_addmv, module)
@@ -83,13 +81,13 @@ def linear_by_addmv(linear, x):
 
 def main():
     source = take_source("python -m tools.sample OUT_DIR_OR_MODEL --prompt=TEXT")
-    configure(globals(), sys.argv[1:], __doc__)
+    configure(globals(), sys.argv[1:], __doc__, at_least=dict(max_new_tokens=1), below=dict(seed=2**63),
+              choices=dict(dtype=("float32", "bfloat16")))
     where = pick_device(device)
     directory = model_directory(source)
     model = GPT.from_pretrained(directory).eval()
     tokenizer = tokenizer_of(model, directory)
     given = tokenizer.encode(prompt).tolist()
-    ids = given or [tokenizer.eot]
     if model.ln_free() and not model.config.folded:
         model = model.fold()
     model = model.to(where, getattr(torch, dtype))
@@ -98,14 +96,14 @@ def main():
 
     print(prompt, end="", flush=True)
     drawn, shown, text = [], "", ""
-    before = len(tokenizer.decode(given))  # decoded together: alone, a first word may lose its space
+    before = len(tokenizer.decode(given))  # decoded alone, a first word may lose its space
     generator = torch.Generator(where).manual_seed(seed)
-    for token in generate(model, ids, max_new_tokens, temperature, top_k, generator):
-        if token == tokenizer.eot or token >= tokenizer.vocab_size:  # the model may have more, unused
+    for token in generate(model, given or [tokenizer.eot], max_new_tokens, temperature, top_k, generator):
+        if token == tokenizer.eot or token >= tokenizer.vocab_size:  # a padded vocabulary
             break
         drawn.append(token)
         text = tokenizer.decode(given + drawn)[before:]
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter can reach over several tokens
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter can span several tokens
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print(text[len(shown) :])
