@@ -308,8 +308,7 @@ def residual_rows(folder, candidates, autocast):
 
 def show_residual(candidates, rows):
     sites = list(max((row["sites"] for row in rows), key=len))  # of the deepest model
-    six = [round(i * (len(sites) - 1) / 5) for i in range(6)]  # a screenful
-    shown = [sites[i] for i in dict.fromkeys(six)]
+    shown = list(dict.fromkeys(sites[round(i * (len(sites) - 1) / 5)] for i in range(6)))  # a screenful
     lines = []
     for site in shown:
         for kind in ("position_0", "eot", "others"):
