@@ -1,19 +1,19 @@
 """
-What a removal cost: the original, the control and the LN-free model on the same windows, side by side.
+What a removal costs: the original, the control and the LN-free model side by side on the same windows.
 
     python eval.py                                            # the last run under out/, on its own val set
-    python eval.py --dataset=owt,pile,hellaswag,residual      # what is not there yet is fetched
+    python eval.py --dataset=owt,pile,hellaswag,residual      # fetches what is missing
     python eval.py --models=gpt2,ORG/NAME@REVISION,out/mine --dataset=pile --json=result.json
     python eval.py --verify                                   # is it really LN-free?
 
-An LN-free model is folded first, so that what is measured has no LayerNorm in it. Windows don't
-overlap, and are the same for all models. A standard error is over windows, taken as independent of
-each other (a document can reach over several); that of a difference is over the windows'
-differences. KL and Jensen-Shannon divergence are of the next token's distribution, in nats per
-token.
+Pass a run's out_dir to mark a model as the control; any other model with LN counts as the original. An LN-free model
+is folded first, so that no LayerNorm is left in what is measured.
+
+The windows don't overlap. A standard error is over windows, as if they were independent (a document can span
+several); the standard error of a difference is paired, over the windows' differences. KL and Jensen-Shannon
+divergence compare next-token distributions, in nats per token.
 """
 import glob
-import math
 import os
 import platform
 import re
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from json import dumps
 
 from parts.errors import UserError, begin_script
 
@@ -38,7 +39,7 @@ from parts import hellaswag, ranks
 from parts.compare import calibration_error, cast_linear_maps, mean_and_error, measure
 from parts.data import check_tokens, open_tokens, read_meta, read_windows, token_word, val_starts
 from parts.device import autocast_to, pick_device, pick_dtype
-from parts.files import check_file, run_settings, write_json
+from parts.files import check_file, parse_json, run_settings, write_json
 from parts.residual import residual_stats
 from parts.run import model_directory, weights_sha256
 from parts.sources import HUB
@@ -46,26 +47,25 @@ from parts.tokenizer import tokenizer_of
 from parts.verify import problems
 
 # -----------------------------------------------------------------------------
-# what takes several takes them with commas between
+# separate several models or data sets by commas
 dataset = ""  # owt, pile, stdlib, a folder under data/, a text file, hellaswag, residual; "": the last run's
 models = ""  # model directories, out_dirs, hub repositories; "": the last run's original, control and LN-free model
-reference = ""  # the model that faithfulness is to; "": the original
-faithfulness = True  # KL, JS, same top token, correlation of losses, against the reference; entropy, calibration
-verify = False  # only test that the models are LN-free ("": the last run's), and fail if one is not
-tokens = 0  # >= 0: val tokens, spread evenly; 0: as published (owt 4.5 M, pile 10.2 M), else all of them
-block_size = 0  # >= 0: tokens in a window; 0: the smallest context of the models
-batch_size = 16  # >= 1: windows at a time
+reference = ""  # compare distributions with this model; "": the original
+faithfulness = True  # KL, JS, same top token and loss correlation against the reference; entropy, calibration
+verify = False  # only test whether the models ("": the last run's) are LN-free; exit code 1 if one is not
+tokens = 0  # val tokens, spread evenly; 0: as published (owt 4.5 M, pile 10.2 M), otherwise all
+block_size = 0  # tokens in a window; 0: the shortest context of the models
+batch_size = 16  # windows in a forward pass
 device = "auto"  # cuda, mps or cpu, the first that is there; or one by name
-dtype = "float32"  # float32 or bfloat16: of autocast
-json = ""  # a file to write everything into
-hellaswag_url = hellaswag.URL  # where its file is fetched from
+dtype = "float32"  # float32 or bfloat16, for autocast
+json = ""  # write the results to this file
 # -----------------------------------------------------------------------------
 
-# tokens that are fetched and evaluated, as behind the published figures; of another of HUB's names 10 million
+# tokens to fetch and evaluate, as in the published figures; 10 million for HUB's other names
 PUBLISHED = {"owt": 4_500_000, "pile": 10_200_000, "pile-filtered": 10_200_000}
 NANOGPT_VAL_DOCUMENTS = 4007  # of OpenWebText
 WIDTH = 80  # of a table, in columns
-TITLES = dict(original="original", control="control", ln_free="LN-free", part="part removed")  # in the table
+TITLES = dict(original="original", control="control", ln_free="LN-free", part="part removed")  # in a table
 
 
 @dataclass
@@ -73,9 +73,10 @@ class Candidate:
     """A model in the table."""
 
     source: str
+    directory: str
     role: str  # original, control, ln_free or part
     model: GPT
-    sha256: str  # of its weights, before it is folded
+    sha256: str  # of its weights before folding; "" without --json
 
 
 # --- which models
@@ -87,8 +88,7 @@ def items(text):
 
 
 def last_run():
-    """(sources, dataset) of the newest finished removal under out/: original, control and LN-free,
-    those that are there."""
+    """(sources, dataset) of the newest finished removal under out/: original, control and LN-free model."""
     finished = {}
     for path in glob.glob("out/*/model/config.json"):
         run = os.path.dirname(os.path.dirname(path))
@@ -99,25 +99,24 @@ def last_run():
                         "or name --models")
     run = max(finished, key=finished.get)
     settings = run_settings(run)
-    sources = []
-    if settings["init_from"] != "scratch":
-        sources.append(settings["init_from"])
-    if os.path.isdir(run + "_control/model"):
-        sources.append(run + "_control")
-    return [*sources, run], settings["dataset"]
+    original = [settings["init_from"]] if settings["init_from"] != "scratch" else []
+    control = [run + "_control"] if os.path.isdir(run + "_control/model") else []
+    return [*original, *control, run], settings["dataset"]
 
 
 def open_candidate(source):
-    """The model of a source or a run's out_dir with its role; LN-free ones come folded. One with LN is a control
-    where it is named by its run's out_dir, and an original otherwise."""
+    """The model of a source or a run's out_dir, with its role. An LN-free model is folded. UserError."""
     directory = model_directory(source)
     model = GPT.from_pretrained(directory).eval()
     sha256 = weights_sha256(model) if json else ""
     if model.ln_free():
-        return Candidate(source, "ln_free", model if model.config.folded else model.fold(), sha256)
-    if "fake" in model.ln_modes().values():
-        return Candidate(source, "part", model, sha256)
-    return Candidate(source, "original" if directory == source else "control", model, sha256)
+        role = "ln_free"
+        model = model if model.config.folded else model.fold()
+    elif model.any_removed():
+        role = "part"
+    else:
+        role = "original" if directory == source else "control"
+    return Candidate(source, directory, role, model, sha256)
 
 
 def check_comparable(candidates):
@@ -126,7 +125,7 @@ def check_comparable(candidates):
         ours, theirs = c.model.config, first.model.config
         if ours.vocab_size != theirs.vocab_size:
             raise UserError(f"{first.source} has a vocabulary of {theirs.vocab_size} "
-                            f"and {c.source} one of {ours.vocab_size}: compare models of one tokenizer")
+                            f"and {c.source} one of {ours.vocab_size}: compare models with the same tokenizer")
         if block_size > ours.block_size:
             raise UserError(f"block_size {block_size} is beyond the {ours.block_size} positions of {c.source}")
 
@@ -135,13 +134,13 @@ def check_comparable(candidates):
 
 
 def prepare(name, candidate):
-    """The folder under data/ that holds `name`, made by prepare_owt.py if need be. UserError: there
-    is no such data set, or none for models such as the candidate."""
+    """The folder under data/ for the data set `name`; prepare_owt.py makes it if it is missing. UserError: there is no
+    such data set, or the candidate's vocabulary does not fit."""
+    folder = name
     if os.path.isfile(name):
         folder = "eval_" + re.sub(r"[^\w.-]+", "_", name).strip("._")
-        tokenizer = tokenizer_of(candidate.model, model_directory(candidate.source)).name
-        args = [f"--dataset={folder}", f"--files={glob.escape(name)}", f"--tokenizer={tokenizer}"]
-        args += ["--val_every=1", "--force"]
+        tokenizer = tokenizer_of(candidate.model, candidate.directory).name
+        args = [f"--files={glob.escape(name)}", f"--tokenizer={tokenizer}", "--val_every=1", "--force"]
     elif name == os.path.basename(name) and os.path.exists(os.path.join("data", name)):
         return name
     elif name in HUB:
@@ -149,53 +148,44 @@ def prepare(name, candidate):
         if vocab_size <= 50256:
             raise UserError(f"{name} is fetched as GPT-2's 50,257 tokens, "
                             f"but the models have a vocabulary of {vocab_size}")
-        folder = name
-        enough = PUBLISHED.get(name, 10_000_000) + 100_000
-        args = [f"--dataset={name}", f"--tokens={enough}", "--val_every=1"]
+        args = [f"--tokens={PUBLISHED.get(name, 10_000_000) + 100_000}", "--val_every=1"]
     elif name == "stdlib":
-        folder = name
-        args = ["--dataset=stdlib"]
+        args = []
     else:
         there = sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob("data/*/meta.json"))
         known = ", ".join(dict.fromkeys([*there, "stdlib", *HUB, "hellaswag", "residual"]))
-        raise UserError(f"unknown data set {name!r}: there is {known}, or a text file's path; for text of your own run "
-                        f"`python prepare_owt.py --dataset={name} --files=...`")
+        raise UserError(f"unknown data set {name!r}: choose one of {known}, or a text file; to prepare your own text, "
+                        f"run `python prepare_owt.py --dataset={name} --files=...`")
     if ranks.RANK == 0:
         print(f"preparing data/{folder}", flush=True)
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_owt.py")
-        done = subprocess.run([sys.executable, script, *args], stdout=subprocess.DEVNULL)
-        if done.returncode:
-            sys.exit(1)  # it has said why
+        command = [sys.executable, script, f"--dataset={folder}", *args]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            sys.exit(1)  # it has printed why
     return folder
 
 
 def prepare_all(names, default, candidates):
-    """{name: folder under data/} of the data sets among names, which are checked. The residual stream needs one of
-    them, or else the default. UserError."""
+    """{name: folder under data/} of the data sets among names, checked before any is measured. The residual stream
+    takes the first of them, or else the default. UserError."""
     names = [name for name in names if name not in ("hellaswag", "residual")] or [default] * ("residual" in names)
     folders = {name: prepare(name, candidates[0]) for name in names}
     found = list(folders.values())
-    twice = [folder for folder in found if found.count(folder) > 1]
-    if twice:
-        raise UserError(f"--dataset={dataset}: two of them would be data/{twice[0]}: rename one")
     for folder in found:
-        check_data(folder, candidates)
+        if found.count(folder) > 1:
+            raise UserError(f"--dataset={dataset}: two of them would be data/{folder}: rename one")
+        open_tokens(folder, "val", block_size, candidates[0].model.config.vocab_size)
+        check_tokens(folder, "val")
+        eot = read_meta(folder)["eot"]
+        for c in candidates:
+            if c.model.config.eot != eot:
+                ranks.say(f"note: end-of-text is {eot} in data/{folder}, but {c.model.config.eot} in {c.source}: "
+                          "was it trained on such tokens?")
     return folders
 
 
-def check_data(folder, candidates):
-    """What is wrong with a data set is said before hours are spent on others."""
-    open_tokens(folder, "val", block_size, candidates[0].model.config.vocab_size)
-    check_tokens(folder, "val")
-    eot = read_meta(folder)["eot"]
-    for c in candidates:
-        if c.model.config.eot != eot:
-            ranks.say(f"note: end-of-text is {eot} in data/{folder}, but {c.model.config.eot} in {c.source}: "
-                      "was it trained on such tokens?")
-
-
 def val_set(folder):
-    """What is in data/FOLDER/val.bin, as the table and the JSON name it."""
+    """What data/FOLDER/val.bin holds, for the table and the JSON."""
     meta = read_meta(folder)
     documents = meta["val"].get("documents")
     count = "documents" if documents is None else f"{documents:,} documents"
@@ -203,15 +193,13 @@ def val_set(folder):
 
 
 def why_not_published(folder, n):
-    """Why n val tokens of a folder are not those behind the published figures; "" if they are."""
+    """Why n val tokens of a folder are not those of the published figures; "" if they are, or if there are none."""
     meta = read_meta(folder)
-    if folder not in PUBLISHED:
-        return ""
     if folder == "owt" and (meta.get("asked_tokens") or meta["val"].get("documents") != NANOGPT_VAL_DOCUMENTS):
-        return ("they are over nanoGPT's val split, and data/owt has other documents: "
-                "`prepare_owt.py --dataset=owt` without --tokens makes it")
-    if abs(n / PUBLISHED[folder] - 1) > 0.02:
-        return f"they are over {PUBLISHED[folder]:,} tokens, and this is over {n:,}"
+        return ("they use nanoGPT's val split, and data/owt has other documents: "
+                "`python prepare_owt.py --dataset=owt` without --tokens makes it")
+    if folder in PUBLISHED and abs(n / PUBLISHED[folder] - 1) > 0.02:
+        return f"they use {PUBLISHED[folder]:,} tokens, and this table {n:,}"
     return ""
 
 
@@ -219,62 +207,59 @@ def why_not_published(folder, n):
 
 
 def cross_entropy_rows(folder, candidates, reference, autocast):
-    """One JSON row for each model. reference: the source that faithfulness is to, or None."""
+    """One JSON row for each model. reference: the source that distributions are compared with, or None."""
     data = open_tokens(folder, "val", block_size, candidates[0].model.config.vocab_size)
-    wanted = tokens or PUBLISHED.get(folder, len(data))
-    n = min(wanted, len(data)) // block_size
+    n = min(tokens or PUBLISHED.get(folder, len(data)), len(data)) // block_size
     if n < 1:
         raise UserError(f"--tokens={tokens} is less than one window of {block_size}")
     starts = val_starts(data, n, block_size)
-    own = starts[ranks.RANK :: ranks.WORLD]
-    models = {c.source: c.model for c in candidates}
-    found = measure(models, reference, data, own, block_size, batch_size, device, autocast)
-    for arrays in found.values():
-        for key in arrays:
-            arrays[key] = ranks.gather_rows(arrays[key])
+    by_source = {c.source: c.model for c in candidates}
+    found = measure(by_source, reference, data, starts, block_size, batch_size, device, autocast)
+    window_losses = {source: arrays["loss"].mean(1) for source, arrays in found.items()}  # (windows,)
 
-    originals = [c.source for c in candidates if c.role == "original"]
-    originals.sort(key=lambda source: source == reference)  # another model to compare with is not where a run began
-    original = originals[0] if originals else None
+    # an original that is only there to compare distributions with is the last choice
+    originals = sorted((c.source for c in candidates if c.role == "original"), key=lambda source: source == reference)
+    original = next(iter(originals), None)
     control = next((c.source for c in candidates if c.role == "control"), None)
+
+    def difference(source, other):
+        if other is None:
+            return None, None
+        return mean_and_error(window_losses[source] - window_losses[other])
+
     rows = []
     for c in candidates:
-        losses = found[c.source]["loss"]  # (windows, block_size)
+        arrays = found[c.source]
+        losses = arrays["loss"]  # (windows, block_size)
         row = dict(dataset=folder, source=c.source, role=c.role, windows=len(starts), tokens=losses.size)
         row["val"] = val_set(folder)
         row["not_published"] = why_not_published(folder, losses.size)
         row["nonfinite"] = int((~np.isfinite(losses)).sum())
-        row["loss"], row["loss_se"] = mean_and_error(losses.mean(1))
+        row["loss"], row["loss_se"] = mean_and_error(window_losses[c.source])
         row["median"], row["p99_9"], row["max"] = np.quantile(losses, [0.5, 0.999, 1])
-        row["gap_to"] = row["gap"] = row["gap_se"] = None
-        if c.role in ("ln_free", "part") and (control or original):
-            row["gap_to"] = control or original
-            row["gap"], row["gap_se"] = mean_and_error(losses.mean(1) - found[row["gap_to"]]["loss"].mean(1))
-        row["to_original_source"] = row["to_original"] = row["to_original_se"] = None
-        if c.role != "original" and original:
-            row["to_original_source"] = original
-            apart = losses.mean(1) - found[original]["loss"].mean(1)
-            row["to_original"], row["to_original_se"] = mean_and_error(apart)
-        if reference is not None and c.source != reference:
-            for key in ("kl", "js", "agree"):
-                row[key], row[key + "_se"] = mean_and_error(found[c.source][key])
-            row["correlation"] = np.corrcoef(losses.ravel(), found[reference]["loss"].ravel())[0, 1]
+        row["gap_to"] = (control or original) if c.role in ("ln_free", "part") else None
+        row["gap"], row["gap_se"] = difference(c.source, row["gap_to"])
+        row["to_original_source"] = original if c.role != "original" else None
+        row["to_original"], row["to_original_se"] = difference(c.source, row["to_original_source"])
+        if reference is not None:
+            row["entropy"], row["entropy_se"] = mean_and_error(arrays["entropy"])
+            row["calibration"] = calibration_error(arrays["confidence"].ravel(), arrays["hit"].ravel())
+        if reference not in (None, c.source):
             row["reference"] = reference
-        if "entropy" in found[c.source]:
-            row["entropy"], row["entropy_se"] = mean_and_error(found[c.source]["entropy"])
-            confidence, hit = (found[c.source][key].ravel() for key in ("confidence", "hit"))
-            row["calibration"] = calibration_error(confidence, hit)
+            for key in ("kl", "js", "agree"):
+                row[key], row[key + "_se"] = mean_and_error(arrays[key])
+            row["correlation"] = np.corrcoef(losses.ravel(), found[reference]["loss"].ravel())[0, 1]
         row["loss_by_position"] = losses.mean(0, dtype=np.float64).tolist()
         rows.append(row)
     return rows
 
 
 def show_cross_entropy(candidates, rows):
-    name, windows, word = rows[0]["dataset"], rows[0]["windows"], token_word(rows[0]["dataset"])
+    word = token_word(rows[0]["dataset"])
     gap_to = "gap to control" if any(c.role == "control" for c in candidates) else "gap to original"
     print_table(
-        f"{name}: cross-entropy in nats per {word} ± standard error\n"
-        f"over {windows:,} windows of {block_size} val tokens, of {rows[0]['val']}",
+        f"{rows[0]['dataset']}: cross-entropy in nats per {word} ± standard error\n"
+        f"over {rows[0]['windows']:,} windows of {block_size} val tokens, from {rows[0]['val']}",
         candidates,
         [
             [f"nats per {word}", *with_errors(rows, "loss", ".4f")],
@@ -292,14 +277,13 @@ def show_cross_entropy(candidates, rows):
             ["loss correlation", *values(rows, "correlation", ".4f")],
         ],
     )
-    gains = [-row["to_original"] for row in rows if row["role"] == "control" and row["to_original"]]
+    gained = max([0, *(-row["to_original"] for row in rows if row["role"] == "control" and row["to_original"])])
     gaps = [row["gap"] for row in rows if row["role"] == "ln_free" and row["gap"]]
-    gained = max(gains, default=0)
-    if gaps and gained > max(*gaps, 0):
+    if gaps and gained > max(0, *gaps):
         print(f"note: fine-tuning alone gains {gained:.4f}, more than the removal costs: the original is still "
               "learning, and the gap says little")
     if rows[0]["not_published"]:
-        print(f"note: not to be compared with the published figures: {rows[0]['not_published']}")
+        print(f"note: don't compare this with the published figures: {rows[0]['not_published']}")
 
 
 # --- the residual stream
@@ -324,8 +308,7 @@ def residual_rows(folder, candidates, autocast):
 
 def show_residual(candidates, rows):
     sites = list(max((row["sites"] for row in rows), key=len))  # of the deepest model
-    six = [round(i * (len(sites) - 1) / 5) for i in range(6)]  # a screenful
-    shown = [sites[i] for i in dict.fromkeys(six)]
+    shown = list(dict.fromkeys(sites[round(i * (len(sites) - 1) / 5)] for i in range(6)))  # a screenful
     lines = []
     for site in shown:
         for kind in ("position_0", "eot", "others"):
@@ -345,10 +328,10 @@ def show_residual(candidates, rows):
 
 
 def open_hellaswag(candidate):
-    """(examples, a function: text -> ids of the candidate's tokenizer)."""
-    encode = tokenizer_of(candidate.model, model_directory(candidate.source)).encode
+    """(examples, the candidate's tokenizer as a function: text -> ids)."""
+    encode = tokenizer_of(candidate.model, candidate.directory).encode
     path = os.path.join("data", "hellaswag", "hellaswag_val.jsonl")
-    hellaswag.download(hellaswag_url, path)
+    hellaswag.download(path)
     return hellaswag.read_examples(path), lambda text: encode(text).tolist()
 
 
@@ -390,8 +373,8 @@ def with_errors(rows, key, form):
 
 
 def print_table(title, candidates, lines):
-    """Models side by side: lines of [label, a cell for each model]; a line without any cell is left
-    out. At most 80 columns wide: further models stand below."""
+    """Print lines of [label, a cell for each model], without the empty ones. Models that don't fit into 80 columns go
+    below."""
     lines = [line for line in lines if any(line[1:])]
     sources = [shortened(c.source) for c in candidates]
     cells = [["", *(TITLES[c.role] for c in candidates)], ["", *sources], *lines]
@@ -412,35 +395,13 @@ def print_table(title, candidates, lines):
 
 
 def shortened(source):
-    """At most 18 letters of it: its end, which tells more."""
+    """The last 18 letters."""
     return source if len(source) <= 18 else "…" + source[-17:]
 
 
-def finite(value):
-    """For JSON, which has no NaN: None instead."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value
-
-
-def check_json():
-    """UserError if --json can't be written at the end."""
-    if not json:
-        return
-    if not os.path.isdir(os.path.dirname(json) or "."):
-        raise UserError(f"--json={json}: there is no directory {os.path.dirname(json)}")
-    if os.path.isdir(json):
-        raise UserError(f"--json={json} is a directory: name a file")
-    check_file(json, ["command", "rows"])
-
-
 def write_result(rows, data_hashes, candidates):
-    """The file of --json: the rows, and with what they were measured."""
-    write_json(json, dict(
+    """Write the file of --json: the rows, and what they were measured with. NaN becomes null."""
+    result = dict(
         command=shlex.join(["python", *sys.argv]),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         dtype=dtype,
@@ -448,25 +409,24 @@ def write_result(rows, data_hashes, candidates):
         data_sha256=data_hashes,
         weights_sha256={c.source: c.sha256 for c in candidates},
         runs={c.source: run_settings(c.source).get("run") for c in candidates},
-        rows=finite(rows),
-    ))
+        rows=rows,
+    )
+    write_json(json, parse_json(dumps(result, default=float)))  # default: NumPy's numbers
 
 
 def verify_models(sources):
     """Print a verdict for each model; True if all are LN-free."""
-    verdicts = []
+    all_free = True
     for source in sources:
         reasons = problems(GPT.from_pretrained(model_directory(source)).eval())
-        verdicts.append(not reasons)
-        if reasons:
-            print("\n  ".join([f"{source}: NOT LN-free", *reasons]))
-        else:
-            print(f"{source}: LN-free: all that reads the residual stream is affine in it")
-    return all(verdicts)
+        verdict = "NOT LN-free" if reasons else "LN-free: everything that reads the residual stream is affine in it"
+        print("\n  ".join([f"{source}: {verdict}", *reasons]))
+        all_free = all_free and not reasons
+    return all_free
 
 
 def say_next(candidates, names):
-    """What to type after the tables, if there is a run to go on with."""
+    """Print the next commands, if there are any."""
     commands = []
     if json and "residual" in names:
         commands.append(f"python -m tools.plot {json}")
@@ -479,19 +439,23 @@ def say_next(candidates, names):
 
 def main():
     global block_size, device
-    configure(globals(), sys.argv[1:], __doc__)
+    dtypes = ("float32", "bfloat16")
+    configure(globals(), sys.argv[1:], __doc__, at_least=dict(batch_size=1), choices=dict(dtype=dtypes))
     if not verify:
         ranks.use_all_gpus(device)
-    torch.set_float32_matmul_precision("highest")  # no TF32 in a figure, whatever the environment asks for
+    torch.set_float32_matmul_precision("highest")  # no TF32, whatever the environment says
     device = pick_device(device)
     autocast = autocast_to(pick_dtype(dtype, device), device)
-    check_json()
+    if json:  # now, and not after hours
+        if not os.path.isdir(os.path.dirname(json) or "."):
+            raise UserError(f"--json={json}: there is no directory {os.path.dirname(json)}")
+        check_file(json, ["command", "rows"])
     if verify:
         sources = items(models) or last_run()[0][-1:]
         sys.exit(0 if ranks.RANK > 0 or verify_models(sources) else 1)
 
-    ranks.join("cpu")  # gloo: a few results at the end, whatever the device
-    with ranks.rank_0_first():  # it fetches and prepares
+    ranks.join("cpu")  # gloo, for a few results at the end
+    with ranks.rank_0_first():  # to fetch and prepare
         sources, run_dataset = (items(models), "") if items(models) else last_run()
         if reference and reference not in sources:
             sources.insert(0, reference)
@@ -524,7 +488,7 @@ def main():
             show = show_cross_entropy
             data_hashes[folders[name]] = read_meta(folders[name])["val"].get("sha256")
         rows += found
-        if json and ranks.RANK == 0:  # before it is shown, which can fail
+        if json and ranks.RANK == 0:  # before printing, which can fail
             write_result(rows, data_hashes, candidates)
         if ranks.RANK == 0:
             show(candidates, found)

@@ -1,15 +1,12 @@
 """
-HellaSwag (Zellers et al. 2019): which of four endings does a model find likeliest? What `eval.py
---dataset=hellaswag` runs.
+HellaSwag (Zellers et al. 2019): which of four endings does a model find likeliest?
 
-Completion style, as in the published LN-free models' figures: the context and " " + ending are
-tokenized apart, and an ending's score is the sum of its tokens' losses (accuracy) or their mean
-(length-normalised accuracy).
+Completion style, as in the figures of the published LN-free models: context and " " + ending are tokenized separately.
+An ending's score is the sum of its tokens' losses (accuracy) or their mean (length-normalised accuracy).
 
-The context of an example is computed once. An example is one sequence, the context and then the
-four endings, in which an ending's tokens see the context and themselves, at the positions that they
-would have alone. Where context and ending are longer than the model's positions, each ending gets a
-sequence of its own, cut at the left, as lm-evaluation-harness does.
+Each context is computed once. An example is one sequence, the context and then its four endings. The tokens of an
+ending see the context and their own ending, at the positions they would have alone. If context and ending exceed the
+model's positions, each ending gets its own sequence, cut at the left, as in lm-evaluation-harness.
 """
 import os
 from dataclasses import dataclass
@@ -18,26 +15,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import piece_rows
-from parts import jsonfile
-from parts.errors import UserError, on_disk
+from parts.errors import on_disk, reading
+from parts.files import parse_json, whole_file
+from parts.loss import piece_rows, token_losses
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-EXAMPLES = 10_042  # in the file at URL
-BATCH_TOKENS = 2048  # padded tokens of a forward pass, on a CPU; see piece_rows
+BATCH_TOKENS = 2048  # padded tokens in a forward pass, on a CPU; see piece_rows
 
 
 @dataclass
 class Example:
     context: str
-    endings: list[str]
-    label: int  # of the right ending
+    endings: list[str]  # four
+    label: int  # the right ending
 
 
 @dataclass
 class Sequence:
-    """Token ids of a context, and of the endings that follow it; whose[k] is the (example, ending)
-    of endings[k]."""
+    """Token ids of a context and of the endings after it; whose[k] is the (example, ending) of endings[k]."""
 
     context: list[int]
     endings: list[list[int]]
@@ -50,76 +45,38 @@ class Sequence:
 # --- the file
 
 
-def download(url, path):
-    """Fetch url into path, once; go on where an earlier try broke off. UserError."""
+def download(path):
+    """Fetch the file at URL to path, unless it is there. UserError."""
     import requests
 
     if os.path.exists(path):
         return
-    half = path + ".tmp"
+    with reading(URL, f"run it again, or download it by hand to {path}"):
+        answer = requests.get(URL, timeout=30)
+        answer.raise_for_status()
     with on_disk(f"can't write {path}"):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-    with on_disk(f"can't write {half}"):
-        try:
-            fetch_rest(url, half)
-        except requests.RequestException as e:  # an OSError too, but the network's
-            problem = f"the server answers {e.response.status_code}" if e.response is not None else type(e).__name__
-            raise UserError(f"can't fetch {url} ({problem}): run it again to go on, "
-                            f"or download it by hand to {path}") from None
-    try:
-        n = len(read_examples(half))
-        if url == URL and n != EXAMPLES:
-            raise UserError(f"{url} has {n:,} examples, not {EXAMPLES:,}: download it by hand to {path}")
-    except UserError:
-        os.remove(half)
-        raise
-    os.replace(half, path)
-
-
-def fetch_rest(url, half):
-    """Append to the file what it does not hold yet. requests.RequestException, or OSError of the disk."""
-    import requests
-
-    have = os.path.getsize(half) if os.path.exists(half) else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
-        if answer.status_code == 416:  # there is no more than what we have
-            return
-        answer.raise_for_status()
-        mode = "ab" if answer.status_code == 206 else "wb"
-        with open(half, mode) as f:
-            for part in answer.iter_content(4096):
-                if f.tell() > jsonfile.LARGEST:  # it never ends
-                    return
-                f.write(part)
+    with whole_file(path, check=read_examples) as f:
+        f.write(answer.content)
 
 
 def read_examples(path):
-    """[Example] of a file in the published format. UserError that names the line."""
-    if os.path.getsize(path) > jsonfile.LARGEST:
-        raise UserError(f"{path} is far larger than HellaSwag: remove it to fetch it again")
+    """[Example] of a file in the published format. UserError names the line."""
+    advice = "remove the file to fetch it again"
     examples = []
-    with open(path, encoding="utf-8", errors="replace") as f:
+    with reading(path, advice), open(path, encoding="utf-8") as f:
         for n, line in enumerate(f, 1):
-            try:
-                examples.append(parse(line))
-            except (ValueError, KeyError, TypeError, OverflowError) as e:
-                problem = f"is not an example of HellaSwag ({type(e).__name__}: {e})" if line.strip() else "is empty"
-                raise UserError(f"{path}, line {n} {problem}: remove the file to fetch it again") from None
-    if not examples:
-        raise UserError(f"{path} is empty: remove it to fetch it again")
+            with reading(f"{path}, line {n}", advice):
+                row = parse_json(line)
+                example = Example(row["ctx"], row["endings"], int(row["label"]))
+                texts = [example.context, *example.endings]
+                whole = len(texts) == 5 and all(isinstance(text, str) and text for text in texts)
+                if not whole or example.label not in range(4):
+                    raise ValueError("it needs a ctx, four endings and a label from 0 to 3")
+                examples.append(example)
+        if not examples:
+            raise ValueError("it is empty")
     return examples
-
-
-def parse(line):
-    row = jsonfile.parse(line)
-    example = Example(row["ctx"], row["endings"], int(row["label"]))
-    endings = example.endings if isinstance(example.endings, list) else []
-    texts = [example.context, *endings]
-    whole = len(texts) == 5 and all(isinstance(text, str) and text for text in texts)
-    if not whole or example.label not in range(4):
-        raise ValueError("it needs a ctx, four endings and a label from 0 to 3")
-    return example
 
 
 # --- the scores
@@ -127,10 +84,10 @@ def parse(line):
 
 @torch.inference_mode()
 def score(model, examples, encode, device, autocast, name=""):
-    """The four endings' summed losses and their token counts, (examples, 4) each. encode: text ->
-    ids; name: of a progress bar."""
+    """Summed losses and token counts of the endings, (examples, 4) each. encode: text -> ids; name: of the progress
+    bar, "" for none."""
     todo = sequences(examples, encode, model.config.block_size)
-    todo.sort(key=len, reverse=True)  # the longest first: it is known at once whether they fit into memory
+    todo.sort(key=len, reverse=True)  # the longest first, so that memory runs out at once or not at all
     sums = np.zeros((len(examples), 4))
     counts = np.zeros((len(examples), 4), int)
     bar = tqdm(total=len(todo), desc=name, unit="example", leave=False, disable=None if name else True)
@@ -143,14 +100,14 @@ def score(model, examples, encode, device, autocast, name=""):
         np.add.at(counts, whose, 1)
         bar.update(len(batch))
     bar.close()
-    for i, example in enumerate(examples):  # of equal endings the first wins, whatever rounding says
+    for i, example in enumerate(examples):  # equal endings tie exactly, whatever rounding says
         first = [example.endings.index(text) for text in example.endings]
         sums[i] = sums[i, first]
     return sums, counts
 
 
 def sequences(examples, encode, block_size):
-    """[Sequence]: one for each example, or one for each of its endings where they don't fit."""
+    """[Sequence]: one for each example, or for each of its endings if they don't fit together."""
     found = []
     for i, example in enumerate(examples):
         context = encode(example.context)
@@ -166,13 +123,12 @@ def sequences(examples, encode, block_size):
 
 
 def batch_losses(model, batch, device):
-    """A batch of Sequences -> each scored token's loss (M,), and whose it is: (M,) examples and
-    (M,) endings."""
+    """A batch of Sequences -> the loss of each scored token (M,), and whose it is: examples (M,), endings (M,)."""
     B, T = len(batch), max(map(len, batch))
     ids = np.full((B, T), model.config.eot)
     pos = np.zeros((B, T), int)
-    part = np.full((B, T), -1)  # 0: the context, k: its k-th ending, -1: padding
-    # of each scored token: the (row, column) that predicts it, its id, its (example, ending)
+    part = np.full((B, T), -1)  # 0: the context, 1 to 4: an ending, -1: padding
+    # for each scored token: the (row, column) that predicts it, its id, its (example, ending)
     at, target, whose = [], [], []
     for row, sequence in enumerate(batch):
         n = end = len(sequence.context)
@@ -192,14 +148,14 @@ def batch_losses(model, batch, device):
     causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
     x = model.hidden(ids, pos, ((in_context | own_ending) & causal)[:, None])  # (B, T, C)
     rows, columns = np.array(at).T
-    # only what is scored is unembedded
-    losses = model.token_losses(x[rows, columns], torch.tensor(target, device=device))
+    # unembed only what is scored
+    losses = token_losses(model, x[rows, columns], torch.tensor(target, device=device))
     return losses.cpu().double().numpy(), tuple(np.array(whose).T)
 
 
 def accuracies(sums, counts, labels):
-    """{"acc", "acc_se", "acc_norm", "acc_norm_se"}: shares of right predictions, with binomial
-    standard errors; NaN if a loss is."""
+    """{"acc", "acc_se", "acc_norm", "acc_norm_se"}: fractions of right predictions and their binomial standard errors;
+    NaN if a loss is not finite."""
     result = {}
     for key, losses in (("acc", sums), ("acc_norm", sums / counts)):
         right = np.mean(losses.argmin(1) == labels) if np.isfinite(losses).all() else float("nan")
