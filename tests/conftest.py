@@ -103,6 +103,7 @@ def run(tmp_path, monkeypatch, capsys):
             if script.endswith(".py"):
                 runpy.run_path(os.path.join(REPO, script), run_name="__main__")
             else:  # tools.NAME or dev.NAME, as python -m runs them
+                sys.modules.pop(script, None)
                 runpy.run_module(script, run_name="__main__")
         except UserError as e:
             code, last_words = 1, f"error: {e}"

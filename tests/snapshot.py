@@ -27,11 +27,15 @@ from tiny_hub import serve  # noqa: E402
 repo, folder = (os.path.abspath(path) for path in sys.argv[1:])
 os.makedirs(folder)
 os.chdir(folder)
-env = dict(os.environ, HF_HOME=os.path.join(folder, "cache"), OMP_NUM_THREADS="2")
+env = dict(os.environ, PYTHONPATH=repo, HF_HOME=os.path.join(folder, "cache"), OMP_NUM_THREADS="2")
 
 
 def script(name, *args, launcher=()):
-    command = [sys.executable, *launcher, os.path.join(repo, name), *args]
+    tool = os.path.join(repo, "tools", name + ".py")
+    path = [os.path.join(repo, name)]
+    if not name.endswith(".py"):  # a tool, at the top before it was moved
+        path = ["-m", f"tools.{name}"] if os.path.exists(tool) else [os.path.join(repo, name + ".py")]
+    command = [sys.executable, *launcher, *path, *args]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
@@ -142,12 +146,15 @@ table = ["--dataset=stdlib,residual", "--tokens=50_000", "--json=out/table.json"
 script("eval.py", f"--models={models}", *table)
 show_table("out/table.json")
 for to, *more in (["hf"], ["folded"], ["hf", "--dtype=bfloat16"], ["hf", "--dtype=float16", "--eps=1e4"]):
-    script("export.py", "out/float32", f"--to={to}", f"--out=out/export_{to}_{len(more)}", *more)
+    script("export", "out/float32", f"--to={to}", f"--out=out/export_{to}_{len(more)}", *more)
 show_files("out")
 bridge = """
 import hashlib, sys
 sys.path.insert(0, sys.argv[1])
-from export import to_bridge
+try:
+    from tools.export import to_bridge
+except ImportError:
+    from export import to_bridge
 from model import GPT
 import torch
 bridge = to_bridge(GPT.from_pretrained("out/float32/model").eval())

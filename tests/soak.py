@@ -42,21 +42,6 @@ TRAIN = [
     "--dropout=0.1",
     "--compile=False",
 ]
-# a preparation on a slow disk, which notes its progress often
-PREPARE = """
-import sys, time
-sys.path.insert(0, sys.argv.pop(1))
-import prepare_owt
-from parts import sources
-real = prepare_owt.next_batch
-def slow(tasks):
-    time.sleep(0.05)
-    return real(tasks)
-prepare_owt.next_batch = slow
-prepare_owt.NOTE_EVERY = 0.1
-prepare_owt.BATCH = sources.PIECE = 100_000
-prepare_owt.main()
-"""
 ENV = os.environ | dict(OMP_NUM_THREADS="1")
 
 
@@ -92,7 +77,7 @@ def write_text():
 def contents(folder):
     """{name: bytes} of a folder's files."""
     found = {}
-    for path in glob.glob(folder + "/**", recursive=True):
+    for path in glob.glob(folder + "/**", recursive=True, include_hidden=True):
         if os.path.isfile(path):
             with open(path, "rb") as f:
                 found[os.path.relpath(path, folder)] = f.read()
@@ -107,7 +92,7 @@ def assert_same_run(found, expected, steps):
         entries = [json.loads(line) for line in f]
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(steps))
     assert len([entry for entry in entries if "event" in entry]) == 15
-    assert not glob.glob(f"{found}/**/*.tmp", recursive=True)
+    assert not [name for name in contents(found) if "unfinished" in name]
 
 
 def removal(n, steps, launcher, kill):
@@ -133,7 +118,7 @@ def kills(n, chance):
         time.sleep(chance.uniform(0, 0.8))
         process.kill()
         process.communicate()
-        saving.append(os.path.exists("out/killed/ckpt.pt.tmp"))
+        saving.append(os.path.exists("out/killed/.ckpt.pt.unfinished"))
 
     removal(n, 6, [], kill)
     return f"{n} kills of a removal, {sum(saving)} of them while it saved"
@@ -184,37 +169,35 @@ def children(pid):
 
 
 def preparations(n, chance):
-    """A preparation of rows and one of a text file are killed n times each, at random moments."""
-    words = np.random.default_rng(0).choice(["naïve ", "café\n", "read ", "size, ", "value\n"], (2000 * n, 200))
+    """A preparation of rows and text files is killed n times, at random moments."""
+    words = np.random.default_rng(0).choice(["naïve ", "café\n", "read ", "size, ", "value\n"], (20_000, 200))
     documents = ["".join(row) for row in words]
-    with open("rows.jsonl", "w") as f:
-        f.writelines(json.dumps(dict(text=document)) + "\n" for document in documents)
-    with open("long.txt", "w") as f:
-        f.write("".join(documents))
+    for i in range(10):
+        with open(f"rows{i}.jsonl", "w") as f:
+            f.writelines(json.dumps(dict(text=document)) + "\n" for document in documents[i::10])
+        with open(f"long{i}.txt", "w") as f:
+            f.write("".join(documents[i::10]))
+    args = [os.path.join(REPO, "prepare_owt.py"), "--files=rows*.jsonl,long*.txt"]
+    finish(*args, "--dataset=whole")
     resumed = 0
-    for file in ("rows.jsonl", "long.txt"):
-        args = ["-c", PREPARE, REPO, f"--files={file}"]
-        finish(*args, "--dataset=whole", "--force")
-        for _ in range(n):
-            process = start(*args, "--dataset=killed")
-            while not os.path.exists("data/killed.tmp/train.bin") and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(chance.uniform(0, 2))
-            process.kill()
-            process.communicate()
-            if os.path.exists("data/killed.tmp/progress.json"):
-                with open("data/killed.tmp/progress.json") as f:
-                    resumed += json.load(f)["position"] != [0, 0, 0]
-        finish(*args, "--dataset=killed")
-        found, expected = contents("data/killed"), contents("data/whole")
-        assert found.keys() == expected.keys() == {"train.bin", "val.bin", "meta.json"}
-        assert all(found[name] == expected[name] for name in found)
-        assert not os.path.exists("data/killed.tmp")
-        for name in ("killed", "whole"):
-            for file in os.listdir(f"data/{name}"):
-                os.remove(f"data/{name}/{file}")
-            os.rmdir(f"data/{name}")
-    return f"{2 * n} kills of preparations, {resumed} of them with something to go on from"
+    for _ in range(n):
+        process = start(*args, "--dataset=killed")
+        while not os.path.exists("data/.killed.unfinished") and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 2))
+        process.kill()
+        process.communicate()
+        resumed += len(glob.glob("data/.killed.unfinished/*.npy")) > 0
+        if os.path.exists("data/killed"):  # it had finished
+            for path in glob.glob("data/killed/*"):
+                os.remove(path)
+            os.rmdir("data/killed")
+    finish(*args, "--dataset=killed")
+    found, expected = contents("data/killed"), contents("data/whole")
+    assert found.keys() == expected.keys() == {"train.bin", "val.bin", "meta.json"}
+    assert all(found[name] == expected[name] for name in found)
+    assert sorted(os.listdir("data")) == ["killed", "text", "whole"]
+    return f"{n} kills of preparations, {resumed} of them with parts to continue from"
 
 
 PARTS = dict(kills=(kills, 25), ranks=(ranks, 10), launcher=(launcher, 3), preparations=(preparations, 10))

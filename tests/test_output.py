@@ -93,32 +93,27 @@ def test_each_command_says_the_next_one(run, stdlib, tmp_path):
     def follow(done):
         assert done.code == 0, done.text
         last = done.text.strip().splitlines()[-1]
-        assert last.startswith("next: "), last
-        trail.append(last.replace(REPO + "/train", "train")[len("next: python ") :].split("; python ")[0].split("  (")[0])
+        assert last.startswith("next: python "), last
+        first = last.removeprefix("next: python ").split("; python ")[0].split("  (")[0]
+        trail.append(first.replace(REPO + "/train", "train").removeprefix("-m "))
         return shlex.split(trail[-1])
 
-    def short(command):
-        return [command[0], *command[1:], "--tokens=2560"] if command[0] == "eval.py" else command
-
-    text = "x" * 10_000
-    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "a.txt").write_text("x" * 10_000)
     follow(run("prepare_owt.py", "--files=a.txt", f"--dataset={tmp_path.name}"))
     command = follow(run("train.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine"))
     command = follow(run(*command))
-    command = follow(run(*short(command)))
+    command = follow(run(*command, "--tokens=2560"))
     command = follow(run(*command))
-    assert command == ["lens.py", "out/mine", "--prompt=TEXT"]
-    command = follow(run(*command))
-    done = run(*command)
-    assert "next: out/mine/hf/README.md has the lines" in done.text
+    command = follow(run(*[*command[:-1], "--prompt=def"]))
+    assert run(*command).code == 0
     assert os.path.exists("out/mine/hf/README.md")
     assert trail == [
         f"train.py config/remove_ln_mine.py --init_from=path/to/model --dataset={tmp_path.name}",
-        shlex.join(["train.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine", "config/control.py"]),
+        shlex.join(["train.py", "config/control.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine"]),
         "eval.py",
-        "plot.py out/mine",
-        "lens.py out/mine --prompt=TEXT",
-        "export.py out/mine --to=hf",
+        "tools.plot out/mine",
+        "tools.lens out/mine --prompt=TEXT",
+        "tools.export out/mine --to=hf",
     ]
 
 
@@ -160,12 +155,6 @@ def test_an_installation_begins_with_pythons_version(tmp_path, version, refused)
     said = f"error: Python 3.11 to 3.14 is needed, and {fake} is {version[0]}.{version[1]}: "
     assert (said in done.stderr) == refused
     assert ("venv\n" in done.stdout) == (not refused)
-
-
-def test_without_fcntl_as_on_windows_folders_are_not_locked(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "fcntl", None)
-    first, second = files.FolderLock(tmp_path), files.FolderLock(tmp_path)
-    del first, second
 
 
 def test_the_library_of_locks_is_not_needed_to_import(tmp_path):
