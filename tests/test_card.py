@@ -4,11 +4,12 @@ The model card of an export: its lines of Python open the model as they are prin
 import json
 import os
 import re
+from pathlib import Path
 
 import huggingface_hub as hub
 import pytest
 import torch
-from conftest import random_hf, read_json, run_alone, set_all_fake
+from conftest import random_hf, run_alone, set_all_fake
 from tiny_hub import serve
 
 from model import GPT
@@ -16,14 +17,8 @@ from parts.run import weights_sha256
 
 
 @pytest.fixture
-def gpt2_run(tmp_path, run, gpt2_tokenizer):
-    """An LN-free random model of GPT-2's vocabulary, as a run leaves it."""
-    return save_run(tmp_path, random_hf(vocab_size=50257))
-
-
-@pytest.fixture
 def bare_run(tmp_path, run):
-    """The same, of ids alone."""
+    """An LN-free random model of 300 ids and no tokenizer, as a run leaves it."""
     return save_run(tmp_path, random_hf(vocab_size=300))
 
 
@@ -44,14 +39,16 @@ def run_lines(directory, until=None):
     return names
 
 
-def test_the_lines_of_the_plain_form_open_it_in_every_tool(run, gpt2_run):
+@pytest.mark.slow
+def test_the_lines_of_the_plain_form_open_it_in_every_tool(tmp_path, run, gpt2_tokenizer):
+    model = save_run(tmp_path, random_hf(vocab_size=50257))
     assert run("tools.export", "out/mine", "--to=hf").code == 0
     found = run_lines("out/mine/hf")
 
     text = "Once upon a time"
     with torch.no_grad():
         ids = found["bridge"].to_tokens(text, prepend_bos=False)
-        expected = gpt2_run(ids)[0]
+        expected = model(ids)[0]
         torch.testing.assert_close(found["model"](ids).logits, expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(found["bridge"](ids), expected, atol=1e-4, rtol=0)
     with found["traced"].trace(text):
@@ -89,34 +86,32 @@ def table_of(directory):
         return f.read().partition("```")[0]
 
 
-def write_json(path, content):
-    with open(path, "w") as f:
-        json.dump(content, f)
-
-
 def write_run(**settings):
-    write_json("out/mine/settings.json", settings | dict(ln_schedule=[]))
-    write_table(weights_sha256(GPT.from_pretrained("out/mine/model")))
-
-
-def write_table(sha256):
+    """The settings, and an evaluation of the run's own weights. Returns that."""
+    sha256 = weights_sha256(GPT.from_pretrained("out/mine/model"))
     rows = [
         dict(dataset="owt", role="control", loss=2.989, loss_se=0.002, gap=None),
         dict(dataset="owt", role="ln_free", loss=3.014, loss_se=0.002, gap=0.025, gap_se=0.001),
     ]
-    write_json("out/mine/eval.json", dict(rows=rows, weights_sha256={"out/mine": sha256}))
+    table = dict(rows=rows, weights_sha256={"out/mine": sha256})
+    Path("out/mine/settings.json").write_text(json.dumps(settings | dict(ln_schedule=[])))
+    Path("out/mine/eval.json").write_text(json.dumps(table))
+    return table
 
 
-def test_base_model_license_data_and_loss_stand_in_the_hubs_own_fields(gpt2_run, tmp_path):
+def write_meta(dataset, source):
+    os.makedirs(f"data/{dataset}")
+    Path(f"data/{dataset}/meta.json").write_text(json.dumps(dict(source=source)))
+
+
+def test_base_model_license_data_and_loss_stand_in_the_hubs_own_fields(bare_run, tmp_path):
     """The license is the original's, from its card on the hub."""
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo/README.md").write_text("---\nlicense: mit\n---\n# GPT-2\n")
-    os.makedirs("data/owt")
-    write_json("data/owt/meta.json", dict(source="Skylion007/openwebtext train"))
+    write_meta("owt", "Skylion007/openwebtext train")
     write_run(init_from="gpt2@main", dataset="owt")
     with serve({"openai-community/gpt2": tmp_path / "repo"}) as server:
-        env = server.env | {"HF_HOME": str(tmp_path / "cache")}
-        done = run_alone("tools.export", "out/mine", "--to=hf", env=env)
+        done = run_alone("tools.export", "out/mine", "--to=hf", env=server.env | {"HF_HOME": str(tmp_path / "cache")})
     assert done.code == 0, done.text
     data = head("out/mine/hf")
     assert data.base_model == "openai-community/gpt2"
@@ -129,50 +124,31 @@ def test_base_model_license_data_and_loss_stand_in_the_hubs_own_fields(gpt2_run,
     assert (result.metric_type, result.metric_value) == ("cross-entropy", 3.014)
 
 
-def test_of_a_model_and_text_of_ones_own_the_card_says_what_is_known(run, bare_run, tmp_path):
+# without a readable card the license is left out; None: the original is on the hub, and there is no network
+@pytest.mark.parametrize("card, license", [
+    ("---\nlicense: apache-2.0\n---\n", "apache-2.0"),
+    ("---\nlicense: [mit\n---\n", None),
+    ("no head", None),
+    (None, None),
+])
+def test_of_a_model_and_text_of_ones_own_the_card_says_what_is_known(run, bare_run, tmp_path, card, license):
     """A license beside the original; no base_model and no data set, which the hub would look for."""
-    (tmp_path / "hf/README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    os.makedirs("data/text")
-    write_json("data/text/meta.json", dict(source="texts/*.txt"))
-    write_run(init_from=str(tmp_path / "hf"), dataset="text")
+    if card:
+        (tmp_path / "hf/README.md").write_text(card)
+    write_meta("text", "texts/*.txt")
+    write_run(init_from=str(tmp_path / "hf") if card else "gpt2", dataset="text")
     assert run("tools.export", "out/mine", "--to=hf").code == 0
     data = head("out/mine/hf")
-    assert data.license == "apache-2.0"
-    assert data.base_model is None
+    assert data.license == license
+    assert data.base_model == (None if card else "openai-community/gpt2")
     assert data.datasets is None
 
 
-@pytest.mark.parametrize("row", [
-    dict(dataset=5, role="ln_free", loss=3.0),
-    dict(dataset="owt", role="ln_free", loss="3.0"),
-    dict(role="ln_free", loss=3.0),
-    5,
-])
-def test_a_broken_evaluation_is_left_out(run, bare_run, row):
-    write_run(init_from="gpt2", dataset="text")
-    table = read_json("out/mine/eval.json")
-    write_json("out/mine/eval.json", table | dict(rows=[row]))
-    assert "out/mine/eval.json" in run("tools.export", "out/mine").text
-    assert "3.0" not in table_of("out/mine/hf")
-
-
-def test_an_evaluation_of_other_weights_is_left_out(run, bare_run):
-    """A run that was repeated with --force keeps the old one in its folder."""
-    write_run(init_from="gpt2", dataset="text")
+@pytest.mark.parametrize("broken", [dict(rows=[5]), dict(weights_sha256={"out/mine": "0" * 64})])
+def test_an_evaluation_that_is_broken_or_of_other_weights_is_left_out(run, bare_run, broken):
+    table = write_run(init_from="gpt2", dataset="text")
     assert run("tools.export", "out/mine").code == 0
-    assert "3.0140 ± 0.0020 | +0.0250 ± 0.0010" in table_of("out/mine/hf")
-    write_table("0" * 64)
-    done = run("tools.export", "out/mine", "--out=again")
-    assert "out/mine/eval.json: ValueError" in done.text
-    assert "3.0140" not in table_of("again")
-
-
-@pytest.mark.parametrize("card", [None, "---\nlicense: [mit\n---\n", "no head", "---\n5\n---\n"])
-def test_without_a_readable_card_of_the_original_the_license_is_left_out(run, bare_run, tmp_path, card):
-    """None: the original is on the hub, and there is no network."""
-    if card:
-        (tmp_path / "hf/README.md").write_text(card)
-    write_run(init_from=str(tmp_path / "hf") if card else "gpt2", dataset="gone")
-    assert run("tools.export", "out/mine").code == 0
-    assert head("out/mine/hf").license is None
-    assert head("out/mine/hf").base_model == (None if card else "openai-community/gpt2")
+    assert "3.0140 ± 0.0020 | +0.0250 ± 0.0010" in Path("out/mine/hf/README.md").read_text()
+    Path("out/mine/eval.json").write_text(json.dumps(table | broken))
+    assert "out/mine/eval.json" in run("tools.export", "out/mine", "--out=again").text
+    assert "3.0140" not in Path("again/README.md").read_text()
