@@ -61,6 +61,7 @@ def assert_logits_of(hf, logits):
     torch.testing.assert_close(torch.tensor(logits), hf(IDX).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_model_is_fetched_once_and_then_read_from_the_cache(hub, load, tmp_path):
     first, at_revision, at_commit = load("org/tiny", "org/tiny@v2", f"org/tiny@{COMMIT}")
     for logits in (first, at_revision, at_commit):
@@ -90,6 +91,7 @@ def test_all_forms_are_read_and_an_interrupted_download_goes_on_where_it_stopped
     assert [part for file, part in gets if file == "model.safetensors"] == [None, f"bytes={10 * 2**20}-"]
 
 
+@pytest.mark.slow
 def test_what_can_not_be_had_is_said_in_one_line(hub, load, tmp_path):
     for name in ("no_weights", "shard_missing", "pickle", "code"):
         hub.hf.config.save_pretrained(tmp_path / name)
@@ -134,6 +136,7 @@ def test_a_line_that_is_cut_each_time_is_said_in_one_line(load):
         assert "org/bad_" in text and "\n" not in text
 
 
+@pytest.mark.slow
 def test_a_hub_that_can_not_be_reached_and_a_full_disk(hub, load):
     (text,) = load("org/tiny", HF_HUB_OFFLINE="1")
     assert "org/tiny" in text and "HF_HUB_OFFLINE" in text
