@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from model import GPT
 from parts import checkpoint, ranks
 from parts.errors import UserError, on_disk, reading
 from parts.files import FolderLock, read_lines, remove_files, run_settings, unfinished, whole_file, write_json
@@ -231,7 +232,22 @@ def command(argv):
     return shlex.join([*launcher, *argv])
 
 
-# --- for those that read a run
+# --- models that a run or another script starts from
+
+
+def load_teacher(source, model, block_size):
+    """The model with LN that `model` learns from, frozen. UserError if it can't teach it."""
+    if source == "scratch":
+        raise UserError("kl_share needs a teacher: give --teacher")
+    teacher = GPT.from_pretrained(model_directory(source)).eval().requires_grad_(False)
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise UserError(f"teacher {source} has a vocabulary of {teacher.config.vocab_size}, but the model of "
+                        f"{model.config.vocab_size}")
+    if teacher.config.folded or teacher.any_removed():
+        raise UserError(f"teacher {source} has lost its LayerNorms: name the model with LN")
+    if teacher.config.block_size < block_size:
+        raise UserError(f"block_size {block_size} is beyond the {teacher.config.block_size} positions of teacher {source}")
+    return teacher
 
 
 def model_directory(source):
