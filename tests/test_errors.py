@@ -57,9 +57,9 @@ def test_a_mistake_in_the_model_keeps_its_traceback(copy):
 
 def test_a_mistake_in_a_worker_of_the_preparation_keeps_its_traceback(copy, tmp_path):
     (tmp_path / "a.txt").write_text("a" * 100)
-    plant(copy / "parts/tokenizer.py", BUG, "def encode_bytes(")
+    plant(copy / "prepare_owt.py", BUG, "def encode_job(")
     done = run_alone(copy / "prepare_owt.py", "--dataset=other", "--files=a.txt", env=ONE_THREAD)
-    assert_traceback(done, copy / "parts/tokenizer.py", BUG, "ValueError: too many values to unpack")
+    assert_traceback(done, copy / "prepare_owt.py", BUG, "ValueError: too many values to unpack")
 
 
 def test_a_file_that_the_code_itself_misses_keeps_its_traceback(copy):
