@@ -259,9 +259,8 @@ def windows_or_documents(rows, eot):
         return False
     if inside and not varied:
         return True
-    raise ValueError(f"{longest:,} of its {len(lengths):,} rows of ids have the longest length, and end-of-text {eot} is "
-                     f"{'' if inside else 'not '}inside rows: are they documents (--rows=documents), each to be followed "
-                     "by end-of-text, or windows of a stream that holds it (--rows=windows)?")
+    raise ValueError(f"end-of-text {eot} is {'' if inside else 'not '}inside rows, and {longest:,} of {len(lengths):,} have "
+                     "the longest length: are they --rows=documents or --rows=windows, of a stream?")
 
 
 def pile_subset(meta):
