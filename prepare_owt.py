@@ -55,7 +55,7 @@ from parts.sources import (
 from parts.tokenizer import make_tokenizer
 
 # -----------------------------------------------------------------------------
-dataset = ""  # stdlib (the default), stdlib_pretrain, owt, pile, pile-filtered, ORG/NAME[@REVISION], or a name for --files
+dataset = ""  # stdlib (the default), stdlib_pretrain, owt, pile, pile-filtered, ORG/NAME[@REVISION], or --files' name
 files = ""  # local files: paths and patterns, with commas between
 tokenizer = ""  # bytes, gpt2, a model's directory or, for ids, VOCAB_SIZE:EOT; "": gpt2 for the hub, else bytes
 tokens = 0  # stop at the end of the row or text file that reaches so many; 0: take all
@@ -349,7 +349,7 @@ def next_command(name):
 
 
 def request():
-    """What is asked for: (the folder's name, its sources, the Tokenizer, what meta.json says of all that). UserError."""
+    """What is asked for: (the folder's name, its sources, the Tokenizer, what meta.json says of that). UserError."""
     on_hub = dataset in HUB or "/" in dataset
     if files and (on_hub or dataset in STDLIB_SHARES):
         raise UserError(f"{dataset} has a source of its own; give the files another name with --dataset=NAME")
@@ -438,7 +438,7 @@ def prepare(name, half, sources, made, meta):
 
 
 def begun(half, meta):
-    """The meta.json of an unfinished folder; {} if there is none, or with force if it is of other settings. UserError."""
+    """The meta.json of an unfinished folder; {} if there is none or, with force, one of other settings. UserError."""
     mark = os.path.join(half, "meta.json")
     if not os.path.exists(mark):
         return {}
