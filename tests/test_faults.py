@@ -143,7 +143,7 @@ def test_ctrl_c_ends_in_one_line_or_none(tmp_path, stdlib_data, script, args):
     shutil.copytree(stdlib_data, tmp_path / "data")
     (tmp_path / "many").mkdir()
     for i in range(20):
-        (tmp_path / f"many/{i}.txt").write_bytes(bytes(1_000_000))
+        (tmp_path / f"many/{i}.txt").write_bytes(b"x" * 1_000_000)
     command = [sys.executable, *([os.path.join(REPO, script)] if script.endswith(".py") else ["-m", script]), *args]
     env = os.environ | dict(PYTHONPATH=REPO)
     for seconds in (0, 2):
@@ -447,7 +447,7 @@ def test_a_run_has_the_same_name_however_it_is_watched_and_another_one_with_othe
     assert name_of("--log_interval=5", "--eval_interval=1") == first
     assert name_of("--learning_rate=1e-5") != first
     os.unlink("data")
-    (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 20)
+    (tmp_path / "a.txt").write_bytes(bytes(range(1, 256)) * 20)
     assert run("prepare_owt.py", "--files=a.txt", "--dataset=stdlib2").code == 0
     os.rename("data/stdlib2", "data/stdlib")
     assert name_of() != first
@@ -459,7 +459,7 @@ def test_a_run_has_the_same_name_however_it_is_watched_and_another_one_with_othe
 @pytest.fixture
 def mine(run, tmp_path):
     """data/mine, and the file that it was made from."""
-    (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 20)
+    (tmp_path / "a.txt").write_bytes(bytes(range(1, 256)) * 20)
     assert run("prepare_owt.py", "--files=a.txt", "--dataset=mine").code == 0
 
 
