@@ -1,12 +1,14 @@
 """
-sample.py: the cache changes no token, the draw is as asked, and the text is whole.
+tools/sample.py: the cache changes no token, draws follow top_k and temperature, and the text is whole.
 """
 import pytest
 import torch
 from conftest import TINY, random_hf, set_all_fake
 
-from tools import sample
 from model import GPT
+from tools import sample
+
+PROMPT = list(b"def read(self, ")
 
 
 @torch.no_grad()
@@ -19,35 +21,34 @@ def likeliest(model, ids, n):
     return ids
 
 
+def greedy(model, ids, n):
+    """The same by sample.py, with its cache."""
+    return list(ids) + list(sample.generate(model, ids, n, 0, 0, None))
+
+
 # --- the cache
 
 
 @pytest.mark.parametrize("form", ["real", "fake", "folded"])
 def test_the_cache_changes_no_token(form):
     model = GPT.from_pretrained(TINY).eval()
-    prompt = list(b"def read(self, ")
     if form != "real":
-        model.measure_std(torch.tensor([prompt * 4]))
+        model.measure_std(torch.tensor([PROMPT * 4]))
         set_all_fake(model)
     if form == "fake":
-        model.set_treatment("bos", True)  # position 0 is its own with a cache, too
+        model.set_treatment("bos", True)  # position 0 has its own constant with a cache, too
     if form == "folded":
         model = model.fold()
-    found = prompt + list(sample.generate(model, prompt, 60, 0, 0, None))
-    assert found == likeliest(model, prompt, 60)
+    assert greedy(model, PROMPT, 60) == likeliest(model, PROMPT, 60)
 
 
 def test_transformers_writes_the_same():
     from transformers import AutoModelForCausalLM
 
-    prompt = list(b"def read(self, ")
-    model = GPT.from_pretrained(TINY).eval()
-    ours = prompt + list(sample.generate(model, prompt, 60, 0, 0, None))
-
     hf = AutoModelForCausalLM.from_pretrained(TINY).eval()
     length = dict(max_new_tokens=60, min_new_tokens=60)
-    theirs = hf.generate(torch.tensor([prompt]), **length, do_sample=False, pad_token_id=0)
-    assert ours == theirs[0].tolist()
+    theirs = hf.generate(torch.tensor([PROMPT]), **length, do_sample=False, pad_token_id=0)
+    assert greedy(GPT.from_pretrained(TINY).eval(), PROMPT, 60) == theirs[0].tolist()
 
 
 def test_after_the_last_position_it_goes_on_from_the_last_half(tmp_path):
@@ -57,7 +58,7 @@ def test_after_the_last_position_it_goes_on_from_the_last_half(tmp_path):
     found = list(sample.generate(model, ids, 40, 0, 0, None))
     assert len(found) == 40
 
-    prompt = ids[-16:]  # of a long one, the last 16
+    prompt = ids[-16:]  # the last 16 tokens of a long prompt
     assert found[0] == likeliest(model, prompt, 1)[-1]
     last_half = [*prompt, found[0]][-8:]
     assert found[1:9] == likeliest(model, last_half, 8)[-8:]
@@ -75,13 +76,10 @@ def test_draws_are_of_the_top_k_at_the_temperature():
     expected = (values / 1.5).softmax(-1)
 
     generator = torch.Generator().manual_seed(0)
-    draws = []
-    for _ in range(1500):
-        draws += sample.generate(model, prompt, 1, 1.5, 5, generator)
-    draws = torch.tensor(draws)
-    shares = torch.stack([(draws == token).float().mean() for token in likeliest_5])
-    assert shares.sum() == 1
-    assert torch.allclose(shares, expected, atol=0.04)
+    draws = [token for _ in range(1500) for token in sample.generate(model, prompt, 1, 1.5, 5, generator)]
+    frequencies = torch.stack([(torch.tensor(draws) == token).float().mean() for token in likeliest_5])
+    assert frequencies.sum() == 1
+    assert torch.allclose(frequencies, expected, atol=0.04)
 
 
 def test_a_seed_repeats_its_draws():
@@ -94,28 +92,16 @@ def test_a_seed_repeats_its_draws():
     assert texts[0] != texts[2]
 
 
-# --- the text
-
-
-def test_text_of_bytes_is_whole_and_a_second_time_the_same(run, ln_free_run):
-    args = ["tools.sample", ln_free_run, "--prompt=def main(", "--max_new_tokens=80"]
-    done = run(*args)
-    assert done.code == 0, done.text
-    assert done.text.startswith("def main(")
-    assert len(done.text) > 60
-    assert run(*args).text == done.text
-
-    done = run("tools.sample", ln_free_run, "--prompt=déf ", "--max_new_tokens=20", "--dtype=bfloat16")
-    assert done.code == 0, done.text
-    assert done.text.startswith("déf ")
-
-
-def test_text_of_gpt2s_tokenizer(run, gpt2_tokenizer):
+def test_the_text_is_whole_and_a_second_time_the_same(run, ln_free_run, gpt2_tokenizer):
     random_hf(vocab_size=50257).save_pretrained("random")
-    done = run("tools.sample", "random", "--prompt=Hello, world", "--max_new_tokens=20")
-    assert done.code == 0, done.text
-    assert done.text.startswith("Hello, world")
-    assert len(done.text) > 30
+    for args in ([ln_free_run, "--prompt=déf main("], [ln_free_run, "--prompt=déf ", "--dtype=bfloat16"],
+                 ["random", "--prompt=Hello, world"]):
+        done = run("tools.sample", *args, "--max_new_tokens=60")
+        assert done.code == 0, done.text
+        prompt = args[1].removeprefix("--prompt=")
+        assert done.text.startswith(prompt)
+        assert len(done.text) > len(prompt) + 20
+        assert run("tools.sample", *args, "--max_new_tokens=60").text == done.text
 
 
 # --- bfloat16
@@ -123,7 +109,6 @@ def test_text_of_gpt2s_tokenizer(run, gpt2_tokenizer):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_addmv_is_the_same_linear_map(bias):
-    torch.manual_seed(0)
     linear = torch.nn.Linear(64, 300, bias=bias, dtype=torch.bfloat16)
     for p in linear.parameters():
         torch.nn.init.normal_(p)
@@ -134,27 +119,23 @@ def test_addmv_is_the_same_linear_map(bias):
 
     sample.use_addmv(linear)
 
-    one, two = linear(x[:, :1]), linear(x)
-    assert one.shape == (1, 1, 300)
-    assert two.shape == (1, 2, 300)
-    torch.testing.assert_close(one.double(), exact[:, :1], atol=0.03, rtol=0.01)
-    torch.testing.assert_close(two.double(), exact, atol=0.03, rtol=0.01)
+    for n in (1, 2):
+        assert linear(x[:, :n]).shape == (1, n, 300)
+        torch.testing.assert_close(linear(x[:, :n]).double(), exact[:, :n], atol=0.03, rtol=0.01)
 
 
 def test_bfloat16_decodes_what_its_logits_say():
-    """Of each token, with a cache and one row at a time, the logit is within rounding of the largest
-    without them."""
+    """With a cache and one row at a time, each token's logit is within rounding of the largest one without them."""
     model = GPT.from_pretrained(TINY).eval().bfloat16()
-    prompt = list(b"def read(self, ")
     sample.use_addmv(model)
-    tokens = list(sample.generate(model, prompt, 60, 0, 0, None))
+    tokens = greedy(model, PROMPT, 60)
 
     plain = GPT.from_pretrained(TINY).eval().bfloat16()
     with torch.no_grad():
-        logits = plain(torch.tensor([prompt + tokens]))[0]
-    logits = logits[0, len(prompt) - 1 : -1].float()  # (60, vocab)
+        logits = plain(torch.tensor([tokens]))[0]
+    logits = logits[0, len(PROMPT) - 1 : -1].float()  # (60, vocab)
     largest = logits.max(-1).values
-    chosen = logits[torch.arange(60), tokens]
+    chosen = logits[torch.arange(60), tokens[len(PROMPT) :]]
     assert (largest - chosen).max() < 0.25
     assert (largest - logits.median(-1).values).min() > 2
 
@@ -178,17 +159,15 @@ def test_bfloat16_weights_are_near_float32_with_and_without_layernorm(mode):
 @pytest.mark.parametrize("args, named", [
     ([], "usage: python -m tools.sample"),
     (["nowhere"], "nowhere"),
-    (["other"], "other"),
-    (["beyond"], "beyond"),
+    (["other"], "end-of-text"),  # no tokenizer has 299
+    (["beyond"], "50256"),  # transformers' GPT2Config gives it to any vocabulary
     ([TINY, "--max_new_tokens=0"], "max_new_tokens"),
     ([TINY, "--temperature=-1"], "temperature"),
     ([TINY, f"--seed={2**64}"], "seed"),
     ([TINY, "--dtype=float16"], "dtype"),
-    ([TINY, "--device=gpu"], "'gpu'"),
+    ([TINY, "--device=gpu"], "gpu"),
 ])
 def test_bad_input_ends_in_one_line(run, args, named):
-    """The tokenizers of `other` and `beyond` are unknown: their end-of-text is 299, or 50256 of 300 ids, which
-    transformers' GPT2Config says of any vocabulary."""
     hf = random_hf()
     hf.save_pretrained("other")
     hf.config.eos_token_id = 50256
