@@ -468,7 +468,7 @@ def main():
     with on_disk(f"can't write {half}"):
         os.makedirs(half, exist_ok=True)
     lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
-    check_folder(half, [file for file in os.listdir(half) if OURS.fullmatch(file)], ["meta.json"])
+    check_folder(half, [file for file in os.listdir(half) if OURS.fullmatch(file)], ["meta.json", ".meta.json.unfinished"])
     old = begun(half, meta)
     if not ("train" in old and old.get("files_sha256") == meta.get("files_sha256")):
         write_json(mark, meta)
