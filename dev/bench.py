@@ -55,9 +55,6 @@ def random_model(positions=1024):
     return GPT(GPTConfig(positions, vocab_size, n_layer, n_head, n_embd, eot=vocab_size - 1)).to(DEVICE)
 
 
-# --- training
-
-
 WAYS = {  # arguments of measure_step
     "nanoGPT's way, float32": dict(dtype=torch.float32, plain=True),
     "nanoGPT's way, bfloat16": dict(dtype=torch.bfloat16, plain=True),
@@ -143,28 +140,25 @@ def peak_memory():
 def compare_steps():
     """Print the table of training: medians over rounds. A way that fails, out of memory for instance, has its error as
     its row."""
-    ways = [name for name in WAYS if way in name]
-    if not ways:
+    results = {name: [] for name in WAYS if way in name}
+    if not results:
         raise UserError(f"--way={way}: choose one of {', '.join(WAYS)}, or a part of a name")
-    results = {name: [] for name in ways}
     for _ in range(rounds):
-        for name in ways:
+        for name, found in results.items():
             command = [sys.executable, "-m", "dev.bench", *sys.argv[1:], "--what=step", f"--way={name}"]
             done = subprocess.run(command, capture_output=True, text=True)
             last = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
-            results[name].append(dict(error=last) if done.returncode else json.loads(last))
+            found.append(dict(error=last) if done.returncode else json.loads(last))
     print(f"{'':<26}{'tokens/s':>10}{'ratio':>8}{'MFU':>6}{'peak memory, GB':>18}")
     base = None
     for name, found in results.items():
-        if "error" in found[-1]:
-            print(f"{name:<26}{found[-1]['error']}")
+        errors = [run["error"] for run in found if "error" in run]
+        if errors:
+            print(f"{name:<26}{errors[0]}")
             continue
         speed, mfu, memory = (median(run[key] for run in found) for key in ("tokens_per_s", "mfu", "memory_GB"))
         base = base or speed
         print(f"{name:<26}{speed:>10,.0f}{speed / base:>8.2f}{mfu:>6.0%}{memory:>18.2f}")
-
-
-# --- theirs and ours in turns
 
 
 def compare(name, unit, amount, theirs, ours, apart=1e-3):
