@@ -204,7 +204,8 @@ def main():
 
     model = GPT.from_pretrained(directory).eval()
     if not model.ln_free():
-        raise UserError(f"{source} is not LN-free: {', '.join(model.why_not_ln_free()[:6])}, ...")
+        reasons = model.why_not_ln_free()
+        raise UserError(f"{source} is not LN-free ({len(reasons)} reasons): {', '.join(reasons[:6])}")
     new = plain_form(model, eps) if to == "hf" else model if model.config.folded else model.fold()
     difference = check_logits(new, model)
     if dtype == "float16":
