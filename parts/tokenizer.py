@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -16,9 +17,6 @@ import tiktoken
 from parts.errors import UserError, on_disk, reading
 from parts.files import read_json
 from parts.hub import TOKENIZER_FILES, fetch
-
-SAVE = ('python -c "import transformers as t; a = t.AutoTokenizer.from_pretrained(\'{}\'); t.PreTrainedTokenizerFast('
-        'tokenizer_object=a.backend_tokenizer, eos_token=a.eos_token).save_pretrained(\'DIRECTORY\')"')
 
 
 @dataclass
@@ -84,22 +82,21 @@ def read_tokenizer(name, directory):
         path = os.path.join(directory, file)
         return read_json(path) if os.path.lexists(path) else {}
 
-    config, hf, whole = read("tokenizer_config.json"), read("config.json"), read("tokenizer.json")
+    config, hf, whole = map(read, ("tokenizer_config.json", "config.json", "tokenizer.json"))
     kind = config.get("tokenizer_class") or hf.get("tokenizer_class") or ("GPT2Tokenizer" if hf else "TokenizersBackend")
     is_gpt2 = str(kind).removesuffix("Fast") == "GPT2Tokenizer"
-    files = ["tokenizer.json"] if whole else ["vocab.json", "merges.txt"]
-    paths = [os.path.join(directory, file) for file in files]
+    paths = [os.path.join(directory, f) for f in (["tokenizer.json"] if whole else ["vocab.json", "merges.txt"])]
     known = is_gpt2 or whole and kind in ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
     if not known or not all(map(os.path.exists, paths)) or {"auto_map", "fast_tokenizer_files"} & config.keys():
         raise UserError(f"{name} has no tokenizer.json that is read here as transformers reads it (its class is {kind}): "
-                        f"make one, with DIRECTORY a copy of the model: {SAVE.format(name)}")
+                        "with t its AutoTokenizer, save transformers.PreTrainedTokenizerFast(tokenizer_object="
+                        "t.backend_tokenizer, eos_token=t.eos_token) in a copy of the model")
     with reading(paths[0]), reading(paths[-1]):
         if is_gpt2:  # transformers takes no more than these from any file
             model = whole.get("model") or dict(zip(("vocab", "merges"), models.BPE.read_file(*paths)))
             merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
             tokenizer = tokenizers.Tokenizer(models.BPE(model["vocab"], merges))
-            spaced = bool(config.get("add_prefix_space", False))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(bool(config.get("add_prefix_space", False)))
             tokenizer.decoder = decoders.ByteLevel()
         else:
             tokenizer = tokenizers.Tokenizer.from_file(paths[0])
@@ -121,7 +118,7 @@ def read_tokenizer(name, directory):
         if eot is None:
             raise ValueError(f"its eos_token is {eos!r}: name one of its tokens in tokenizer_config.json")
         vocab_size = max(tokenizer.get_vocab().values()) + 1
-        sha256 = hashlib.sha256(b"".join(map(read_bytes, paths))).hexdigest()
+        sha256 = hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
 
     def encode(content):
         text = content.decode() if isinstance(content, bytes) else content
@@ -132,11 +129,6 @@ def read_tokenizer(name, directory):
         return tokenizer.decode(ids, skip_special_tokens=False)
 
     return checked(Tokenizer(name, vocab_size, eot, encode, decode, sha256))
-
-
-def read_bytes(path):
-    with open(path, "rb") as f:
-        return f.read()
 
 
 def tokenizer_of(model, source):
@@ -165,10 +157,11 @@ def tokenizer_files(directory):
 def copy_tokenizer(source, directory):
     """Copy the tokenizer files of the model `source`, if it has any, into a directory. Whether it has any."""
     there = fetch(source, weights=False)
+    files = tokenizer_files(there)
     with on_disk(f"can't copy the tokenizer of {source}"):
-        for file in tokenizer_files(there):
+        for file in files:
             shutil.copyfile(os.path.join(there, file), os.path.join(directory, file))
-    return bool(tokenizer_files(there))
+    return bool(files)
 
 
 def remove_copied_tokenizer(source, directory):

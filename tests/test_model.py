@@ -1,7 +1,8 @@
 """
-model.py: the same function as GPT-2, LayerNorms that switch to constants, folding, what is on disk, and
-the file alone, copied into another project.
+model.py: the same function as GPT-2, LayerNorms that switch to constants, folding, what is on disk, and the file
+alone, copied into another project.
 """
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,6 @@ from conftest import REPO, TINY, random_hf, set_all_fake
 from torch import nn
 
 from model import GPT, GPTConfig, LayerNorm
-from parts.device import autocast_to
 
 SHAPES = [
     dict(),
@@ -51,24 +51,19 @@ def tiny_tokens(B=4, T=256):
 # --- the same function as GPT-2
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_logits_and_loss_equal_transformers(hf_and_ours, shape):
-    hf, model = hf_and_ours(**shape)
-    idx = torch.randint(0, 300, (2, 96))
+@pytest.mark.parametrize("shape", [*SHAPES, "bundled"])
+def test_logits_and_loss_equal_transformers(hf_and_ours, tiny, shape):
+    from transformers import AutoModelForCausalLM
+
+    if shape == "bundled":
+        hf, model, idx = AutoModelForCausalLM.from_pretrained(TINY).eval(), tiny, tiny_tokens()
+    else:
+        (hf, model), idx = hf_and_ours(**shape), torch.randint(0, 300, (2, 96))
     with torch.no_grad():
         logits, loss = model(idx[:, :-1], idx[:, 1:])
         theirs = hf(idx, labels=idx)
     torch.testing.assert_close(logits, theirs.logits[:, :-1], atol=1e-4, rtol=0)
     torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=0)
-
-
-def test_bundled_model_equals_transformers(tiny):
-    from transformers import AutoModelForCausalLM
-
-    hf = AutoModelForCausalLM.from_pretrained(TINY).eval()
-    idx = tiny_tokens()
-    with torch.no_grad():
-        torch.testing.assert_close(tiny(idx)[0], hf(idx).logits, atol=1e-4, rtol=0)
 
 
 def test_weights_initialise_as_gpt2s():
@@ -89,11 +84,9 @@ def test_a_call_returns_the_same_in_training_and_in_evaluation(tiny):
         for options in (dict(), dict(targets=idx), dict(streams=True)):
             for a, b in zip(tiny.train()(idx, **options), tiny.eval()(idx, **options), strict=True):
                 assert torch.equal(a, b) if a is not None else b is None
-        logits, loss = tiny(idx, idx)
+        logits, loss = tiny(idx)
         stream, hidden = tiny(idx, streams=True)
-    assert logits.shape == (2, 64, tiny.config.vocab_size)
-    assert loss.shape == ()
-    assert tiny(idx)[1] is None
+    assert loss is None
     assert torch.equal(tiny.transformer.ln_f(stream, torch.tensor(False)), hidden)
     assert torch.equal(tiny.lm_head(hidden), logits)
 
@@ -101,67 +94,53 @@ def test_a_call_returns_the_same_in_training_and_in_evaluation(tiny):
 # --- sites, modes and constants
 
 
-def test_sites_have_the_names_of_the_design(tiny):
+def test_sites_have_the_names_of_the_design_and_are_real_at_first(tiny):
     assert list(tiny.ln_modes())[:4] == ["h.0.ln_1qk", "h.0.ln_1v", "h.0.ln_2", "h.1.ln_1qk"]
     assert len(tiny.ln_modes()) == 3 * tiny.config.n_layer + 1
     assert set(tiny.ln_modes().values()) == {"real"}
+    assert not tiny.bos_on and not tiny.eot_on
     with torch.device("meta"):
         assert len(GPT(GPTConfig()).ln_modes()) == 37  # GPT-2 small
 
-
-def test_block_ln_mode_shows_the_flags_and_can_not_be_set_past_the_model(tiny):
     tiny.set_ln_mode("ln_1v", 2, "fake")
     block = tiny.transformer.h[2]
     assert dict(block.ln_mode) == {"ln_1qk": "real", "ln_1v": "fake", "ln_2": "real"}
     with pytest.raises(TypeError):
-        block.ln_mode["ln_2"] = "fake"
+        block.ln_mode["ln_2"] = "fake"  # it only shows
 
 
-@pytest.mark.parametrize("args", [
-    ("ln_3", 0, "fake"),
-    ("ln_2", 99, "fake"),
-    ("ln_2", None, "fake"),
-    ("ln_f", 0, "fake"),
-    ("ln_2", 0, "off"),
+@pytest.mark.parametrize("method, args", [
+    ("set_ln_mode", ("ln_3", 0, "fake")),
+    ("set_ln_mode", ("ln_2", 99, "fake")),
+    ("set_ln_mode", ("ln_2", None, "fake")),
+    ("set_ln_mode", ("ln_f", 0, "fake")),
+    ("set_ln_mode", ("ln_2", 0, "off")),
+    ("set_treatment", ("ln_2", True)),
+    ("measure_std", (torch.tensor([[5], [6]]),)),  # no ordinary token
 ])
-def test_an_unknown_site_or_mode_is_refused(tiny, args):
+def test_what_can_not_be_done_is_refused(tiny, method, args):
+    before = tiny.ln_state()
     with pytest.raises(ValueError):
-        tiny.set_ln_mode(*args)
-    assert set(tiny.ln_modes().values()) == {"real"}
+        getattr(tiny, method)(*args)
+    assert tiny.ln_state() == before
 
 
-def test_an_unknown_treatment_is_refused(tiny):
-    with pytest.raises(ValueError):
-        tiny.set_treatment("ln_2", True)
-
-
-@pytest.mark.parametrize("bias", [
-    True,
-    False,
-])
+@pytest.mark.parametrize("bias", [True, False])
 def test_fake_is_centred_divided_by_a_constant_and_affine(bias):
     """Against the formula of DESIGN 4, number by number."""
-    torch.manual_seed(0)
     site = LayerNorm(GPTConfig(n_embd=16, bias=bias))
-    nn.init.normal_(site.weight)
-    if bias:
-        nn.init.normal_(site.bias)
+    for p in site.parameters():
+        nn.init.normal_(p)
     site.avg_std.fill_(2.5)
     site.bos_std.fill_(40.0)
     site.ln_mode = "fake"
     x = torch.randn(2, 5, 16) * 3 + 1
-    use_bos = torch.tensor([1, 0, 0, 1, 0], dtype=torch.bool).view(1, 5, 1)
-    y = site(x, use_bos)
-    for b in range(2):
-        for t in range(5):
-            row = x[b, t].tolist()
-            mean = sum(row) / 16
-            constant = 40.0 if t in (0, 3) else 2.5
-            for c in range(16):
-                expected = (row[c] - mean) / constant * site.weight[c].item()
-                if bias:
-                    expected += site.bias[c].item()
-                assert y[b, t, c].item() == pytest.approx(expected, abs=1e-5)
+    y = site(x, torch.tensor([1, 0, 0, 1, 0], dtype=torch.bool).view(1, 5, 1)).tolist()
+    weight, shift = site.weight.tolist(), site.bias.tolist() if bias else [0] * 16
+    for b, t in itertools.product(range(2), range(5)):
+        row, constant = x[b, t].tolist(), 40.0 if t in (0, 3) else 2.5
+        mean = sum(row) / 16
+        assert y[b][t] == pytest.approx([(v - mean) / constant * w + s for v, w, s in zip(row, weight, shift)], abs=1e-5)
 
 
 def test_a_fake_layernorm_computes_in_float32_under_autocast():
@@ -175,14 +154,8 @@ def test_a_fake_layernorm_computes_in_float32_under_autocast():
         assert site(x.bfloat16(), use_bos).dtype == torch.float32
 
 
-@pytest.mark.parametrize("bos", [
-    False,
-    True,
-])
-@pytest.mark.parametrize("eot", [
-    False,
-    True,
-])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eot", [False, True])
 def test_treatments_divide_position_0_everywhere_and_end_of_text_on_the_value_path(tiny, bos, eot):
     idx = tiny_tokens(2, 60)
     tiny.measure_std(idx)
@@ -194,10 +167,7 @@ def test_treatments_divide_position_0_everywhere_and_end_of_text_on_the_value_pa
 
     seen = {}
     for name, site in tiny.sites().items():
-        def see(site, args, out, name=name):
-            seen[name] = args[0], out
-
-        site.register_forward_hook(see)
+        site.register_forward_hook(lambda site, args, out, name=name: seen.update({name: (args[0], out)}))
     tiny(idx)
 
     for name, site in tiny.sites().items():
@@ -241,17 +211,13 @@ def test_constants_are_measured_from_a_batch(hf_and_ours):
 
     read = {}  # by each site, in transformers
 
-    def hook(module, names):
-        def see(module, args):
-            for name in names:
-                read[name] = args[0]
-
-        module.register_forward_pre_hook(see)
+    def hook(module, *names):
+        module.register_forward_pre_hook(lambda module, args: read.update(dict.fromkeys(names, args[0])))
 
     for i, block in enumerate(hf.transformer.h):
-        hook(block.ln_1, [f"h.{i}.ln_1qk", f"h.{i}.ln_1v"])
-        hook(block.ln_2, [f"h.{i}.ln_2"])
-    hook(hf.transformer.ln_f, ["ln_f"])
+        hook(block.ln_1, f"h.{i}.ln_1qk", f"h.{i}.ln_1v")
+        hook(block.ln_2, f"h.{i}.ln_2")
+    hook(hf.transformer.ln_f, "ln_f")
     with torch.no_grad():
         hf(idx)
 
@@ -278,11 +244,7 @@ def test_a_site_that_is_fake_keeps_its_constants_when_others_are_measured(tiny):
     assert real.avg_std.item() != replaced
 
 
-def test_measuring_without_an_ordinary_token_is_refused(tiny):
-    with pytest.raises(ValueError, match="ordinary token"):
-        tiny.measure_std(torch.tensor([[5], [6]]))
-
-
+@pytest.mark.slow
 def test_compiled_equals_eager_in_every_mode(tiny):
     idx = tiny_tokens(2, 64)
     tiny.measure_std(idx)
@@ -302,22 +264,15 @@ def test_compiled_equals_eager_in_every_mode(tiny):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_folded_equals_unfolded_in_float32(hf_and_ours, shape):
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_folded_equals_unfolded_and_has_no_layernorm(hf_and_ours, shape, dtype, atol):
     _, model = hf_and_ours(**shape)
     idx = torch.randint(0, 300, (2, 96))
     model.measure_std(idx)
-    set_all_fake(model)
-    with torch.no_grad():
-        torch.testing.assert_close(model.fold()(idx)[0], model(idx)[0], atol=1e-4, rtol=0)
-
-
-def test_folded_equals_unfolded_in_float64_and_has_no_layernorm(tiny):
-    idx = tiny_tokens()
-    tiny.measure_std(idx)
-    model = set_all_fake(tiny).double()
+    set_all_fake(model).to(dtype)
     folded = model.fold()
     with torch.no_grad():
-        torch.testing.assert_close(folded(idx)[0], model(idx)[0], atol=1e-10, rtol=0)
+        torch.testing.assert_close(folded(idx)[0], model(idx)[0], atol=atol, rtol=0)
 
     names = [name for name, _ in folded.named_modules()] + list(folded.state_dict())
     assert not any("ln_" in name for name in names)
@@ -329,9 +284,7 @@ def test_folded_equals_unfolded_in_float64_and_has_no_layernorm(tiny):
 
 
 def test_a_model_without_biases_folds_too():
-    torch.manual_seed(0)
-    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=16, bias=False, eot=49)
-    model = GPT(config).double()
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=16, bias=False, eot=49)).double()
     idx = torch.randint(0, 49, (2, 16))
     model.measure_std(idx)
     set_all_fake(model)
@@ -339,45 +292,43 @@ def test_a_model_without_biases_folds_too():
 
 
 def test_fold_refuses_a_model_that_is_not_ln_free(tiny):
-    with pytest.raises(ValueError, match="h.0.ln_1qk is still real"):
-        tiny.fold()
+    """And names the first reason."""
+    reasons = []
+
+    def fold():
+        with pytest.raises(ValueError) as e:
+            tiny.fold()
+        reasons.append(str(e.value))
+
+    fold()
     set_all_fake(tiny).set_ln_mode("ln_f", None, "real")
-    with pytest.raises(ValueError, match="ln_f is still real"):
-        tiny.fold()
+    fold()
     tiny.set_ln_mode("ln_f", None, "fake")
     for treatment in ("bos", "eot"):
         tiny.set_treatment(treatment, True)
-        with pytest.raises(ValueError, match=f"{treatment} treatment is still on"):
-            tiny.fold()
+        fold()
         tiny.set_treatment(treatment, False)
-    tiny.fold()
+    assert all(name in reason for name, reason in zip(("h.0.ln_1qk", "ln_f", "bos", "eot"), reasons, strict=True))
+    with pytest.raises(ValueError):
+        tiny.fold().fold()
 
 
 # --- on disk
 
 
-def test_modes_constants_and_treatments_survive_save_and_load(tiny, tmp_path):
+@pytest.mark.parametrize("folded", [False, True])
+def test_modes_constants_and_treatments_survive_save_and_load(tiny, tmp_path, folded):
     tiny.measure_std(tiny_tokens())
-    tiny.set_ln_mode("ln_2", 0, "fake")
-    tiny.set_ln_mode("ln_1v", 3, "fake")
-    tiny.set_treatment("bos", True)
+    if folded:
+        tiny = set_all_fake(tiny).fold()
+    else:
+        tiny.set_ln_mode("ln_2", 0, "fake")
+        tiny.set_ln_mode("ln_1v", 3, "fake")
+        tiny.set_treatment("bos", True)
     tiny.save_pretrained(tmp_path)
     again = GPT.from_pretrained(tmp_path).eval()
     assert again.ln_state() == tiny.ln_state()
     assert torch.equal(again(tiny_tokens())[0], tiny(tiny_tokens())[0])
-
-
-def test_a_freshly_loaded_gpt2_is_real_and_untreated(tiny):
-    assert set(tiny.ln_modes().values()) == {"real"}
-    assert not tiny.bos_on
-    assert not tiny.eot_on
-
-
-def test_a_folded_model_survives_save_and_load(tiny, tmp_path):
-    folded = set_all_fake(tiny).fold()
-    folded.save_pretrained(tmp_path)
-    again = GPT.from_pretrained(tmp_path).eval()
-    assert torch.equal(again(tiny_tokens())[0], folded(tiny_tokens())[0])
 
 
 def test_all_real_is_a_plain_gpt2_directory(hf_and_ours, tmp_path):
@@ -390,10 +341,7 @@ def test_all_real_is_a_plain_gpt2_directory(hf_and_ours, tmp_path):
         assert torch.equal(p, q), name
 
 
-@pytest.mark.parametrize("folded", [
-    False,
-    True,
-])
+@pytest.mark.parametrize("folded", [False, True])
 def test_transformers_refuses_what_is_not_a_plain_gpt2(tiny, tmp_path, folded):
     from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -422,74 +370,47 @@ def test_the_original_hub_layout_without_prefix_and_with_mask_buffers_loads(hf_a
 
 # --- the file alone
 
-# Its own modules are found nowhere but in the folder that it is given: -I keeps today's folder and
-# PYTHONPATH out, and a script's folder too.
+# -I keeps today's folder and PYTHONPATH out: its own modules are found nowhere but in the folder that it is given
 ALONE = '''
-import importlib.util
-import json
-import sys
-
-folder = sys.argv[1]
-sys.path.insert(0, folder)
+import importlib.util, json, sys
+sys.path.insert(0, sys.argv[1])
 import torch
-
 import model
 from model import GPT, GPTConfig, config_from_hf
 
-assert model.__file__.startswith(folder)
-assert importlib.util.find_spec("parts") is None
+assert model.__file__.startswith(sys.argv[1]) and importlib.util.find_spec("parts") is None
 
 
 def read_back(model):
-    """The model again, through the names and shapes of the Hugging Face format, as a file would hold them."""
     hf = json.loads(json.dumps(model.hf_config()))
     tensors = {name: tensor.clone() for name, tensor in model.hf_tensors().items()}
-    again = GPT(config_from_hf(hf)).to(torch.float64).eval()
+    again = GPT(config_from_hf(hf)).double().eval()
     again.load_hf(hf, tensors)
-    assert again.ln_state() == model.ln_state()
-    assert again.config == model.config
+    assert again.ln_state() == model.ln_state() and again.config == model.config
     assert torch.equal(again(idx)[0], model(idx)[0])
 
 
-torch.manual_seed(0)
-config = GPTConfig(block_size=24, vocab_size=60, n_layer=2, n_head=2, n_embd=32, eot=59)
-gpt = GPT(config).to(torch.float64).eval()
-with torch.no_grad():
-    for p in gpt.parameters():
-        p.add_(0.1 * torch.randn_like(p))
+gpt = GPT(GPTConfig(block_size=24, vocab_size=60, n_layer=2, n_head=2, n_embd=32, eot=59)).double().eval()
 idx = torch.randint(0, 60, (3, 24))
-
-logits, loss = gpt(idx[:, :-1], idx[:, 1:])
-assert logits.shape == (3, 23, 60)
-assert loss.shape == ()
-loss.backward()
+gpt(idx[:, :-1], idx[:, 1:])[1].backward()
 read_back(gpt)
-
 gpt.set_treatment("bos", True)
 gpt.measure_std(idx)
-assert all(site.avg_std != 1 and site.bos_std != 1 for site in gpt.sites().values())
 gpt.set_ln_mode("ln_2", 1, "fake")
 read_back(gpt)
-
 for site in gpt.sites().values():
     site.ln_mode = "fake"
 gpt.set_treatment("bos", False)
 read_back(gpt)
-
-folded = gpt.fold()
-torch.testing.assert_close(folded(idx)[0], gpt(idx)[0], atol=1e-10, rtol=0)
-read_back(folded)
-
-for name in ("parts", "safetensors", "huggingface_hub", "transformers"):
-    assert name not in sys.modules, name
-print("done")
+torch.testing.assert_close(gpt.fold()(idx)[0], gpt(idx)[0], atol=1e-10, rtol=0)
+read_back(gpt.fold())
+assert not {"parts", "safetensors", "huggingface_hub", "transformers"} & set(sys.modules)
 '''
 
 
 def test_model_py_alone_in_an_empty_folder_needs_nothing_but_torch(tmp_path):
-    """Built, run, measured, switched, folded, and written and read in the Hugging Face format's names."""
+    """Built, run, measured, switched, folded, and read back through the names and shapes of a Hugging Face file."""
     shutil.copy(os.path.join(REPO, "model.py"), tmp_path)
     command = [sys.executable, "-I", "-c", ALONE, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "done\n"

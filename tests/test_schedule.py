@@ -26,15 +26,12 @@ FOLLOW_UP = [
     ("ln_1v", 68, 3),
     ("ln_f", 104, None),
 ]
-
 FOLLOW_UPS = ("remove_ln_fast", "remove_ln_medium", "remove_ln_large", "remove_ln_xl")
+
 
 def sites_of(n_layer):
     """The names of the sites of a model of so many layers."""
-    names = []
-    for layer in range(n_layer):
-        names += [f"h.{layer}.ln_1qk", f"h.{layer}.ln_1v", f"h.{layer}.ln_2"]
-    return [*names, "ln_f"]
+    return [f"h.{layer}.{kind}" for layer in range(n_layer) for kind in ("ln_1qk", "ln_1v", "ln_2")] + ["ln_f"]
 
 
 # --- rows to events
@@ -58,123 +55,69 @@ def test_the_follow_ups_schedule_gives_its_events():
     assert events[36:] == [(104, "ln_f", None)]
 
 
-def test_gap_0_is_all_layers_at_once_and_empty_is_the_control():
-    assert timeline([("ln_2", 3, 0)], 4, 10) == [(3, "ln_2", layer) for layer in range(4)]
-    assert timeline([], 4, 10) == []
+@pytest.mark.parametrize("rows, n_layer, max_iters, events", [
+    ([], 4, 10, []),  # the control
+    ([("ln_2", 3, 0)], 2, 10, [(3, "ln_2", 0), (3, "ln_2", 1)]),
+    # single sites
+    ([("h.5.ln_2", 700, None), ("h.0.ln_1qk", 7, None), ("h.11.ln_1v", 0.5, None)], 12, 800,
+     [(7, "ln_1qk", 0), (400, "ln_1v", 11), (700, "ln_2", 5)]),
+    # events of one step keep the schedule's order
+    ([("bos", 6, None), ("ln_f", 5, None), ("h.1.ln_1v", 5, None), ("ln_2", 5, 0), ("eot", 5, None), ("ln_1qk", 4, 1)],
+     2, 10, [(4, "ln_1qk", 0), (5, "ln_f", None), (5, "ln_1v", 1), (5, "ln_2", 0), (5, "ln_2", 1), (5, "eot", None),
+             (5, "ln_1qk", 1), (6, "bos", None)]),
+    # a fraction of the run is the first step
+    ([("ln_f", 0.35, None)], 6, 200, [(70, "ln_f", None)]),
+    ([("bos", 0.0, None)], 6, 200, [(0, "bos", None)]),
+    ([("ln_2", 0.25, 3)], 3, 200, [(50, "ln_2", 0), (53, "ln_2", 1), (56, "ln_2", 2)]),
+    # a pair spreads the layers: from step 20 to 60 a layer every 40 / 6 steps, rounded down
+    ([("ln_2", (0.1, 0.3), None)], 6, 200,
+     [(20, "ln_2", 0), (26, "ln_2", 1), (33, "ln_2", 2), (40, "ln_2", 3), (46, "ln_2", 4), (53, "ln_2", 5)]),
+    ([("ln_2", (10, 40), None)], 3, 200, [(10, "ln_2", 0), (20, "ln_2", 1), (30, "ln_2", 2)]),
+    ([("ln_2", (10, 10), None)], 2, 200, [(10, "ln_2", 0), (10, "ln_2", 1)]),
+])
+def test_rows_give_these_events(rows, n_layer, max_iters, events):
+    assert timeline(rows, n_layer, max_iters) == events
 
 
-def test_a_site_may_be_named():
-    rows = [
-        ("h.5.ln_2", 700, None),
-        ("h.0.ln_1qk", 7, None),
-        ("h.11.ln_1v", 0.5, None),
-    ]
-    assert timeline(rows, 12, 800) == [
-        (7, "ln_1qk", 0),
-        (400, "ln_1v", 11),
-        (700, "ln_2", 5),
-    ]
-
-
-def test_several_events_of_one_step_keep_the_schedules_order():
-    rows = [
-        ("bos", 6, None),
-        ("ln_f", 5, None),
-        ("h.1.ln_1v", 5, None),
-        ("ln_2", 5, 0),
-        ("eot", 5, None),
-        ("ln_1qk", 4, 1),
-    ]
-    assert timeline(rows, 2, 10) == [
-        (4, "ln_1qk", 0),
-        (5, "ln_f", None),
-        (5, "ln_1v", 1),
-        (5, "ln_2", 0),
-        (5, "ln_2", 1),
-        (5, "eot", None),
-        (5, "ln_1qk", 1),
-        (6, "bos", None),
-    ]
-
-
-# --- fractions of a run
-
-
-def test_a_pair_of_fractions_spreads_the_layers_of_a_kind():
-    """From step 20 of 200 to step 60: a layer every 40 / 6 steps, rounded down."""
-    assert timeline([("ln_2", (0.1, 0.3), None)], 6, 200) == [
-        (20, "ln_2", 0),
-        (26, "ln_2", 1),
-        (33, "ln_2", 2),
-        (40, "ln_2", 3),
-        (46, "ln_2", 4),
-        (53, "ln_2", 5),
-    ]
-
-
-def test_a_pair_may_be_of_steps():
-    assert timeline([("ln_2", (10, 40), None)], 3, 200) == [(10, "ln_2", 0), (20, "ln_2", 1), (30, "ln_2", 2)]
-    assert timeline([("ln_2", (10, 10), None)], 2, 200) == [(10, "ln_2", 0), (10, "ln_2", 1)]
-
-
-def test_one_fraction_is_the_first_step():
-    assert timeline([("ln_f", 0.35, None)], 6, 200) == [(70, "ln_f", None)]
-    assert timeline([("bos", 0.0, None)], 6, 200) == [(0, "bos", None)]
-    assert timeline([("ln_2", 0.25, 3)], 3, 200) == [(50, "ln_2", 0), (53, "ln_2", 1), (56, "ln_2", 2)]
-
-
-# --- rows that can't run: a model of 4 layers, a run of 100 steps
-
-
+# a model of 4 layers, a run of 100 steps
 @pytest.mark.parametrize("row, names", [
     # not a row
-    ("ln_2", "'ln_2'"),
     ("bos", "'bos'"),  # three letters, as a row has three columns
     (5, "5"),
-    ([], "[]"),
     (("ln_2", 1), "('ln_2', 1)"),
     (("ln_2", 1, 2, "up"), "('ln_2', 1, 2, 'up')"),
-    ({"ln_2": 1}, "{'ln_2': 1}"),
     # no site of the model
     (("ln_3", 5, 1), "'ln_3'"),
     (("h.4.ln_2", 5, None), "'h.4.ln_2'"),  # the model has layers 0 to 3
     (("h.-1.ln_2", 5, None), "'h.-1.ln_2'"),
     (("h.0.ln_f", 5, None), "'h.0.ln_f'"),
-    ((3, 5, 1), "unknown site 3"),
     # no step
     (("ln_2", -1, 2), "-1"),
-    (("ln_2", True, 2), "True"),
     (("bos", True, None), "True"),
     (("ln_2", "5", 2), "'5'"),
     (("ln_f", None, None), "ln_f"),
     (("ln_2", 1.5, 2), "1.5"),
-    (("ln_f", -0.1, None), "-0.1"),
     (("ln_f", float("nan"), None), "nan"),
     # no pair of steps
     (("ln_2", (0.3, 0.1), None), "(0.3, 0.1)"),
-    (("ln_2", [30, 10], None), "[30, 10]"),
     (("ln_2", (0.1, 1), None), "(0.1, 1)"),
     (("ln_2", (0.5, 1.5), None), "(0.5, 1.5)"),
     (("ln_2", (0.1, 0.2, 0.3), None), "(0.1, 0.2, 0.3)"),
     (("ln_2", (0.1, 0.3), 2), "(0.1, 0.3)"),
     (("ln_f", (0.1, 0.3), None), "(0.1, 0.3)"),
     # no steps between layers
-    (("ln_2", 1, None), "third column"),
-    (("ln_2", 1, -1), "third column"),
-    (("ln_2", 1, True), "third column"),
-    (("ln_2", 1, 0.5), "third column"),
-    (("ln_f", 1, 2), "third column"),
-    (("eot", 1, 1), "third column"),
-    (("h.2.ln_2", 1, 2), "third column"),
+    (("ln_2", 1, None), "ln_2"),
+    (("ln_2", 1, -1), "ln_2"),
+    (("ln_2", 1, 0.5), "ln_2"),
+    (("ln_f", 1, 2), "ln_f"),
+    (("h.2.ln_2", 1, 2), "h.2.ln_2"),
     # beyond the run: the last event is named, so that one reading tells how many steps are needed
     (("ln_2", 98, 1), "h.3.ln_2 at step 101"),
     (("bos", 100, None), "bos at step 100"),
-    (("h.2.ln_2", 100, None), "h.2.ln_2 at step 100"),
     (("ln_f", 1.0, None), "ln_f at step 100"),
-    (("ln_2", (100, 100), None), "h.3.ln_2 at step 100"),
     # twice
-    (("ln_1qk", 50, 1), "h.0.ln_1qk has two events"),
-    (("h.3.ln_1qk", 50, None), "h.3.ln_1qk has two events"),
+    (("ln_1qk", 50, 1), "h.0.ln_1qk"),
+    (("h.3.ln_1qk", 50, None), "h.3.ln_1qk"),
 ])
 def test_a_row_that_can_not_run_is_refused_by_name(row, names):
     with pytest.raises(UserError, match="ln_schedule: .*" + re.escape(names)):
@@ -185,63 +128,32 @@ def test_a_row_that_can_not_run_is_refused_by_name(row, names):
 
 
 def test_state_is_a_function_of_the_step_and_an_event_comes_before_its_step():
-    names = sites_of(12)
     events = timeline(POST, 12, 1200)
-
-    def fake(step):
-        modes, _ = state_at(events, step, names)
-        return list(modes.values()).count("fake")
-
-    def treatments(step):
-        return state_at(events, step, names)[1]
-
-    assert [fake(k) for k in (0, 200, 201, 421, 441, 1040, 1041, 1200)] == [0, 0, 1, 12, 13, 36, 37, 37]
-    assert treatments(1060) == {"bos": True, "eot": True}
-    assert treatments(1061) == {"bos": True, "eot": False}
-    assert treatments(1161) == {"bos": False, "eot": False}
+    states = {k: state_at(events, k, sites_of(12)) for k in (0, 200, 201, 421, 441, 1040, 1041, 1060, 1061, 1161, 1200)}
+    fakes = [list(states[k][0].values()).count("fake") for k in (0, 200, 201, 421, 441, 1040, 1041, 1200)]
+    assert fakes == [0, 0, 1, 12, 13, 36, 37, 37]
+    assert states[1060][1] == {"bos": True, "eot": True}
+    assert states[1061][1] == {"bos": True, "eot": False}
+    assert states[1161][1] == {"bos": False, "eot": False}
 
 
 def test_a_treatment_without_a_row_is_never_on():
-    names = sites_of(12)
-    assert state_at(timeline([("ln_2", 0, 1)], 12, 100), 0, names)[1] == {"bos": False, "eot": False}
-    assert state_at(timeline([("eot", 3, None)], 12, 100), 0, names)[1] == {"bos": False, "eot": True}
+    assert state_at(timeline([("ln_2", 0, 1)], 12, 100), 0, sites_of(12))[1] == {"bos": False, "eot": False}
+    assert state_at(timeline([("eot", 3, None)], 12, 100), 0, sites_of(12))[1] == {"bos": False, "eot": True}
 
 
 def test_state_follows_rows_in_any_order():
-    rows = [
-        ("h.1.ln_2", 4, None),
-        ("h.0.ln_2", 6, None),
-        ("h.0.ln_1v", 5, None),
-    ]
-    modes, treatments = state_at(timeline(rows, 2, 10), 6, sites_of(2))
-    assert modes == {
-        "h.0.ln_1qk": "real",
-        "h.0.ln_1v": "fake",
-        "h.0.ln_2": "real",
-        "h.1.ln_1qk": "real",
-        "h.1.ln_1v": "real",
-        "h.1.ln_2": "fake",
-        "ln_f": "real",
-    }
-    assert treatments == {"bos": False, "eot": False}
-
-
-# --- what is printed before a run
+    rows = [("h.1.ln_2", 4, None), ("h.0.ln_2", 6, None), ("h.0.ln_1v", 5, None)]
+    modes, _ = state_at(timeline(rows, 2, 10), 6, sites_of(2))
+    assert {name for name, mode in modes.items() if mode == "fake"} == {"h.1.ln_2", "h.0.ln_1v"}
+    assert set(modes) == set(sites_of(2))
 
 
 def test_a_line_for_each_row_says_before_which_steps():
-    rows = [
-        ("ln_2", 20, 10),
-        ("h.10.ln_1v", 0.5, None),
-        ("ln_f", 300, None),
-        ("bos", 310, None),
-    ]
-    assert describe(rows, timeline(rows, 12, 400)) == [
-        "  ln_2   fake before step 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120, 130",
-        "  h.10.ln_1v fake before step 200",
-        "  ln_f   fake before step 300",
-        "  bos    off before step 310",
-    ]
+    rows = [("ln_2", 20, 10), ("h.2.ln_1v", 0.5, None), ("ln_f", 300, None), ("bos", 310, None)]
+    lines = describe(rows, timeline(rows, 3, 400))
+    assert [re.findall(r"\d+", line.split("before")[1]) for line in lines] == [["20", "30", "40"], ["200"], ["300"], ["310"]]
+    assert [line.split()[0] for line in lines] == ["ln_2", "h.2.ln_1v", "ln_f", "bos"]
 
 
 # --- the learning rate
@@ -250,17 +162,13 @@ def test_a_line_for_each_row_says_before_which_steps():
 def test_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():
     """The defaults are the post's: 6e-4 after 100 steps, half way at 1,050, 6e-5 from 2,000."""
     defaults = default_settings()
-    names = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")
-    settings = {name: defaults[name] for name in names}
-
-    def rate(step):
-        return learning_rate_at(step, **settings)
-
-    assert rate(0) == pytest.approx(6e-4 / 101)
-    assert rate(49) == pytest.approx(6e-4 * 50 / 101)
-    assert rate(100) == 6e-4
-    assert rate(1050) == pytest.approx((6e-4 + 6e-5) / 2)
-    assert rate(2000) == rate(5000) == pytest.approx(6e-5)
+    settings = {name: defaults[name] for name in ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")}
+    rates = {step: learning_rate_at(step, **settings) for step in (0, 49, 100, 1050, 2000, 5000)}
+    assert rates[0] == pytest.approx(6e-4 / 101)
+    assert rates[49] == pytest.approx(6e-4 * 50 / 101)
+    assert rates[100] == 6e-4
+    assert rates[1050] == pytest.approx((6e-4 + 6e-5) / 2)
+    assert rates[2000] == rates[5000] == pytest.approx(6e-5)
 
 
 # --- the configs
@@ -290,17 +198,20 @@ def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
     # the follow-up's constants are over all tokens, position 0 and end-of-text among them
     assert treatments == (set() if removal["std_over"] == "all" else {"eot", "bos"})
     assert (removal["std_over"] == "all") == (name in FOLLOW_UPS)
+    if name in FOLLOW_UPS:  # its library's default optimizer
+        assert (removal["beta1"], removal["beta2"], removal["dropout"]) == (0.9, 0.999, 0.1)
+    if name not in ("remove_ln_tiny", "remove_ln_mine"):
+        sequences = removal["batch_size"] * removal["gradient_accumulation_steps"]
+        assert sequences * removal["block_size"] == 2**19
 
     # each kind waits for the one before
-    waiting = []
-    for kind in ("ln_2", "ln_1qk", "ln_1v", "ln_f", "eot", "bos"):
-        waiting += [k for k, name, _ in events if name == kind]
+    kinds = ("ln_2", "ln_1qk", "ln_1v", "ln_f", "eot", "bos")
+    waiting = [k for kind in kinds for k, event, _ in events if event == kind]
     assert waiting == sorted(k for k, *_ in events)
 
     kept = read_configs(name, "control")
     assert {k for k in kept if kept[k] != removal[k]} <= {"ln_schedule", "out_dir", "aux_loss_weight"}
-    assert kept["ln_schedule"] == []
-    assert kept["aux_loss_weight"] == 0
+    assert (kept["ln_schedule"], kept["aux_loss_weight"]) == ([], 0)
     assert kept["out_dir"] == removal["out_dir"] + "_control"
 
     learning = read_configs(name, "faithful")
@@ -308,19 +219,6 @@ def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
     control = read_configs(name, "faithful", "control")
     assert control["out_dir"] == learning["out_dir"] + "_control"
     assert control["kl_share"] == learning["kl_share"] == 0.5
-
-
-@pytest.mark.parametrize("name", [
-    "remove_ln",
-    "remove_ln_fast",
-    "remove_ln_medium",
-    "remove_ln_large",
-    "remove_ln_xl",
-])
-def test_a_step_of_gpt2_is_half_a_million_tokens(name):
-    settings = read_configs(name)
-    sequences = settings["batch_size"] * settings["gradient_accumulation_steps"]
-    assert sequences * settings["block_size"] == 2**19
 
 
 def test_the_published_schedules_are_in_the_configs():
@@ -334,32 +232,12 @@ def test_the_published_schedules_are_in_the_configs():
     ]
 
 
-@pytest.mark.parametrize("name", FOLLOW_UPS)
-def test_the_follow_ups_optimizer_is_its_librarys_default(name):
-    settings = read_configs(name)
-    assert (settings["beta1"], settings["beta2"], settings["dropout"]) == (0.9, 0.999, 0.1)
-
-
-@pytest.mark.parametrize("max_iters", [
-    100,
-    200,
-    600,
-])
-@pytest.mark.parametrize("n_layer", [
-    1,
-    6,
-    48,
-])
+@pytest.mark.parametrize("max_iters", [100, 200, 600])
+@pytest.mark.parametrize("n_layer", [1, 6, 48])
 def test_remove_ln_mine_removes_every_site_of_a_model_of_any_depth_in_a_run_of_any_length(n_layer, max_iters):
-    rows = read_configs("remove_ln_mine")["ln_schedule"]
-    events = timeline(rows, n_layer, max_iters)
+    events = timeline(read_configs("remove_ln_mine")["ln_schedule"], n_layer, max_iters)
     assert all(0 <= step < max_iters for step, _, _ in events)
-    steps = [step for step, _, _ in events]
-    assert steps == sorted(steps)
-
-    before, treatments = state_at(events, 0, sites_of(n_layer))
-    assert set(before.values()) == {"real"}
-    assert treatments == {"bos": True, "eot": True}
-    after, treatments = state_at(events, max_iters, sites_of(n_layer))
-    assert set(after.values()) == {"fake"}
-    assert treatments == {"bos": False, "eot": False}
+    for step, mode, on in ((0, "real", True), (max_iters, "fake", False)):
+        modes, treatments = state_at(events, step, sites_of(n_layer))
+        assert set(modes.values()) == {mode}
+        assert treatments == {"bos": on, "eot": on}

@@ -1,6 +1,6 @@
 """
-A hub on 127.0.0.1 that speaks what huggingface_hub asks for: files by revision, their list, refusals, a line
-that is cut, and an upload.
+A hub on 127.0.0.1 that speaks what huggingface_hub asks for: files by revision, their list, refusals, a line that is
+cut, and an upload. Some repositories answer as no hub should: see `mischief`.
 """
 import base64
 import hashlib
@@ -25,16 +25,13 @@ def serve(repos):
     .uploaded  {name: {file: bytes}}
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos = repos
-    server.requests = []
-    server.cut = {}
-    server.uploaded = {}
+    server.repos, server.requests, server.cut, server.uploaded = repos, [], {}, {}
     server.env = {
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
     }
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     try:
         yield server
     finally:
@@ -43,33 +40,45 @@ def serve(repos):
 
 
 class Hub(BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        self.answer(with_body=False)
-
     def do_GET(self):
-        self.answer(with_body=True)
-
-    def answer(self, with_body):
         path = unquote(self.path.partition("?")[0]).lstrip("/").replace("refs/convert/parquet", CONVERTED)
-        if path.startswith("api/") and "/tree/" in path:
+        if "org/bad_" in path:
+            self.mischief(path.partition("org/bad_")[2].partition("/")[0])
+        elif path.startswith("api/") and "/tree/" in path:
             repo, revision = path.removeprefix("api/").removeprefix("models/").split("/tree/")
             self.list_files(repo, revision)
         elif path.startswith("api/models/"):
             repo, _, revision = path.removeprefix("api/models/").partition("/revision/")
-            if not self.refused(repo, revision):
+            if self.folder(repo, revision):
                 self.send_json(dict(id=repo, sha=COMMIT, siblings=[]))
         else:
             repo, _, rest = path.partition("/resolve/")
             revision, _, name = rest.partition("/")
             self.server.requests.append((self.command, repo, name, self.headers.get("Range")))
-            self.send_file(repo, revision, name, with_body)
+            self.send_file(self.folder(repo, revision), name)
+
+    do_HEAD = do_GET
+
+    def folder(self, repo, revision):
+        """The folder of what is asked for; None if it is refused, and then the answer is sent."""
+        folder = self.server.repos.get("org/tiny" if repo == "org/private" else repo)
+        if repo == "org/private" and self.headers.get("Authorization") != "Bearer secret":
+            self.send(401)
+        elif repo == "org/gated":
+            self.send(403, X_Error_Code="GatedRepo")
+        elif repo == "org/broken":
+            self.send(418)
+        elif folder is None:
+            self.send(404, X_Error_Code="RepoNotFound")
+        elif revision not in ("main", "v2", COMMIT, CONVERTED):
+            self.send(404, X_Error_Code="RevisionNotFound")
+        else:
+            return folder / CONVERTED if revision == CONVERTED else folder
 
     def list_files(self, repo, revision):
-        if self.refused(repo, "main"):
+        folder = self.folder(repo, CONVERTED if revision == CONVERTED else "main")
+        if folder is None:
             return
-        folder = self.server.repos["org/tiny" if repo == "org/private" else repo]
-        if revision == CONVERTED:
-            folder = folder / CONVERTED
         found = []
         for path in folder.rglob("*"):
             elsewhere = revision == "main" and CONVERTED in path.parts
@@ -78,60 +87,39 @@ class Hub(BaseHTTPRequestHandler):
                 found.append(dict(type="file", path=name, size=path.stat().st_size, oid="0" * 40))
         self.send_json(found)
 
-    def refused(self, repo, revision):
-        """Whether it is, and then the answer is sent."""
-        known = repo in self.server.repos or repo == "org/private"
-        answer = None
-        if repo == "org/private" and self.headers.get("Authorization") != "Bearer secret":
-            answer = 401, None
-        elif repo == "org/gated":
-            answer = 403, "GatedRepo"
-        elif repo == "org/broken":
-            answer = 418, None
-        elif not known:
-            answer = 404, "RepoNotFound"
-        elif revision not in ("main", "v2", COMMIT, CONVERTED):
-            answer = 404, "RevisionNotFound"
-        if answer:
-            self.refuse(*answer)
-        return answer is not None
-
-    def send_file(self, repo, revision, name, with_body):
-        if self.refused(repo, revision):
+    def send_file(self, folder, name):
+        if folder is None:
             return
-        folder = self.server.repos["org/tiny" if repo == "org/private" else repo]
-        if revision == CONVERTED:
-            folder = folder / CONVERTED
         if not (folder / name).is_file():
-            return self.refuse(404, "EntryNotFound")
-
+            return self.send(404, X_Error_Code="EntryNotFound")
         content = (folder / name).read_bytes()
-        begin = 0
-        if self.headers.get("Range"):
-            begin = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
-        self.send_response(206 if begin else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(content) - begin))
+        headers = dict(ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=COMMIT)
+        begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         if begin:
-            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
-        self.end_headers()
-        if not with_body:
-            return
-        if name in self.server.cut:
-            end = begin + self.server.cut.pop(name)
-            self.wfile.write(content[begin:end])
-            self.wfile.flush()
-            self.connection.close()
-        else:
-            self.wfile.write(content[begin:])
+            headers |= dict(Content_Range=f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        content = content[begin:]
+        whole = self.command == "HEAD" or name not in self.server.cut
+        part = content if whole else content[: self.server.cut.pop(name)]
+        self.send(206 if begin else 200, part, len(content), **headers)
+
+    def mischief(self, kind):
+        """Close the line, answer what is no HTTP, redirect to the same place, promise more bytes than are sent or fewer,
+        or cut the line each time."""
+        content = b"{}" * 500
+        if kind == "garbage":
+            self.wfile.write(b"\0\xff no HTTP\r\n\r\n" * 10)
+        elif kind == "loop":
+            self.send(302, Location=self.path)
+        elif kind != "close":
+            part, length = dict(long=(content, 10**6), short=(content, 10), cut=(content[:500], 1000))[kind]
+            self.send(200, part, length, ETag='"abc"', X_Repo_Commit=COMMIT)
 
     def do_POST(self):
         """Uploads: create a repository, say how each file is to come, take a commit of them."""
         length = self.headers.get("Content-Length")
         body = self.rfile.read(int(length)) if length else self.read_chunks()
         if self.headers.get("Authorization") != "Bearer secret":
-            return self.refuse(401)
+            return self.send(401)
         endpoint = self.server.env["HF_ENDPOINT"]
         path = unquote(self.path)
         reply = {}
@@ -139,44 +127,35 @@ class Hub(BaseHTTPRequestHandler):
             wanted = json.loads(body)
             reply = dict(url=f"{endpoint}/{wanted.get('organization', 'org')}/{wanted['name']}")
         elif "/preupload/" in path:
-            files = []
-            for file in json.loads(body)["files"]:
-                files.append(dict(path=file["path"], uploadMode="regular", shouldIgnore=False))
-            reply = dict(files=files)
+            files = json.loads(body)["files"]
+            reply = dict(files=[dict(path=f["path"], uploadMode="regular", shouldIgnore=False) for f in files])
         elif "/commit/" in path:
             repo = path.removeprefix("/api/models/").partition("/commit/")[0]
-            files = {}
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.server.uploaded[repo] = files
+            lines = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
+            self.server.uploaded[repo] = {line["path"]: base64.b64decode(line["content"]) for line in lines}
             reply = dict(success=True, commitOid=COMMIT, commitUrl=f"{endpoint}/{repo}/commit/{COMMIT}")
         self.send_json(reply)
 
     def read_chunks(self):
         """A body that comes in chunks, each after a line with its size."""
         body = b""
-        while True:
-            size = int(self.rfile.readline(), 16)
+        while size := int(self.rfile.readline(), 16):
             body += self.rfile.read(size)
             self.rfile.readline()
-            if size == 0:
-                return body
+        self.rfile.readline()
+        return body
 
     def send_json(self, content):
-        body = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self.send(200, json.dumps(content).encode(), Content_Type="application/json")
 
-    def refuse(self, code, error=None):
+    def send(self, code, body=b"", length=None, **headers):
+        """length: what is promised, if it is not that of the body."""
         self.send_response(code)
-        if error:
-            self.send_header("X-Error-Code", error)
-        self.send_header("Content-Length", "0")
+        for name, value in dict(Content_Length=len(body) if length is None else length, **headers).items():
+            self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, *args):
         pass
