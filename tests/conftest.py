@@ -208,7 +208,7 @@ def ln_free_run(stdlib_data, tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "removed"
     folder.mkdir(exist_ok=True)
-    settings = ["--max_iters=110", "--batch_size=8", "--eval_interval=1000", "--eval_iters=1", "--dtype=float32"]
+    settings = ["--max_iters=110", "--batch_size=4", "--eval_interval=1000", "--eval_iters=1", "--dtype=float32"]
     config = os.path.join(REPO, "config", "remove_ln_tiny.py")
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
