@@ -25,6 +25,7 @@ TINY = os.path.join(REPO, "assets", "tiny")
 sys.path.insert(0, REPO)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network; test_hub.py has a hub of its own
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it; a shell's background ignores it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
