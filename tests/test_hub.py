@@ -49,7 +49,7 @@ def load(hub, tmp_path):
     def load(*sources, code=LOAD, **env):
         env = os.environ | hub.env | {"HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": REPO} | env
         command = [sys.executable, "-c", code, *sources]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines() if line[0] in '["']
 
