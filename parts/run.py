@@ -201,11 +201,13 @@ def resume_command():
     return command([*sys.argv, "--init_from=resume"])
 
 
-def control_command():
-    """The command of this run's control."""
+def control_command(out_dir):
+    """The command of this run's control. Flags come after configs, so those that control.py changes are given again."""
     args = [arg for arg in sys.argv if arg not in ("--force", "--init_from=resume")]
     first_flag = next((i for i, arg in enumerate(args) if arg.startswith("--")), len(args))
-    return command([*args[:first_flag], "config/control.py", *args[first_flag:]])
+    again = {"--out_dir": f"{out_dir}_control", "--ln_schedule": "[]", "--aux_loss_weight": "0"}
+    changed = [f"{key}={value}" for key, value in again.items() if any(arg.startswith(key) for arg in args)]
+    return command([*args[:first_flag], "config/control.py", *args[first_flag:], *changed])
 
 
 def next_command(settings, removed):
@@ -216,7 +218,7 @@ def next_command(settings, removed):
         return f"python train.py config/remove_ln_mine.py {flags}"
     run = out_dir.removesuffix("_control")
     if removed and not os.path.isdir(run + "_control/model"):
-        return control_command() + "  (its control)"
+        return control_command(out_dir) + "  (its control)"
     if not removed and (run == out_dir or not os.path.isdir(run + "/model")):
         return f"python eval.py --models={init_from},{out_dir} --dataset={settings['dataset']}"
     if os.path.dirname(run) == "out":

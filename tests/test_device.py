@@ -130,6 +130,7 @@ def test_a_stopped_run_continues(stdlib):
     assert read_log("out/stopped", "loss") == (losses if DEVICE == "cpu" else pytest.approx(losses, rel=1e-3))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
 def test_memory_that_is_freed_is_reused():
     """keep_memory: after the first steps hardly a page is fetched from the system, as the count of faults says."""

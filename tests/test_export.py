@@ -273,6 +273,7 @@ def test_float16_needs_a_smaller_eps_and_then_works(run, gpt2_run):
     torch.testing.assert_close(logits_of(hf.float(), idx), logits_of(gpt2_run, idx), atol=0.05, rtol=0)
 
 
+@pytest.mark.slow
 def test_lm_evaluation_harness_scores_the_export(run, gpt2_run, tmp_path):
     """It finds the same endings likeliest as our own HellaSwag."""
     import lm_eval
@@ -357,6 +358,7 @@ def test_bad_settings_end_in_one_line_and_write_nothing(run, removed, args, name
 # --- upload
 
 
+@pytest.mark.slow
 def test_push_asks_and_uploads_what_was_written(removed, tmp_path):
     removed.save_pretrained(tmp_path / "mine")
     with serve({}) as hub:

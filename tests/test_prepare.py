@@ -258,7 +258,6 @@ BAD = {
     "bad.txt": b"\xff\xfe" * 50,
     "utf16.txt": "text".encode("utf-16"),
     "packed.txt": b"BZh91AY",
-    "spaces.txt": b"a" + b" " * 2_000_000 + b"b",
     "number.jsonl": b'{"text": 5}',
     "dict.jsonl": b'{"text": {"a": 1}}',
     "words.jsonl": b'{"text": ["a", "b"]}',
