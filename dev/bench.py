@@ -43,9 +43,9 @@ steps = 6  # training steps in a round, or sixteens of HellaSwag's examples
 batch_size = 4  # sequences in a batch
 block_size = 256  # tokens in a sequence
 vocab_size = 50304  # tokens
-n_layer = 12
-n_head = 12
-n_embd = 768
+n_layer = 12  # blocks
+n_head = 12  # attention heads
+n_embd = 768  # width
 # -----------------------------------------------------------------------------
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
