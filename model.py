@@ -96,7 +96,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x, use_bos):
         compiling = torch.compiler.is_compiling()
-        if not self.removed and not compiling:  # GPT-2's own LN, in one kernel
+        if not compiling and not self.removed:  # GPT-2's own LN, in one kernel; a compiled graph must not read the flag
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         std = torch.where(use_bos, self.bos_std, self.avg_std)  # the constant
         if compiling:  # one graph for both modes

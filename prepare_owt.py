@@ -55,7 +55,7 @@ from parts.sources import (
 from parts.tokenizer import make_tokenizer
 
 # -----------------------------------------------------------------------------
-dataset = ""  # stdlib (the default), stdlib_pretrain, owt, pile, pile-filtered, ORG/NAME[@REVISION], or a name for --files
+dataset = ""  # stdlib (the default), stdlib_pretrain, owt, pile, pile-filtered, ORG/NAME[@REVISION], or --files' name
 files = ""  # local files: paths and patterns, with commas between
 tokenizer = ""  # bytes, gpt2, a model's directory or, for ids, VOCAB_SIZE:EOT; "": gpt2 for the hub, else bytes
 tokens = 0  # stop at the end of the row or text file that reaches so many; 0: take all
@@ -117,10 +117,10 @@ def nanogpt_val_documents(n=OWT_DOCUMENTS):
 
 
 def make_jobs(sources, rule):
-    """Lists of (Source, its val): a large file, or small ones, up to JOB bytes."""
+    """Lists of (Source, its val): a file of a hub or a large one, or small ones, up to JOB bytes."""
     jobs, size = [], JOB
     for source in sources:
-        if size >= JOB:
+        if size >= JOB or source.repo:
             jobs.append([])
             size = 0
         jobs[-1].append((source, rule(source)))
@@ -299,14 +299,14 @@ def join(half, parts, every, share, eot):
             runs = range(1, len(table)) if cut or owt else 1 + np.flatnonzero(np.diff(is_val[begin:end]))
             for i, j in pairwise([0, *runs, len(table)] if len(table) else []):  # documents of one split
                 run, appended = ids[at[i] : at[j]], table[i:j, 1].sum()
-                if cut:
+                if cut and int(share * len(run)):
                     border = len(run) - int(share * len(run))
                     write("train", np.append(run[:border], eot).astype("<u2"), 1, 1)
                     write("val", run[border:], 1, appended)
                 elif owt and is_val[begin + i]:
                     held[int(number[begin + i])] = np.array(run), 1, appended
                 else:
-                    write("val" if is_val[begin + i] else "train", run, j - i, appended)
+                    write("val" if is_val[begin + i] and not cut else "train", run, j - i, appended)
         for i in order if len(number) == OWT_DOCUMENTS else sorted(held):
             write("val", *held[i])
     return {which: counts[which] | dict(sha256=digests[which].hexdigest()) for which in counts}
@@ -349,7 +349,7 @@ def next_command(name):
 
 
 def request():
-    """What is asked for: (the folder's name, its sources, the Tokenizer, what meta.json says of all that). UserError."""
+    """What is asked for: (the folder's name, its sources, the Tokenizer, what meta.json says of that). UserError."""
     on_hub = dataset in HUB or "/" in dataset
     if files and (on_hub or dataset in STDLIB_SHARES):
         raise UserError(f"{dataset} has a source of its own; give the files another name with --dataset=NAME")
@@ -424,8 +424,6 @@ def prepare(name, half, sources, made, meta):
         rule, every, share = val_rule(sources, made.name)
         parts = make_parts(half, make_jobs(sources, rule), meta, made)
         splits = join(half, parts, every, share, made.eot)
-        if not splits["train"]["tokens"] + splits["val"]["tokens"]:
-            raise UserError(f"there is no document in {meta['source']}")
     except UserError as e:
         if any(file.endswith(".npy") and not file.startswith(".") for file in os.listdir(half)):
             raise UserError(f"{e}; when that is mended, the same command goes on") from None
@@ -433,11 +431,14 @@ def prepare(name, half, sources, made, meta):
         raise
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on")
+    if not splits["train"]["tokens"] + splits["val"]["tokens"]:
+        clear(half)
+        raise UserError(f"there is no document in {meta['source']}")
     write_json(os.path.join(half, "meta.json"), meta | splits)
 
 
 def begun(half, meta):
-    """The meta.json of an unfinished folder; {} if there is none, or with force if it is of other settings. UserError."""
+    """The meta.json of an unfinished folder; {} if there is none or, with force, one of other settings. UserError."""
     mark = os.path.join(half, "meta.json")
     if not os.path.exists(mark):
         return {}
@@ -467,7 +468,7 @@ def main():
     with on_disk(f"can't write {half}"):
         os.makedirs(half, exist_ok=True)
     lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
-    check_folder(half, [file for file in os.listdir(half) if OURS.fullmatch(file)], ["meta.json"])
+    check_folder(half, [file for file in os.listdir(half) if OURS.fullmatch(file)], ["meta.json", ".meta.json.unfinished"])
     old = begun(half, meta)
     if not ("train" in old and old.get("files_sha256") == meta.get("files_sha256")):
         write_json(mark, meta)

@@ -30,29 +30,12 @@ from configurator import configure
 from model import GPT, GPTConfig, std_of
 from parts import checkpoint, ranks, run
 from parts.data import check_tokens, open_tokens, read_meta, read_windows, train_starts, val_starts
-from parts.device import (
-    all_finite,
-    autocast_to,
-    check_compiler,
-    flops_per_token,
-    keep_memory,
-    peak_flops,
-    pick_device,
-    pick_dtype,
-)
+from parts.device import all_finite, autocast_to, check_compiler, keep_memory, pick_device, pick_dtype
+from parts.device import flops_per_token, peak_flops
 from parts.loss import LossInPieces
 from parts.tokenizer import copy_tokenizer
-from schedule import (
-    check_modes,
-    describe,
-    describe_event,
-    learning_rate_at,
-    remove,
-    set_treatments,
-    site_name,
-    still_far_up,
-    timeline,
-)
+from schedule import check_modes, describe, describe_event, learning_rate_at, remove, set_treatments, site_name
+from schedule import still_far_up, timeline
 
 # -----------------------------------------------------------------------------
 # settings: a default, and what it means
@@ -113,7 +96,8 @@ names = configure(globals(), sys.argv[1:], __doc__, at_least_1, dict(kl_share=1)
 
 # --- machine: one process, or torchrun's; rank 0 writes and prints
 out_dir = out_dir.rstrip("/")
-resuming = init_from == "resume" or (auto and not force and len(checkpoint.found(out_dir)) > 0)
+auto = auto and init_from != "resume" and not force and bool(checkpoint.found(out_dir))
+resuming = auto or init_from == "resume"
 run.check_out_dir(out_dir, "resume" if resuming else init_from, teacher, force)
 lock = run.lock_run(out_dir)  # two runs at a time would mix their files
 if compile:
@@ -153,7 +137,7 @@ if init_from == "resume":
 # the settings in force, whatever those of init_from=scratch say
 n_layer, n_head, n_embd, bias = (getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "bias"))
 settings = {name: globals()[name] for name in names} | dict(data_sha256=meta["train"].get("sha256", ""))
-if resuming and auto:
+if auto:
     run.refuse_another_run(settings, resumed, out_dir)
 if block_size > model.config.block_size:
     most = model.config.block_size
@@ -168,19 +152,8 @@ if device == "auto" and machine == "cpu" and parameters > 50e6:
 # --- the teacher, which is not trained
 teacher_model = None
 if kl_share > 0:
-    if init_from == "scratch" and not teacher:
-        raise UserError("kl_share needs a teacher: give --teacher")
-    source = teacher or init_from
     with ranks.rank_0_first():
-        teacher_model = GPT.from_pretrained(run.model_directory(source))
-    teacher_model.to(machine).eval().requires_grad_(False)
-    ours, its = model.config, teacher_model.config
-    if its.vocab_size != ours.vocab_size:
-        raise UserError(f"teacher {source} has a vocabulary of {its.vocab_size}, but the model of {ours.vocab_size}")
-    if its.folded or teacher_model.any_removed():
-        raise UserError(f"teacher {source} has lost its LayerNorms: name the model with LN")
-    if its.block_size < block_size:
-        raise UserError(f"block_size {block_size} is beyond the {its.block_size} positions of teacher {source}")
+        teacher_model = run.load_teacher(teacher or init_from, model, block_size).to(machine)
 
 # --- data: a batch is a function of seed and step, whatever the number of ranks
 train_tokens = open_tokens(dataset, "train", block_size, model.config.vocab_size)

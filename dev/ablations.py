@@ -16,9 +16,10 @@ import shlex
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from statistics import mean, stdev
 
-from parts.errors import UserError, begin_script
+from parts.errors import UserError, begin_script, reading
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
@@ -52,80 +53,68 @@ METHODS = {  # flags, and learning rates on both sides of the best
 CHOSEN = ("recipe lr 4e-4", "control lr 2e-4", "kl 0.5 lr 8e-4", "control kl 0.5 lr 8e-4")
 STEPS = 300  # 1.2 M tokens
 
-# the rows of the config
-FIRST = [("ln_2", (0.03, 0.075), None), ("ln_1qk", (0.075, 0.12), None), ("ln_1v", (0.12, 0.19), None)]
-LAST = [("ln_f", 0.195, None), ("eot", 0.21, None), ("bos", 0.24, None)]
+
+
+def rows(*bounds, ln_f, eot, bos):
+    """A schedule: ln_2, ln_1qk and ln_1v between neighbouring bounds, then ln_f and the treatments."""
+    spread = [(kind, span, None) for kind, span in zip(("ln_2", "ln_1qk", "ln_1v"), pairwise(bounds))]
+    return [*spread, ("ln_f", ln_f, None), ("eot", eot, None), ("bos", bos, None)]
+
+
+def downwards(ln_schedule, n_layer=4):
+    """The same schedule with its layers from the last to the first."""
+    single = []
+    for kind, (begin, end), _ in ln_schedule[:3]:
+        single += [(f"h.{n_layer - 1 - i}.{kind}", begin + (end - begin) * i / n_layer, None) for i in range(n_layer)]
+    return single + ln_schedule[3:]
+
+
+RECIPE = rows(0.03, 0.075, 0.12, 0.19, ln_f=0.195, eot=0.21, bos=0.24)  # the config's
 ORDERS = {
-    "down": [*((*row, "down") for row in FIRST), *LAST],
-    "ln_f first": [
-        ("ln_f", 0.03, None),
-        ("ln_2", (0.04, 0.09), None),
-        ("ln_1qk", (0.09, 0.14), None),
-        ("ln_1v", (0.14, 0.19), None),
-        *LAST[1:],
-    ],
-    "at once": [
-        ("ln_2", 0.03, 0),
-        ("ln_1qk", 0.03, 0),
-        ("ln_1v", 0.03, 0),
-        ("ln_f", 0.03, None),
-        ("eot", 0.03, None),
-        ("bos", 0.03, None),
-    ],
-    "bos and eot late": [*FIRST, LAST[0], ("eot", 0.5, None), ("bos", 0.6, None)],
-    "slow": [
-        ("ln_2", (0.05, 0.2), None),
-        ("ln_1qk", (0.2, 0.35), None),
-        ("ln_1v", (0.35, 0.55), None),
-        ("ln_f", 0.55, None),
-        ("eot", 0.6, None),
-        ("bos", 0.65, None),
-    ],
+    "down": downwards(RECIPE),
+    "ln_f first": rows(0.04, 0.09, 0.14, 0.19, ln_f=0.03, eot=0.21, bos=0.24),
+    "at once": [(kind, 0.03, 0 if kind in ("ln_2", "ln_1qk", "ln_1v") else None) for kind, *_ in RECIPE],
+    "bos and eot late": rows(0.03, 0.075, 0.12, 0.19, ln_f=0.195, eot=0.5, bos=0.6),
+    "slow": rows(0.05, 0.2, 0.35, 0.55, ln_f=0.55, eot=0.6, bos=0.65),
+}
+CHANGES = {  # of one thing in the recipe
+    "kl 0.8 lr 4e-4": "--kl_share=0.8",
+    "kl 1 lr 4e-4": "--kl_share=1",
+    "beta2 0.95": "--beta2=0.95",
+    "beta2 0.999": "--beta2=0.999",
+    "aux 0.1": "--aux_loss_weight=0.1",
+    "aux 1": "--aux_loss_weight=1",
+    "constant over all": "--std_over=all",
+    "constant momentum 0.9": "--std_momentum=0.9",
+    **{f"order {name}": f"--ln_schedule={ln_schedule}" for name, ln_schedule in ORDERS.items()},
 }
 
 
 def settings_of_runs():
     """{name: flags of train.py}."""
-    runs = {}
-    for method, (flags, rates) in METHODS.items():
-        for rate in rates:
-            runs[f"{method} lr {rate}"] = [f"--learning_rate={rate}", *flags]
-    at = "--learning_rate=4e-4"
-    for share in ("0.8", "1"):
-        runs[f"kl {share} lr 4e-4"] = [at, f"--kl_share={share}"]
-    for beta2 in ("0.95", "0.999"):
-        runs[f"beta2 {beta2}"] = [at, f"--beta2={beta2}"]
-    for weight in ("0.1", "1"):
-        runs[f"aux {weight}"] = [at, f"--aux_loss_weight={weight}"]
-    runs["constant over all"] = [at, "--std_over=all"]
-    runs["constant momentum 0.9"] = [at, "--std_momentum=0.9"]
-    for order, ln_schedule in ORDERS.items():
-        runs[f"order {order}"] = [at, f"--ln_schedule={ln_schedule}"]
-    return runs
+    swept = {f"{method} lr {rate}": [f"--learning_rate={rate}", *flags]
+             for method, (flags, rates) in METHODS.items() for rate in rates}
+    return swept | {name: ["--learning_rate=4e-4", flag] for name, flag in CHANGES.items()}
 
 
 def all_runs():
     """[(name, steps, seed)]: every rate of each method; what was chosen by it with more seeds, and for fewer and
     more steps; what changes one thing of the recipe, at half the steps."""
-    names = list(settings_of_runs())
-    swept = [name for name in names if name.rpartition(" lr ")[0] in METHODS]
-    runs = [(name, STEPS, 1) for name in swept]
+    runs = [(name, STEPS, 1) for name in settings_of_runs() if name not in CHANGES]
     runs += [(name, STEPS, seed) for seed in (2, 3) for name in CHOSEN]
     runs += [(name, STEPS // 2, seed) for seed in (1, 2, 3) for name in CHOSEN[2:]]
     runs += [(name, steps, 1) for steps in (STEPS // 4, STEPS // 2, 2 * STEPS) for name in CHOSEN if name != CHOSEN[1]]
-    runs += [(name, STEPS // 2, 1) for name in ("kl 0.5 lr 4e-4", *names[len(swept) :])]
+    runs += [(name, STEPS // 2, 1) for name in ("kl 0.5 lr 4e-4", *CHANGES)]
     return list(dict.fromkeys(runs))
 
 
 def done_already():
-    """{(name, steps, seed): row} of the csv."""
+    """{(name, steps, seed): {number: value}} of the csv."""
     if not os.path.exists(path):
         return {}
-    with open(path) as f:
-        reader = csv.DictReader(f)
-        if reader.fieldnames != FIELDS:
-            raise UserError(f"{path} has other columns than the csv of ablations.py: choose another --path")
-        return {(row["name"], int(row["steps"]), int(row["seed"])): row for row in reader}
+    with reading(path), open(path) as f:
+        return {(row["name"], int(row["steps"]), int(row["seed"])): {key: float(row[key]) for key in NUMBERS}
+                for row in csv.DictReader(f)}
 
 
 def call(*command):
@@ -140,32 +129,27 @@ def run(name, steps, seed):
     """Train, evaluate, and append a line."""
     out_dir = f"out/ablations/{name.replace(' ', '_')}_{steps}_{seed}"
     flags = settings_of_runs()[name]
-    settings = [f"--out_dir={out_dir}", *flags, f"--seed={seed}", f"--max_iters={steps}", "--force"]
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     began = time.monotonic()
-    call("train.py", CONFIG, *settings)
-    seconds = time.monotonic() - began
+    call("train.py", CONFIG, f"--out_dir={out_dir}", *flags, f"--seed={seed}", f"--max_iters={steps}", "--force")
+    seconds = round(time.monotonic() - began)
     if CONTROL[0] in flags:
         out_dir += "_control"
-    result = f"{out_dir}/eval.json"
     val = ["--dataset=testbed_choose,testbed_report", f"--tokens={tokens}"]
-    call("eval.py", f"--models={ORIGINAL},{out_dir}", f"--json={result}", *val)
-    with open(result) as f:
-        rows = json.load(f)["rows"]
-    line = dict(name=name, steps=steps, seed=seed, commit=git.stdout.strip(), flags=shlex.join(flags))
-    line["seconds"] = round(seconds)
-    for row in rows:
-        part = row["dataset"].removeprefix("testbed_")
-        if row["source"] == out_dir:
-            line |= {f"{part}_{what}": row.get(what) for what in MEASURED}
+    call("eval.py", f"--models={ORIGINAL},{out_dir}", f"--json={out_dir}/eval.json", *val)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    line = dict(name=name, steps=steps, seed=seed, commit=git.stdout.strip(), flags=shlex.join(flags), seconds=seconds)
+    with open(f"{out_dir}/eval.json") as f:
+        for row in json.load(f)["rows"]:
+            if row["source"] == out_dir:
+                part = row["dataset"].removeprefix("testbed_")
+                line |= {f"{part}_{number}": row[number] for number in MEASURED}
     new = not os.path.exists(path)
     with open(path, "a") as f:
         writer = csv.DictWriter(f, FIELDS)
         if new:
             writer.writeheader()
         writer.writerow(line)
-    found = f"loss {line['choose_loss']:.4f}  KL {line['choose_kl']:.4f}"
-    print(f"{name:<28} seed {seed}  {seconds:>5.0f} s  {found}", flush=True)
+    print(f"{name}, {steps} steps, seed {seed}: loss {line['choose_loss']:.4f}, {seconds} s", flush=True)
 
 
 def means():
@@ -173,13 +157,12 @@ def means():
     the lowest loss on `choose` first. The gap is on `report`, to the model with LN that has the lowest loss on
     `choose` at as many steps, over the seeds that both have."""
     groups = {}
-    for (name, n, seed), row in done_already().items():
-        numbers = {key: float(row[key]) for key in NUMBERS}
+    for (name, n, seed), numbers in done_already().items():
         groups.setdefault((name, n), {})[seed] = numbers
     found = []
-    for (name, n), seeds_of in groups.items():
-        mean_of = {key: mean(row[key] for row in seeds_of.values()) for key in NUMBERS}
-        found.append(dict(name=name, steps=n, seeds=seeds_of, **mean_of))
+    for (name, n), seeds in groups.items():
+        mean_of = {key: mean(numbers[key] for numbers in seeds.values()) for key in NUMBERS}
+        found.append(dict(name=name, steps=n, seeds=seeds, **mean_of))
     found.sort(key=lambda row: row["choose_loss"])
     for row in found:
         best = next((r for r in found if r["name"].startswith("control") and r["steps"] == row["steps"]), None)
@@ -203,28 +186,17 @@ def print_means(rows):
 
 def draw(rows, file):
     """The gap over tokens, of the recipe and of the best method."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, color in ((CHOSEN[0], "tab:red"), (CHOSEN[2], "tab:green")):
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for name in (CHOSEN[0], CHOSEN[2]):
         found = sorted((row for row in rows if row["name"] == name and row["gap"]), key=lambda row: row["steps"])
-        at = [row["steps"] * 4096 / 1e6 for row in found]
-        spread = [row["gap_sd"] or 0 for row in found]
-        axis.errorbar(at, [row["gap"] for row in found], spread, fmt="o-", capsize=3, color=color, label=name)
-    axis.set_xscale("log", base=2)
-    axis.set_ylim(0)
-    ticks = sorted({row["steps"] * 4096 / 1e6 for row in rows})
-    axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
-    axis.minorticks_off()
-    axis.set_xlabel("million tokens of fine-tuning")
-    axis.set_ylabel("gap to the best model with LN, nats per token")
+        tokens_seen = [row["steps"] * 4096 / 1e6 for row in found]
+        axis.errorbar(tokens_seen, [row["gap"] for row in found], [row["gap_sd"] or 0 for row in found], label=name)
+    axis.set(xlabel="million tokens", ylabel="gap to the best model with LN, nats per token", ylim=(0, None))
     axis.legend()
-    axis.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
-    print(f"next: look at {file}")
 
 
 def main():
@@ -238,16 +210,9 @@ def main():
     chosen = [run for run in all_runs() if run[0].startswith(tuple(only.split(",")))]
     if not chosen:
         raise UserError(f"no run's name begins with {only!r}: there are {', '.join(settings_of_runs())}")
-    failed = 0
-    for name, steps, seed in chosen:
-        if (name, steps, seed) not in done_already():
-            try:
-                run(name, steps, seed)
-            except UserError as e:
-                failed += 1
-                print(f"{name}, {steps} steps, seed {seed}: {e}", flush=True)
-    if failed:
-        raise UserError(f"{failed} runs failed, see above; the others are in {path}")
+    for key in chosen:
+        if key not in done_already():
+            run(*key)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-Several models on the same windows: each token's loss, and how far each model's next-token distribution is from that
-of a reference.
+Several models on the same windows: each token's loss, and how far a model's next-token distribution is from a
+reference model's.
 """
 import math
 from collections import defaultdict
@@ -9,96 +9,101 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from parts import ranks
 from parts.data import read_windows
 from parts.loss import EVAL_ROWS, exact_logits, pieces, token_losses
+from parts.ranks import RANK
 
-BY_TOKEN = ("loss", "confidence", "hit")  # kept for each token
-BY_WINDOW = ("entropy", "kl", "js", "agree")  # kept as a window's mean
+BY_TOKEN = ("loss", "confidence", "hit")  # kept for each token; of the rest only a window's mean
 
 
 def divergences(log_q, log_p):
-    """Log-probabilities (rows, vocab) of a reference q and a model p -> KL(q || p) and the Jensen-Shannon divergence,
-    in nats, and whether both have the same likeliest token, (rows,) each."""
+    """Log-probabilities (rows, vocab) of a reference q and a model p -> KL(q || p) and the Jensen-Shannon divergence
+    in nats, and whether both have the same top token, (rows,) each."""
     q, p = log_q.exp(), log_p.exp()
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)  # of the mixture (p + q) / 2
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)  # the mixture (p + q) / 2
     kl = (q * (log_q - log_p)).sum(-1)
     js = ((q * (log_q - log_m)).sum(-1) + (p * (log_p - log_m)).sum(-1)) / 2
     return kl, js, log_p.argmax(-1) == log_q.argmax(-1)
 
 
 def compare(models, reference, hidden, targets):
-    """models {name: GPT}, reference one of the names, hidden {name: what the unembedding reads (N, C)}, targets (N,)
-    -> {name: {quantity: its value for each token (N,)}}: the loss; confidence, the likeliest token's probability; hit,
-    whether that token is the target; the entropy in nats; and, except for the reference, kl, js and agree."""
+    """{name: {"loss"; "confidence", the top token's probability; "hit", whether that token is the target; "entropy" in
+    nats; and for all but the reference "kl", "js", "agree"}}, (N,) each.
+
+    models: {name: GPT}; reference: one of the names; hidden: {name: what the unembedding reads, (N, C)}."""
     found = {name: defaultdict(list) for name in models}
     for *xs, y in zip(*(pieces(hidden[name], EVAL_ROWS) for name in models), pieces(targets, EVAL_ROWS)):
         log_p = {}  # (rows, vocab) each
         for (name, model), x in zip(models.items(), xs):
             log_p[name] = exact_logits(model, x).log_softmax(-1)
-        for name, values in found.items():
-            values["loss"].append(-log_p[name].gather(1, y.unsqueeze(1))[:, 0])
-            best, likeliest = log_p[name].max(-1)
-            values["confidence"].append(best.exp())
-            values["hit"].append((likeliest == y).float())
-            values["entropy"].append(-(log_p[name].exp() * log_p[name]).sum(-1))
+        for name in models:
+            found[name]["loss"].append(-log_p[name].gather(1, y.unsqueeze(1))[:, 0])
+            best, top = log_p[name].max(-1)
+            found[name]["confidence"].append(best.exp())
+            found[name]["hit"].append((top == y).float())
+            found[name]["entropy"].append(-(log_p[name].exp() * log_p[name]).sum(-1))
             if name != reference:
                 kl, js, agree = divergences(log_p[reference], log_p[name])
-                values["kl"].append(kl)
-                values["js"].append(js)
-                values["agree"].append(agree.float())
-    return {name: {key: torch.cat(values) for key, values in found[name].items()} for name in models}
+                found[name]["kl"].append(kl)
+                found[name]["js"].append(js)
+                found[name]["agree"].append(agree.float())
+    return {name: {key: torch.cat(rows) for key, rows in values.items()} for name, values in found.items()}
 
 
 @torch.inference_mode()
 def measure(models, reference, tokens, starts, block_size, batch_size, device, autocast):
-    """models {name: GPT}, and windows of tokens that begin at starts (windows,) -> {name: {quantity: array}}, the
-    quantities of `compare`: (windows, block_size) those in BY_TOKEN, (windows,) those in BY_WINDOW. reference: one of
-    the names, or None to measure the losses alone; what is not measured is 0. Each process takes a share of the
-    windows, and returns all of them."""
-    own = starts[ranks.RANK :: ranks.WORLD]
-    result = {}
+    """{name: {"loss", "confidence", "hit": (windows, block_size); "entropy", "kl", "js", "agree": (windows,)}}, as in
+    compare, over the windows of tokens that begin at starts (windows,).
+
+    models: {name: GPT}; reference: one of the names, or None for the losses alone."""
+    found = {}
     for name in models:
-        result[name] = {key: np.zeros((len(own), block_size), np.float32) for key in BY_TOKEN}
-        result[name] |= {key: np.zeros(len(own)) for key in BY_WINDOW}
-    firsts = range(0, len(own), batch_size)
-    for i in tqdm(firsts, "windows", unit="batch", leave=False, disable=None if ranks.RANK == 0 else True):
-        x, y = read_windows(tokens, own[i : i + batch_size], block_size, device)
+        keys = ["loss"]
+        if reference is not None:
+            keys += ["confidence", "hit", "entropy"] + ["kl", "js", "agree"] * (name != reference)
+        found[name] = {}
+        for key in keys:
+            by_token = key in BY_TOKEN
+            shape = (len(starts), block_size) if by_token else len(starts)
+            found[name][key] = np.zeros(shape, np.float32 if by_token else np.float64)
+    firsts = range(0, len(starts), batch_size)
+    for i in tqdm(firsts, "windows", unit="batch", leave=False, disable=None if RANK == 0 else True):
+        x, y = read_windows(tokens, starts[i : i + batch_size], block_size, device)
         targets = y.flatten()
         with autocast:
             hidden = {name: model.hidden(x).flatten(0, 1) for name, model in models.items()}  # (B T, C)
             if reference is None:
-                found = {name: dict(loss=token_losses(m, hidden[name], targets)) for name, m in models.items()}
+                values = {name: dict(loss=token_losses(m, hidden[name], targets)) for name, m in models.items()}
             else:
-                found = compare(models, reference, hidden, targets)
+                values = compare(models, reference, hidden, targets)
         for name in models:
-            for key, value in found[name].items():
+            for key, value in values[name].items():
                 value = value.view(y.shape).cpu()
-                result[name][key][i : i + batch_size] = value if key in BY_TOKEN else value.double().mean(-1)
-    return {name: {key: ranks.gather_rows(array) for key, array in result[name].items()} for name in models}
+                found[name][key][i : i + batch_size] = value if key in BY_TOKEN else value.double().mean(-1)
+    return found
 
 
 def calibration_error(confidence, hit, bins=15):
-    """confidence, hit (N,) -> expected calibration error (Guo et al., arXiv 1706.04599): tokens in bins of equal width
-    by confidence, and the mean over tokens of |confidence - hits| of their bin. NaN if a confidence is not finite."""
+    """Expected calibration error (Guo et al., arXiv 1706.04599) over tokens (N,), in bins of equal width by
+    confidence: the mean of |confidence - share of hits|, weighted by tokens. NaN if a confidence is."""
     if not np.isfinite(confidence).all():
         return math.nan
     which = np.minimum((confidence * bins).astype(int), bins - 1)
-    apart = np.bincount(which, confidence - hit, bins)  # sums over a bin
-    return np.abs(apart).sum() / len(confidence)
+    return np.abs(np.bincount(which, confidence - hit, bins)).sum() / len(confidence)
 
 
 def mean_and_error(windows):
-    """Windows' means (windows,) -> their mean and its standard error, in float64; NaN for a single window."""
+    """The windows' values (windows,) -> their mean and its standard error, NaN for a single window. In float64."""
     windows = windows.astype(np.float64)
-    if len(windows) < 2:
-        return windows.mean(), float("nan")
-    return windows.mean(), windows.std(ddof=1) / np.sqrt(len(windows))
+    error = windows.std(ddof=1) / np.sqrt(len(windows)) if len(windows) > 1 else math.nan
+    return windows.mean(), error
 
 
 def cast_linear_maps(model):
-    """Cast the linear maps to bfloat16 in place, once, as autocast would at each call. The unembedding stays in
-    float32."""
+    """Cast the weights of the linear maps to bfloat16, in place and once: autocast would do it at each call. The
+    unembedding stays in float32."""
     for m in model.modules():
         if isinstance(m, torch.nn.Linear) and m is not model.lm_head:
-            m.bfloat16()
+            m.weight = torch.nn.Parameter(m.weight.bfloat16())
+            if m.bias is not None:
+                m.bias = torch.nn.Parameter(m.bias.bfloat16())

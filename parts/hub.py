@@ -112,8 +112,9 @@ def read_config(directory):
         for key, ours in PLAIN.items():
             if hf.get(key) not in (None, ours):
                 raise UserError(f"{path}: {key} is {hf[key]!r}, but model.py has {ours!r}")
-        if hf.get("n_inner") not in (None, 4 * hf.get("n_embd", 0)):
-            raise UserError(f"{path}: n_inner is {hf['n_inner']!r}, but model.py has 4 * n_embd")
+        with reading(path):
+            if hf.get("n_inner") is not None and hf["n_inner"] != 4 * hf["n_embd"]:
+                raise ValueError(f"n_inner is {hf['n_inner']!r}, but model.py has 4 * n_embd")
     return hf
 
 

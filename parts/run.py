@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from model import GPT
 from parts import checkpoint, ranks
 from parts.errors import UserError, on_disk, reading
 from parts.files import FolderLock, read_lines, remove_files, run_settings, unfinished, whole_file, write_json
@@ -200,11 +201,13 @@ def resume_command():
     return command([*sys.argv, "--init_from=resume"])
 
 
-def control_command():
-    """The command of this run's control."""
+def control_command(out_dir):
+    """The command of this run's control. Flags come after configs, so those that control.py changes are given again."""
     args = [arg for arg in sys.argv if arg not in ("--force", "--init_from=resume")]
     first_flag = next((i for i, arg in enumerate(args) if arg.startswith("--")), len(args))
-    return command([*args[:first_flag], "config/control.py", *args[first_flag:]])
+    again = {"--out_dir": f"{out_dir}_control", "--ln_schedule": "[]", "--aux_loss_weight": "0"}
+    changed = [f"{key}={value}" for key, value in again.items() if any(arg.startswith(key) for arg in args)]
+    return command([*args[:first_flag], "config/control.py", *args[first_flag:], *changed])
 
 
 def next_command(settings, removed):
@@ -215,7 +218,7 @@ def next_command(settings, removed):
         return f"python train.py config/remove_ln_mine.py {flags}"
     run = out_dir.removesuffix("_control")
     if removed and not os.path.isdir(run + "_control/model"):
-        return control_command() + "  (its control)"
+        return control_command(out_dir) + "  (its control)"
     if not removed and (run == out_dir or not os.path.isdir(run + "/model")):
         return f"python eval.py --models={init_from},{out_dir} --dataset={settings['dataset']}"
     if os.path.dirname(run) == "out":
@@ -231,7 +234,22 @@ def command(argv):
     return shlex.join([*launcher, *argv])
 
 
-# --- for those that read a run
+# --- models that a run or another script starts from
+
+
+def load_teacher(source, model, block_size):
+    """The model with LN that `model` learns from, frozen. UserError if it can't teach it."""
+    if source == "scratch":
+        raise UserError("kl_share needs a teacher: give --teacher")
+    teacher = GPT.from_pretrained(model_directory(source)).eval().requires_grad_(False)
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise UserError(f"teacher {source} has a vocabulary of {teacher.config.vocab_size}, but the model of "
+                        f"{model.config.vocab_size}")
+    if teacher.config.folded or teacher.any_removed():
+        raise UserError(f"teacher {source} has lost its LayerNorms: name the model with LN")
+    if teacher.config.block_size < block_size:
+        raise UserError(f"block_size {block_size} is beyond the {teacher.config.block_size} positions of teacher {source}")
+    return teacher
 
 
 def model_directory(source):

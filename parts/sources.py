@@ -101,7 +101,7 @@ def local_sources(patterns, split):
         matches = glob.glob(os.path.expanduser(pattern), recursive=True)
         for folder in filter(os.path.isdir, list(matches)):
             inside = os.path.join(glob.escape(folder), split)
-            saved = glob.glob(os.path.join(glob.escape(folder), "*.arrow")) or glob.glob(os.path.join(inside, "*.arrow"))
+            saved = glob.glob(glob.escape(folder) + "/*.arrow") or glob.glob(inside + "/*.arrow")
             if not saved and folder == os.path.expanduser(pattern):
                 raise UserError(f"--files: {folder} is a folder: give a pattern, as '{folder.rstrip('/')}/**/*.txt'")
             matches += saved
@@ -259,9 +259,8 @@ def windows_or_documents(rows, eot):
         return False
     if inside and not varied:
         return True
-    raise ValueError(f"{longest:,} of its {len(lengths):,} rows of ids have the longest length, and end-of-text {eot} is "
-                     f"{'' if inside else 'not '}inside rows: are they documents (--rows=documents), each to be followed "
-                     "by end-of-text, or windows of a stream that holds it (--rows=windows)?")
+    raise ValueError(f"end-of-text {eot} is {'' if inside else 'not '}inside rows, and {longest:,} of {len(lengths):,} "
+                     "have the longest length: are they --rows=documents or --rows=windows, of a stream?")
 
 
 def pile_subset(meta):
@@ -284,8 +283,8 @@ def read_text(source, val, seam):
         if b"\0" in head or BINARY.match(head):
             raise ValueError("it is not text: it holds zero bytes, or begins like a packed file or a PDF")
         if seam is NO_SEAM and size > LARGEST_WHOLE:
-            raise ValueError(f"it has {size:,} bytes, and this tokenizer takes a text of {LARGEST_WHOLE:,} at most, as it "
-                             "needs all of it in memory: give it as several files, or as rows")
+            raise ValueError(f"it has {size:,} bytes, and this tokenizer takes a text of {LARGEST_WHOLE:,} at most, "
+                             "as it needs all of it in memory: give it as several files, or as rows")
         documents = [(0, size, val)]
         if isinstance(val, float):
             border = val_border(f, size, val, GPT2_SEAM if seam is NO_SEAM else seam)

@@ -25,6 +25,7 @@ TINY = os.path.join(REPO, "assets", "tiny")
 sys.path.insert(0, REPO)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network; test_hub.py has a hub of its own
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it; a shell's background ignores it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -208,7 +209,7 @@ def ln_free_run(stdlib_data, tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "removed"
     folder.mkdir(exist_ok=True)
-    settings = ["--max_iters=110", "--batch_size=8", "--eval_interval=1000", "--eval_iters=1", "--dtype=float32"]
+    settings = ["--max_iters=110", "--batch_size=4", "--eval_interval=1000", "--eval_iters=1", "--dtype=float32"]
     config = os.path.join(REPO, "config", "remove_ln_tiny.py")
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,6 +1,6 @@
 """
-The plain form, and to_hooked's, in tools that don't fit into one environment: each test wants one with that
-tool beside requirements.txt and pytest, and the others are skipped.
+The plain form and to_hooked's in tools that don't fit into one environment. Each test needs an environment with its
+tool beside requirements.txt and pytest, and is skipped elsewhere.
 
     python -m pytest -q -rs tests/other_tools.py
 
@@ -11,9 +11,9 @@ import torch
 from conftest import set_all_fake
 from transformers import GPT2LMHeadModel
 
-from tools import export
 from model import GPT
 from parts.tokenizer import copy_tokenizer
+from tools import export
 
 PROMPT = "def read(self, size):\n    return self"
 
@@ -29,7 +29,7 @@ def removed(own_model):
 
 @pytest.fixture
 def plain(removed, own_model, tmp_path):
-    """Its directory, as export.py --to=hf writes it."""
+    """Its directory, as tools.export --to=hf writes it."""
     export.plain_form(removed).save_pretrained(tmp_path / "hf")
     copy_tokenizer(own_model, tmp_path / "hf")
     return str(tmp_path / "hf")
@@ -95,8 +95,7 @@ def test_sae_lens(removed, ids, logits):
 
 
 def test_circuit_tracer(plain, ids, logits):
-    """Its LayerNorms must be there, as it hooks their scale: with eps 1e12 that is a constant. Transcoders of
-    random weights."""
+    """It hooks the scale of LayerNorms, so they must be there; with eps 1e12 it is a constant. Random transcoders."""
     pytest.importorskip("circuit_tracer")
     from circuit_tracer import attribute
     from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
@@ -107,21 +106,11 @@ def test_circuit_tracer(plain, ids, logits):
 
     hf = GPT2LMHeadModel.from_pretrained(plain).eval()
     c = hf.config
+    sizes = dict(n_layers=c.n_layer, n_heads=c.n_head, d_model=c.n_embd, d_head=c.n_embd // c.n_head,
+                 d_mlp=4 * c.n_embd, n_ctx=c.n_positions, d_vocab=c.vocab_size)
+    norm = dict(normalization_type="LN", eps=c.layer_norm_epsilon)
     config = HookedTransformerConfig(
-        n_layers=c.n_layer,
-        d_model=c.n_embd,
-        n_ctx=c.n_positions,
-        n_heads=c.n_head,
-        d_head=c.n_embd // c.n_head,
-        d_mlp=4 * c.n_embd,
-        d_vocab=c.vocab_size,
-        act_fn="gelu_new",
-        normalization_type="LN",
-        eps=c.layer_norm_epsilon,
-        default_prepend_bos=False,
-        model_name="gpt2",
-        device="cpu",
-    )
+        **sizes, **norm, act_fn="gelu_new", default_prepend_bos=False, model_name="gpt2", device="cpu")
     hooked = HookedTransformer(config)
     as_it_is = dict(fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
     hooked.load_and_process_state_dict(convert_gpt2_weights(hf, hooked.cfg), **as_it_is)

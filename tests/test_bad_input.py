@@ -262,7 +262,7 @@ def constant(value):
     (tensor("transformer.wte.weight", torch.zeros(9, 64)), "transformer.wte.weight.*(9, 64).*(300, 64)"),
     (tensor("transformer.h.0.extra", torch.zeros(1)), "transformer.h.0.extra"),
     (tensor("lm_head.weight", torch.ones(300, 64)), "lm_head.weight"),  # an unembedding that is not tied
-    (cut_short, "hf/model.safetensors"),
+    (cut_short, "hf"),
     (without("model.safetensors"), "model.safetensors"),
     (without("config.json"), "config.json"),
     (config_text("{"), "hf/config.json"),

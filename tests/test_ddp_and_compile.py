@@ -99,7 +99,8 @@ def test_two_processes_evaluate_to_the_same_numbers_as_one(run, torchrun, stdlib
     assert one.code == 0, one.text
     rows = read_json("one.json")["rows"]
     assert len(rows) == 6
-    assert leaves(read_json("two.json")["rows"]) == pytest.approx(leaves(rows), rel=1e-4, abs=1e-6)
+    for two, one in zip(leaves(read_json("two.json")["rows"]), leaves(rows), strict=True):
+        assert two == one if one is None or isinstance(one, str) else two == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, SCHEDULE, SHORT, TINY, read_log, run_alone
+from conftest import REPO, SCHEDULE, SHORT, TINY, read_log, run_alone, set_all_fake
+from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from model import GPT
@@ -49,26 +50,23 @@ def test_logits(tiny, exact, idx, dtype, bound):
     assert (logits - expected).abs().max() < bound
 
 
-def cross_entropy(logits, targets, _):
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), {}
-
-
 def test_gradient_of_the_loss_in_pieces(tiny, exact, idx, monkeypatch):
+    def cross_entropy(logits, targets, _):
+        return F.cross_entropy(logits, targets, reduction="sum"), {}
+
     monkeypatch.setattr("parts.loss.LOSS_ROWS", 9)
     monkeypatch.setattr("parts.loss.GPU_FACTOR", 1)
     targets = torch.randint(0, 257, idx.shape)
-    torch.nn.functional.cross_entropy(exact(idx).logits.flatten(0, 1), targets.flatten()).backward()
+    F.cross_entropy(exact(idx).logits.flatten(0, 1), targets.flatten()).backward()
     _, hidden = tiny(idx.to(DEVICE), streams=True)
     LossInPieces(cross_entropy, tiny.lm_head)(hidden, targets.to(DEVICE))[0].backward()
     expected = exact.transformer.wte.weight.grad
-    apart = tiny.transformer.wte.weight.grad.double().cpu() - expected
-    assert apart.norm() < 1e-4 * expected.norm()
+    assert (tiny.transformer.wte.weight.grad.double().cpu() - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_folded_is_the_same_function(tiny, idx):
     tiny.measure_std(idx.to(DEVICE))
-    for site in tiny.sites().values():
-        site.ln_mode = "fake"
+    set_all_fake(tiny)
     with torch.no_grad():
         torch.testing.assert_close(tiny.fold()(idx.to(DEVICE))[0], tiny(idx.to(DEVICE))[0], atol=1e-4, rtol=1e-4)
 
@@ -91,16 +89,13 @@ def test_windows_losses_and_decoding(tiny, exact):
     found = measure({"tiny": tiny}, None, tokens, starts, 64, 2, DEVICE, autocast_to(torch.float32, DEVICE))
     with torch.no_grad():
         logits = exact(x.cpu()).logits
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.cpu().flatten(), reduction="none")
+        expected = F.cross_entropy(logits.flatten(0, 1), y.cpu().flatten(), reduction="none")
         likeliest = logits[0, -1].argmax().item()
     np.testing.assert_allclose(np.ravel(found["tiny"]["loss"]), expected, atol=1e-4)
     assert list(generate(tiny, x[0].tolist(), 1, 0, 0, None)) == [likeliest]
 
 
-# --- train.py
-
-
-EXACT = ["--dtype=float32", f"--ln_schedule={SCHEDULE}"]
+EXACT = ["--dtype=float32", f"--ln_schedule={SCHEDULE}"]  # of train.py
 
 
 @pytest.mark.slow
@@ -135,6 +130,7 @@ def test_a_stopped_run_continues(stdlib):
     assert read_log("out/stopped", "loss") == (losses if DEVICE == "cpu" else pytest.approx(losses, rel=1e-3))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
 def test_memory_that_is_freed_is_reused():
     """keep_memory: after the first steps hardly a page is fetched from the system, as the count of faults says."""
@@ -155,7 +151,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     faults = {}
     for how in ("keep", "plain"):
-        done = subprocess.run([sys.executable, "-c", code, how], cwd=REPO, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        faults[how] = int(done.stdout)
+        faults[how] = int(subprocess.run([sys.executable, "-c", code, how], cwd=REPO, capture_output=True).stdout)
     assert faults["keep"] < 0.3 * faults["plain"], faults

@@ -57,11 +57,12 @@ def test_a_mistake_in_the_model_keeps_its_traceback(copy):
 
 def test_a_mistake_in_a_worker_of_the_preparation_keeps_its_traceback(copy, tmp_path):
     (tmp_path / "a.txt").write_text("a" * 100)
-    plant(copy / "parts/tokenizer.py", BUG, "def encode_bytes(")
+    plant(copy / "prepare_owt.py", BUG, "def encode_job(")
     done = run_alone(copy / "prepare_owt.py", "--dataset=other", "--files=a.txt", env=ONE_THREAD)
-    assert_traceback(done, copy / "parts/tokenizer.py", BUG, "ValueError: too many values to unpack")
+    assert_traceback(done, copy / "prepare_owt.py", BUG, "ValueError: too many values to unpack")
 
 
+@pytest.mark.slow
 def test_a_file_that_the_code_itself_misses_keeps_its_traceback(copy):
     bug = 'open("data/mine/trian.bin")'
     plant(copy / "train.py", bug, "for step in range(start, max_iters + 1):")
@@ -69,6 +70,7 @@ def test_a_file_that_the_code_itself_misses_keeps_its_traceback(copy):
     assert_traceback(done, copy / "train.py", bug, "FileNotFoundError: [Errno 2]")
 
 
+@pytest.mark.slow
 def test_a_mistake_under_torchrun_keeps_its_traceback(copy):
     plant(copy / "model.py", BUG, "class Block(", "def __init__(")
     done = run_alone(copy / "train.py", *SHORT, "--dataset=mine", launcher=TORCHRUN, env=ONE_THREAD)
@@ -82,10 +84,13 @@ def test_a_users_mistake_is_one_line_in_a_process_of_its_own(tmp_path):
     assert "--max_itrs; did you mean max_iters" in done.error
 
 
-def test_a_users_mistake_under_torchrun_is_said_once_above_its_traceback(tmp_path):
+@pytest.mark.slow
+def test_a_users_mistake_under_torchrun_is_one_line_above_its_traceback(tmp_path):
     done = run_alone("train.py", "--max_itrs=3", launcher=TORCHRUN, env=ONE_THREAD, cwd=tmp_path)
     assert done.code == 1
-    assert done.text.partition("torch/distributed/elastic")[0].count("did you mean max_iters") == 1
+    ours = done.text.partition("torch/distributed/elastic")[0]
+    assert "did you mean max_iters" in ours
+    assert "Traceback" not in ours
 
 
 # --- reading(path): the one mechanism

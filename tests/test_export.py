@@ -1,6 +1,6 @@
 """
-export.py: an LN-free model has the same logits in transformers, TransformerLens and nnsight as in our code. What it
-can't export is refused. The upload asks first.
+tools/export.py: an LN-free model has the same logits in transformers, TransformerLens and nnsight as in our code. It
+refuses what it can't export, and asks before it uploads.
 """
 import json
 import os
@@ -14,24 +14,20 @@ from conftest import REPO, SMALL, TINY, random_hf, read_json, run_alone, set_all
 from tiny_hub import serve
 from transformers import AutoTokenizer, GPT2LMHeadModel, pipeline
 
-from tools import export
 from model import GPT
-from parts import checkpoint, hellaswag
-from parts.run import weights_sha256
-
-
-WHICH = pytest.mark.parametrize("which", ["removed", pytest.param("small", marks=pytest.mark.slow)])
+from parts import checkpoint
+from tools import export
 
 
 def logits_of(model, idx):
-    """The logits of our GPT, transformers' model or TransformerLens's."""
+    """Of our GPT, of transformers' and of TransformerLens's."""
     with torch.no_grad():
         out = model(idx)
-    return out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
-
-
-def assert_close(found, expected, atol=1e-4):
-    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+    if hasattr(out, "logits"):
+        return out.logits
+    if isinstance(out, tuple):
+        return out[0]
+    return out
 
 
 @pytest.fixture
@@ -42,8 +38,8 @@ def removed(ln_free_run):
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """GPT-2 small's shape, random, all sites fake, with ln_1v's constants measured after ln_1qk's, on
-    another batch."""
+    """GPT-2 small's shape, random, all sites fake. ln_1v's constants are measured after ln_1qk's, on another
+    batch."""
     folder = tmp_path_factory.mktemp("small")
     random_hf(**SMALL).save_pretrained(folder)
     model = GPT.from_pretrained(folder).eval()
@@ -65,21 +61,24 @@ def plain(model, folder):
 # --- the forms
 
 
-@WHICH
+@pytest.mark.parametrize("which", [
+    "removed",
+    pytest.param("small", marks=pytest.mark.slow),
+])
 def test_every_form_has_the_same_logits(which, request, tmp_path, gpt2_tokenizer):
     model = request.getfixturevalue(which)
     idx = torch.randint(0, 256, (2, 60))
     idx[0, 9] = model.config.eot
     expected = logits_of(model, idx)
 
-    assert_close(logits_of(export.folded_form(model), idx), expected)
-    assert_close(logits_of(plain(model, tmp_path), idx), expected, atol=1e-3)
+    torch.testing.assert_close(logits_of(model.fold(), idx), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits_of(plain(model, tmp_path), idx), expected, atol=1e-3, rtol=0)
     again = GPT.from_pretrained(tmp_path).eval()
-    assert_close(logits_of(again, idx), expected)
+    torch.testing.assert_close(logits_of(again, idx), expected, atol=1e-4, rtol=0)
     assert again.ln_free()
     assert read_json(tmp_path / "config.json")["model_type"] == "gpt2"
 
-    assert_close(logits_of(export.to_bridge(model), idx), expected)
+    torch.testing.assert_close(logits_of(export.to_bridge(model), idx), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
@@ -96,22 +95,21 @@ def test_the_plain_form_holds_in_bfloat16(small, tmp_path):
 
 
 def test_published_ln_free_models_convert_to_all_forms(removed, tmp_path):
-    """A directory as apollo-research/gpt2_noLN is: no LN-free flag, but layer_norm_epsilon 1e12 and weights
-    times 1e6."""
+    """Like apollo-research/gpt2_noLN: no LN-free flag, but layer_norm_epsilon 1e12 and weights times 1e6."""
     plain(removed, tmp_path / "published")
     published = GPT.from_pretrained(tmp_path / "published").eval()
     idx = torch.randint(0, 256, (1, 60))
     expected = logits_of(removed, idx)
     for model in (published.fold(), plain(published, tmp_path / "again"), export.to_bridge(published)):
-        assert_close(logits_of(model, idx), expected, atol=2e-4)
+        torch.testing.assert_close(logits_of(model, idx), expected, atol=2e-4, rtol=0)
 
 
 # --- TransformerLens 4
 
 
 def test_direct_logit_attribution_is_exact_without_layernorm_and_only_then(removed):
-    """Each component's output times the unembedding: their sum is the logit on the LN-free model, and is
-    far from it with LN."""
+    """Each component's output times the unembedding sums up to the logit of the LN-free model, and is far from it with
+    LN. TransformerLens's own logit_attrs agrees."""
     from transformer_lens.model_bridge import TransformerBridge
 
     idx = torch.randint(0, 256, (1, 60))
@@ -125,25 +123,20 @@ def test_direct_logit_attribution_is_exact_without_layernorm_and_only_then(remov
         return (attributed - logits).abs().max().item()
 
     with torch.no_grad():
-        assert apart(export.to_bridge(removed), removed.fold().lm_head) < 1e-4
+        bridge = export.to_bridge(removed)
+        assert apart(bridge, removed.fold().lm_head) < 1e-4
         # with LN the unembedding is folded as far as it goes: the weight, the centring and the mean std
         original = GPT.from_pretrained(TINY)
         original.measure_std(idx)
         head = set_all_fake(original).fold().lm_head
         assert apart(TransformerBridge.boot_transformers(TINY), head) > 1
 
-
-def test_the_bridge_is_ready_for_transformer_lenss_own_attribution(removed):
-    """cache.logit_attrs over all components, and the unembedding's bias: the logit itself."""
-    idx = torch.randint(0, 256, (1, 60))
-    bridge = export.to_bridge(removed)
-    with torch.no_grad():
         logits, cache = bridge.run_with_cache(idx)
         likeliest = logits.argmax(-1)
         components, labels = cache.decompose_resid(return_labels=True)
         attributed = cache.logit_attrs(components, likeliest).sum(0) + bridge.b_U[likeliest]
     assert len(labels) == 10  # token and position embedding, and two for each of 4 layers
-    assert_close(attributed, logits.gather(-1, likeliest[..., None])[..., 0])
+    torch.testing.assert_close(attributed, logits.gather(-1, likeliest[..., None])[..., 0], atol=1e-4, rtol=0)
     assert logits.abs().max() > 1
 
 
@@ -161,18 +154,16 @@ def test_hooks_of_the_bridge_change_the_logits_as_our_own_do(removed):
     off = ("blocks.1.hook_mlp_out", lambda value, hook: value * 0)
     hooked = bridge.run_with_hooks(idx, fwd_hooks=[off])
     removed.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: out * 0)
-    assert_close(hooked, logits_of(removed, idx))
+    torch.testing.assert_close(hooked, logits_of(removed, idx), atol=1e-4, rtol=0)
 
 
 # --- nnsight
 
 
-@WHICH
-def test_nnsight_reads_and_patches_the_folded_model(which, request):
+def test_nnsight_reads_and_patches_the_folded_model(removed):
     from nnsight import NNsight
 
-    model = request.getfixturevalue(which)
-    folded = model.fold().eval()
+    folded = removed.fold().eval()
     idx = torch.randint(0, 256, (1, 30))
     traced = NNsight(folded)
     with traced.trace(idx):
@@ -181,45 +172,43 @@ def test_nnsight_reads_and_patches_the_folded_model(which, request):
     with traced.trace(idx):
         traced.transformer.h[1].mlp.output[:] = 0
         patched = traced.output[0].save()
-    assert_close(logits, logits_of(model, idx))
+    torch.testing.assert_close(logits, logits_of(removed, idx), atol=1e-4, rtol=0)
 
     seen = []
-    folded.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: seen.append(out) or out * 0)
+    hook = folded.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: seen.append(out) or out * 0)
     assert torch.equal(patched, logits_of(folded, idx))
     assert torch.equal(mlp, seen[0])
     assert not torch.equal(patched, logits)
+    hook.remove()
 
 
 # --- the files
 
 
 @pytest.fixture
-def gpt2_run(tmp_path, run, gpt2_tokenizer):
-    """An out_dir with an LN-free random model of GPT-2's vocabulary, with its evaluation and settings."""
+def gpt2_run(run, gpt2_tokenizer):
+    """out/mine, a run's folder with an LN-free random model of GPT-2's vocabulary."""
     random_hf(vocab_size=50257).save_pretrained("hf")
     model = GPT.from_pretrained("hf").eval()
     model.measure_std(torch.randint(0, 50000, (2, 64)))
     set_all_fake(model).save_pretrained("out/mine/model")
-    row = dict(dataset="owt", role="ln_free", loss=3.014, loss_se=0.002, gap=0.025, gap_se=0.001)
-    sha256 = weights_sha256(GPT.from_pretrained("out/mine/model"))
-    table = dict(rows=[row], weights_sha256={"out/mine": sha256})
-    (tmp_path / "out/mine/eval.json").write_text(json.dumps(table))
-    settings = dict(learning_rate=6e-4, init_from="gpt2", dataset="owt", ln_schedule=[])
-    (tmp_path / "out/mine/settings.json").write_text(json.dumps(settings))
     return model
 
 
 def within(done):
-    """How close the logits are, as export.py prints it."""
+    """How near its logits are, as the script prints it."""
     return float(re.search(r"within (\S+) of", done.text)[1])
 
 
-def test_the_export_opens_in_a_pipeline_with_its_tokenizer_and_card(run, gpt2_run, tmp_path):
+def test_the_export_opens_in_a_pipeline_with_its_tokenizer(run, gpt2_run):
+    """Also after a kill, which leaves an unfinished folder."""
+    os.makedirs("out/mine/.hf.unfinished/half")
     done = run("tools.export", "out/mine", "--to=hf")
     assert done.code == 0, done.text
     files = ["README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors"]
     files += ["tokenizer_config.json", "vocab.json"]
     assert "out/mine/hf: " + ", ".join(files) in done.text
+    assert sorted(os.listdir("out/mine")) == ["hf", "model"]
 
     text = "Hello, naïve world!  def f(x):\n\treturn x<|endoftext|>"
     expected = tiktoken.get_encoding("gpt2").encode(text, allowed_special="all")
@@ -230,12 +219,6 @@ def test_the_export_opens_in_a_pipeline_with_its_tokenizer_and_card(run, gpt2_ru
     greedy = ["--prompt=Once upon a time", "--max_new_tokens=8", "--temperature=0"]
     assert run("tools.sample", "out/mine", *greedy).text == written["generated_text"] + "\n"
 
-    card = (tmp_path / "out/mine/hf/README.md").read_text()
-    assert "| owt | LN-free | 3.0140 ± 0.0020 | +0.0250 ± 0.0010 |" in card
-    assert "learning_rate" in card
-    assert "TransformerBridge.boot_transformers" in card
-    assert os.listdir("out/mine/hf") and not os.path.exists("out/mine/.hf.unfinished")
-
 
 def test_the_folded_export_is_read_by_from_pretrained_and_has_no_layernorm(run, gpt2_run):
     done = run("tools.export", "out/mine", "--to=folded", "--out=folded")
@@ -243,40 +226,28 @@ def test_the_folded_export_is_read_by_from_pretrained_and_has_no_layernorm(run, 
     assert 0 < within(done) < 1e-4
     folded = GPT.from_pretrained("folded").eval()
     idx = torch.randint(0, 50000, (1, 40))
-    assert_close(logits_of(folded, idx), logits_of(gpt2_run, idx))
+    torch.testing.assert_close(logits_of(folded, idx), logits_of(gpt2_run, idx), atol=1e-4, rtol=0)
     assert not folded.sites()
     assert folded.lm_head.bias is not None
     assert folded.lm_head.weight is not folded.transformer.wte.weight
 
 
-def test_an_eps_that_is_too_small_is_seen_in_what_it_says(run, gpt2_run):
-    """transformers divides by sqrt(var + 500), and so does our code: it is not LN-free any more."""
+def test_an_eps_that_is_too_small_is_measured_and_refused_if_the_model_is_another(run, gpt2_run):
+    """transformers divides by sqrt(var + 500), and so does our code: the export is not LN-free."""
     done = run("tools.export", "out/mine", "--eps=500")
     assert done.code == 0, done.text
     assert not GPT.from_pretrained("out/mine/hf").ln_free()
     assert within(done) > 0.01
-    # the tokens that export.py compares on
+    # the tokens that the script compares on
     idx = torch.from_numpy(np.random.default_rng(0).integers(0, 50257, (1, 64)))
     hf = GPT2LMHeadModel.from_pretrained("out/mine/hf").eval()
     off = (logits_of(hf, idx) - logits_of(gpt2_run, idx)).abs().max().item()
     assert within(done) == pytest.approx(off, rel=0.06)
 
-
-def test_an_export_of_another_function_or_of_no_numbers_is_refused(run, gpt2_run):
-    off = float(re.search(r"off by (\S+): with --eps=2 ", run("tools.export", "out/mine", "--eps=2").error)[1])
+    refused = run("tools.export", "out/mine", "--eps=2", "--out=other")
+    off = float(re.search(r"off by (\S+): with --eps=2", refused.error)[1])
     assert 0.1 < off < 10
-    with torch.no_grad():
-        gpt2_run.transformer.wpe.weight[3] = float("nan")
-    gpt2_run.save_pretrained("bad")
-    assert run("tools.export", "bad").code == 1
-    assert not os.path.exists("out/mine/hf") and not os.path.exists("bad_hf")
-
-
-def test_what_a_killed_export_left_is_taken_away(run, gpt2_run, tmp_path):
-    (tmp_path / "out/mine/.hf.unfinished").mkdir()
-    (tmp_path / "out/mine/.hf.unfinished/model.safetensors").write_bytes(b"half")
-    assert run("tools.export", "out/mine").code == 0
-    assert sorted(os.listdir("out/mine")) == ["eval.json", "hf", "model", "settings.json"]
+    assert not os.path.exists("other")
 
 
 def test_a_bfloat16_export_is_read_back_with_the_weights_that_it_has(run, gpt2_run):
@@ -285,7 +256,7 @@ def test_a_bfloat16_export_is_read_back_with_the_weights_that_it_has(run, gpt2_r
     idx = torch.randint(0, 50000, (1, 40))
     hf = GPT2LMHeadModel.from_pretrained("out/mine/hf", dtype=torch.float32).eval()
     ours = GPT.from_pretrained("out/mine/hf").eval()
-    assert_close(logits_of(ours, idx), logits_of(hf, idx), atol=1e-3)
+    torch.testing.assert_close(logits_of(ours, idx), logits_of(hf, idx), atol=1e-3, rtol=0)
 
 
 def test_float16_needs_a_smaller_eps_and_then_works(run, gpt2_run):
@@ -299,12 +270,15 @@ def test_float16_needs_a_smaller_eps_and_then_works(run, gpt2_run):
     assert hf.dtype == torch.float16
     assert all(p.isfinite().all() for p in hf.parameters())
     idx = torch.randint(0, 50000, (1, 40))
-    assert_close(logits_of(hf.float(), idx), logits_of(gpt2_run, idx), atol=0.05)
+    torch.testing.assert_close(logits_of(hf.float(), idx), logits_of(gpt2_run, idx), atol=0.05, rtol=0)
 
 
+@pytest.mark.slow
 def test_lm_evaluation_harness_scores_the_export(run, gpt2_run, tmp_path):
-    """It finds the same endings likeliest as our own HellaSwag does."""
+    """It finds the same endings likeliest as our own HellaSwag."""
     import lm_eval
+
+    from parts import hellaswag
 
     assert run("tools.export", "out/mine").code == 0
     with open(os.path.join(REPO, "tests", "hellaswag_42.jsonl")) as f:
@@ -342,19 +316,20 @@ metric_list: [{{metric: acc}}]
 def test_a_model_that_is_not_ln_free_is_refused_with_the_reasons(run, removed):
     removed.set_ln_mode("ln_2", 3, "real")
     removed.save_pretrained("half/model")
-    assert "h.3.ln_2" in run("tools.export", "half").error
-    os.makedirs("broken")
-    settings = dict(init_from="scratch", ln_schedule=[], keep_checkpoints=1)
-    checkpoint.save("broken", 1, removed, [], settings)
-    assert "h.3.ln_2" in run("tools.export", "broken").error
+    assert "h.3.ln_2 is still real" in run("tools.export", "half").error
+    os.mkdir("unfinished")
+    checkpoint.save("unfinished", 1, removed, [], dict(init_from="scratch", ln_schedule=[]))
+    assert "h.3.ln_2 is still real" in run("tools.export", "unfinished").error
     removed.set_ln_mode("ln_2", 3, "fake")
     removed.set_treatment("bos", True)
     removed.save_pretrained("treated")
-    assert "bos" in run("tools.export", "treated").error
-    original = run("tools.export", TINY).error
-    assert "h.0.ln_1qk is still real, h.0.ln_1v is still real" in original
-    assert "and 7 more reasons" in original
-    assert sorted(os.listdir()) == ["broken", "half", "treated"]
+    assert "the bos treatment is still on" in run("tools.export", "treated").error
+    assert "h.0.ln_1qk is still real, h.0.ln_1v is still real" in run("tools.export", TINY).error
+    removed.transformer.wpe.weight.data[3] = float("nan")
+    removed.set_treatment("bos", False)
+    removed.save_pretrained("bad")
+    assert "not finite" in run("tools.export", "bad").error
+    assert sorted(os.listdir()) == ["bad", "half", "treated", "unfinished"]
 
 
 @pytest.mark.parametrize("args, named", [
@@ -363,54 +338,46 @@ def test_a_model_that_is_not_ln_free_is_refused_with_the_reasons(run, removed):
     (["nowhere"], "nowhere"),
     (["mine", "--to=onnx"], "onnx"),
     (["mine", "--dtype=int8"], "int8"),
-    (["mine", "--out=there"], "there"),
     (["mine", "--eps=0.5"], "eps"),
-    (["mine", "--out=there.txt/x"], "there.txt"),
-    (["folded"], "lm_head.bias"),
+    (["mine", "--out=there"], "there exists"),
+    (["mine", "--out=notes.txt"], "notes.txt exists"),
+    (["mine", "--out=notes.txt/x"], "notes.txt/"),
+    (["folded"], "folded"),  # GPT-2 has no lm_head.bias
 ])
-def test_bad_input_ends_in_one_line(run, removed, args, named):
+def test_bad_settings_end_in_one_line_and_write_nothing(run, removed, args, named):
     removed.save_pretrained("mine")
     removed.fold().save_pretrained("folded")
     os.makedirs("there")
-    open("there.txt", "w").close()
+    open("notes.txt", "w").close()
     refused = run("tools.export", *args)
     assert named in refused.error
     assert refused.text == refused.error
-    assert sorted(os.listdir()) == ["folded", "mine", "there", "there.txt"]
-
-
-def test_a_folded_source_is_exported_folded(run, removed):
-    removed.fold().save_pretrained("folded")
-    done = run("tools.export", "folded", "--to=folded", "--out=again/")
-    assert done.code == 0, done.text
-    assert sorted(os.listdir()) == ["again", "folded"]
+    assert sorted(os.listdir()) == ["folded", "mine", "notes.txt", "there"]
 
 
 # --- upload
 
 
+@pytest.mark.slow
 def test_push_asks_and_uploads_what_was_written(removed, tmp_path):
     removed.save_pretrained(tmp_path / "mine")
     with serve({}) as hub:
 
-        def push(answer, token):
+        def push(answer, token, out):
             env = hub.env | {"HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": token}
-            return run_alone("tools.export", "mine", "--push=org/mine", env=env, cwd=tmp_path, input=answer)
+            args = ["mine", f"--out={out}", "--push=org/mine"]
+            return run_alone("tools.export", *args, env=env, cwd=tmp_path, input=answer)
 
-        no = push("n\n", token="secret")
+        no = push("n\n", "secret", "no")
         assert no.code == 1
         assert not hub.uploaded
 
-        os.rename(tmp_path / "mine_hf", tmp_path / "kept")
-        yes = push("y\n", token="secret")
+        yes = push("y\n", "secret", "yes")
         assert yes.code == 0, yes.text
         uploaded = hub.uploaded["org/mine"]
         assert uploaded.keys() == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
         for name, content in uploaded.items():
-            assert (tmp_path / "mine_hf" / name).read_bytes() == content
+            assert (tmp_path / "yes" / name).read_bytes() == content
 
-        os.rename(tmp_path / "mine_hf", tmp_path / "kept_too")
-        refused = push("y\n", token="wrong")
-        assert refused.code == 1
-        assert "org/mine" in refused.text.splitlines()[-1]
-        assert "Traceback" not in refused.text
+        assert "org/mine" in push("y\n", "wrong", "wrong").error
+        assert (tmp_path / "no/model.safetensors").read_bytes() == uploaded["model.safetensors"]

@@ -1,8 +1,7 @@
 """
-HellaSwag in eval.py: the scores are those of transformers, one forward pass for each ending, and its file is fetched
-whole or not at all.
+HellaSwag in eval.py: the scores are those of transformers with one forward pass for each ending; its file is fetched
+whole and read line by line.
 """
-import filecmp
 import json
 import os
 import shutil
@@ -15,15 +14,16 @@ from tiny_hub import serve
 from torch.nn.functional import cross_entropy
 
 from model import GPT
-from parts import hellaswag
-from parts.errors import UserError
-from parts.hellaswag import Example, read_examples, score
+from parts.hellaswag import PATH, Example, read_examples, score
 
 # 42 examples in the published format, written for these tests
 OWN = os.path.join(os.path.dirname(__file__), "hellaswag_42.jsonl")
-PATH = "data/hellaswag/hellaswag_val.jsonl"
-with open(OWN) as f:
-    ROWS = [json.loads(line) for line in f]
+EVAL = ["eval.py", f"--models={TINY}", "--dataset=hellaswag", "--json=r.json"]
+
+
+def read_rows():
+    with open(OWN) as f:
+        return [json.loads(line) for line in f]
 
 
 def encode_bytes(text):
@@ -50,36 +50,38 @@ def one_at_a_time(logits_of, rows, encode, block_size):
 @pytest.fixture
 def own_file(run):
     """Our 42 examples in HellaSwag's place."""
-    os.makedirs("data/hellaswag")
+    os.makedirs(os.path.dirname(PATH))
     shutil.copy(OWN, PATH)
 
 
 # --- the scores
 
 
-@pytest.mark.parametrize("vocab_size", [257, 50257])  # bytes, and GPT-2's tokens
-def test_accuracies_are_transformers_one_ending_at_a_time(run, own_file, gpt2_tokenizer, vocab_size):
-    import tiktoken
+def test_predictions_and_accuracies_are_transformers_one_ending_at_a_time(run, own_file):
+    from transformers import AutoModelForCausalLM
 
-    encode = encode_bytes if vocab_size == 257 else tiktoken.get_encoding("gpt2").encode_ordinary
-    hf = random_hf(vocab_size=vocab_size, n_positions=256)
-    hf.save_pretrained("random")
-
-    done = run("eval.py", "--models=random", "--dataset=hellaswag", "--json=r.json")
+    done = run(*EVAL)
 
     assert done.code == 0, done.text
-    sums, counts = one_at_a_time(lambda ids: hf(ids).logits, ROWS, encode, 256)
-    labels = np.array([row["label"] for row in ROWS])
+    rows = read_rows()
+    hf = AutoModelForCausalLM.from_pretrained(TINY).eval()
+    sums, counts = one_at_a_time(lambda ids: hf(ids).logits, rows, encode_bytes, 256)
+    labels = np.array([row["label"] for row in rows])
     (found,) = read_json("r.json")["rows"]
     for key, losses in (("acc", sums), ("acc_norm", sums / counts)):
         right = (losses.argmin(1) == labels).mean()
         assert found[key] == pytest.approx(right)
         assert found[key + "_se"] == pytest.approx((right * (1 - right) / 42) ** 0.5)
         assert f"{right:.2%}" in done.text
-    assert len(ROWS) == found["examples"] == 42
+    assert len(rows) == found["examples"] == 42
+
+    model = GPT.from_pretrained(TINY).eval()
+    our_sums, our_counts = score(model, read_examples(OWN), encode_bytes, "cpu", torch.no_grad())
+    assert np.allclose(our_sums, sums, atol=1e-3)
+    assert np.array_equal(our_counts, counts)
 
 
-@pytest.mark.parametrize("block_size", [96, 48])  # an example at one time, and an ending at a time
+@pytest.mark.parametrize("block_size", [96, 48])  # an example in a sequence, and an ending in a sequence
 def test_of_equal_endings_the_first_wins(tmp_path, block_size):
     random_hf(vocab_size=320, n_positions=block_size).save_pretrained(tmp_path)
     model = GPT.from_pretrained(tmp_path).eval()
@@ -95,10 +97,29 @@ def test_what_is_longer_than_the_context_is_cut_at_the_left(block_size, tmp_path
     hf = random_hf(vocab_size=320, n_positions=block_size)
     hf.save_pretrained(tmp_path)
     model = GPT.from_pretrained(tmp_path).eval()
+
     found_sums, found_counts = score(model, read_examples(OWN)[:12], encode_bytes, "cpu", torch.no_grad())
-    sums, counts = one_at_a_time(lambda ids: hf(ids).logits, ROWS[:12], encode_bytes, block_size)
+
+    sums, counts = one_at_a_time(lambda ids: hf(ids).logits, read_rows()[:12], encode_bytes, block_size)
     assert np.array_equal(found_counts, counts)
     assert np.allclose(found_sums, sums, atol=1e-3)
+
+
+def test_a_model_of_gpt2s_vocabulary_is_given_gpt2s_tokens(run, own_file, gpt2_tokenizer):
+    import tiktoken
+
+    hf = random_hf(vocab_size=50257, n_positions=64)
+    hf.save_pretrained("random")
+
+    done = run(*EVAL, "--models=random")
+
+    assert done.code == 0, done.text
+    encode = tiktoken.get_encoding("gpt2").encode_ordinary
+    rows = read_rows()
+    sums, counts = one_at_a_time(lambda ids: hf(ids).logits, rows, encode, 64)
+    labels = np.array([row["label"] for row in rows])
+    right = ((sums / counts).argmin(1) == labels).mean()
+    assert read_json("r.json")["rows"][0]["acc_norm"] == pytest.approx(right)
 
 
 def test_position_0_keeps_its_constant_with_fake_sites_and_the_bos_treatment():
@@ -107,59 +128,51 @@ def test_position_0_keeps_its_constant_with_fake_sites_and_the_bos_treatment():
     for layer in range(4):
         model.set_ln_mode("ln_1qk", layer, "fake")
     model.set_treatment("bos", True)
+
     found, _ = score(model, read_examples(OWN)[:8], encode_bytes, "cpu", torch.no_grad())
-    sums, _ = one_at_a_time(lambda ids: model(ids)[0], ROWS[:8], encode_bytes, 256)
+
+    sums, _ = one_at_a_time(lambda ids: model(ids)[0], read_rows()[:8], encode_bytes, 256)
     assert np.allclose(found, sums, atol=1e-3)
+
+
+def test_an_unknown_tokenizer_is_refused(run, own_file):
+    random_hf().save_pretrained("other")
+    assert "other" in run(*EVAL, "--models=other").error
 
 
 # --- the file
 
 
-@pytest.fixture
-def server(run, tmp_path, monkeypatch):
-    """A hub on this machine that has our 42 examples as HellaSwag's file, and a small model."""
-    random_hf(vocab_size=257).save_pretrained("random")
+def test_the_file_is_fetched_whole_and_once(run, tmp_path, monkeypatch):
     shutil.copy(OWN, tmp_path / "hellaswag_val.jsonl")
-    (tmp_path / "page.html").write_text("<html>")
     with serve({"org/hellaswag": tmp_path}) as server:
-        server.folder = server.env["HF_ENDPOINT"] + "/org/hellaswag/resolve/main/"
-        monkeypatch.setattr(hellaswag, "URL", server.folder + "hellaswag_val.jsonl")
-        yield server
-
-
-EVAL = ["eval.py", "--models=random", "--dataset=hellaswag"]
-
-
-def test_the_file_is_fetched_once_and_is_whole_or_not_there(run, server):
-    server.cut["hellaswag_val.jsonl"] = 5000
-    assert "hellaswag_val.jsonl" in run(*EVAL).error
-    assert not os.path.exists(PATH)
-
-    for _ in range(2):
-        assert run(*EVAL).code == 0
-    assert len(server.requests) == 2
-    assert filecmp.cmp(PATH, OWN, shallow=False)
-    assert os.listdir("data/hellaswag") == ["hellaswag_val.jsonl"]
-
-
-@pytest.mark.parametrize("file", ["not_there", "page.html", "no network"])
-def test_what_can_not_be_fetched_is_one_line(run, server, monkeypatch, file):
-    url = "http://127.0.0.1:9/x" if file == "no network" else server.folder + file
-    monkeypatch.setattr(hellaswag, "URL", url)
-    error = run(*EVAL).error
-    assert "hellaswag_val.jsonl" in error or url in error
-    assert not os.path.exists(PATH)
+        url = server.env["HF_ENDPOINT"] + "/org/hellaswag/resolve/main/"
+        monkeypatch.setattr("parts.hellaswag.URL", url + "nothing")
+        assert PATH in run(*EVAL).error
+        monkeypatch.setattr("parts.hellaswag.URL", url + "hellaswag_val.jsonl")
+        server.cut["hellaswag_val.jsonl"] = 5000
+        assert PATH in run(*EVAL).error
+        assert not os.path.exists(PATH)
+        for _ in range(2):
+            assert run(*EVAL).code == 0
+        assert len(server.requests) == 3
+    with open(PATH) as fetched, open(OWN) as own:
+        assert fetched.read() == own.read()
 
 
 @pytest.mark.parametrize("line", [
+    "",
+    '{"ctx": "A man',
     "[]",
     '{"ctx": "A", "endings": ["a", "b", "c"], "label": 0}',
     '{"ctx": "A", "endings": ["a", "b", "c", "d"], "label": 4}',
-    '{"ctx": 5, "endings": ["a", "b", "c", "d"], "label": 0}',
+    '{"ctx": "A", "endings": [1, 2, 3, 4], "label": 0}',
+    '{"ctx": "", "endings": ["a", "b", "c", "d"], "label": 0}',
 ])
-def test_a_line_that_is_not_an_example_is_named(tmp_path, line):
-    lines = [json.dumps(row) for row in ROWS]
+def test_a_line_that_is_not_an_example_is_named(run, own_file, line):
+    with open(PATH) as f:
+        lines = f.read().splitlines()
     lines[2] = line
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match="a.jsonl, line 3"):
-        read_examples(str(tmp_path / "a.jsonl"))
+    with open(PATH, "w") as f:
+        f.write("\n".join(lines))
+    assert f"{PATH}, line 3" in run(*EVAL).error

@@ -109,7 +109,8 @@ def test_each_command_says_the_next_one(run, stdlib, tmp_path):
     assert os.path.exists("out/mine/hf/README.md")
     assert trail == [
         f"train.py config/remove_ln_mine.py --init_from=path/to/model --dataset={tmp_path.name}",
-        shlex.join(["train.py", "config/control.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine"]),
+        shlex.join(["train.py", "config/control.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine",
+                    "--out_dir=out/mine_control", "--ln_schedule=[]"]),
         "eval.py",
         "tools.plot out/mine",
         "tools.lens out/mine --prompt=TEXT",
@@ -130,7 +131,7 @@ def test_what_comes_next_depends_on_the_run(run, stdlib, args, following):
 def test_a_run_says_how_many_val_windows_its_loss_is_over(run, stdlib):
     done = run("train.py", *SHORT, "--max_iters=1")
     there = (len(read_tokens("val", "stdlib")) - 1) // 32
-    assert f"val loss over 4 windows of the {there:,} there are\n" in done.text
+    assert f"val loss over 4 of {there:,} windows\n" in done.text
 
 
 # --- other systems

@@ -1,6 +1,6 @@
 """
-eval.py --dataset=residual: the stds and the attention on position 0 are those of transformers' hidden states
-and attention weights.
+eval.py --dataset=residual: the stds and the attention sink are those of transformers' hidden states and attention
+weights.
 """
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_residual_stds_and_the_sink_rate_against_transformers(run, stdlib):
         assert eot_tokens == eot.sum()
     sinks = torch.stack(out.attentions)[:, :, :, 1:, 0] > 0.3  # (layers, n, heads, queries)
     assert row["sink_rate"] == pytest.approx(sinks.float().mean().item(), abs=1e-4)
-    for label in ("attention sink rate", "h.3.ln_1, position 0", "ln_f, others"):
+    for label in ("attention sink rate", "h.3.ln_1 position 0", "ln_f others"):
         assert label in done.text
 
 

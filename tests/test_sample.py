@@ -1,5 +1,5 @@
 """
-tools/sample.py: the cache changes no token, the draw is as asked, and the text is whole.
+tools/sample.py: the cache changes no token, draws follow top_k and temperature, and the text is whole.
 """
 import pytest
 import torch
@@ -11,40 +11,44 @@ from tools import sample
 PROMPT = list(b"def read(self, ")
 
 
-@pytest.fixture
-def tiny():
-    return GPT.from_pretrained(TINY).eval()
-
-
 @torch.no_grad()
 def likeliest(model, ids, n):
-    """The n likeliest tokens that follow ids one by one, without a cache."""
+    """ids, and the n likeliest tokens that follow one by one, without a cache."""
     ids = list(ids)
     for _ in range(n):
         logits = model(torch.tensor([ids]))[0]
         ids.append(logits[0, -1].argmax().item())
-    return ids[-n:]
+    return ids
+
+
+def greedy(model, ids, n):
+    """The same by sample.py, with its cache."""
+    return list(ids) + list(sample.generate(model, ids, n, 0, 0, None))
 
 
 # --- the cache
 
 
 @pytest.mark.parametrize("form", ["real", "fake", "folded"])
-def test_the_cache_changes_no_token(tiny, form):
+def test_the_cache_changes_no_token(form):
+    model = GPT.from_pretrained(TINY).eval()
+    if form != "real":
+        model.measure_std(torch.tensor([PROMPT * 4]))
+        set_all_fake(model)
+    if form == "fake":
+        model.set_treatment("bos", True)  # position 0 has its own constant with a cache, too
+    if form == "folded":
+        model = model.fold()
+    assert greedy(model, PROMPT, 60) == likeliest(model, PROMPT, 60)
+
+
+def test_transformers_writes_the_same():
     from transformers import AutoModelForCausalLM
 
-    if form != "real":
-        tiny.measure_std(torch.tensor([PROMPT * 4]))
-        set_all_fake(tiny)
-    tiny.set_treatment("bos", form == "fake")  # position 0 is its own with a cache, too
-    model = tiny.fold() if form == "folded" else tiny
-    found = list(sample.generate(model, PROMPT, 60, 0, 0, None))
-    assert found == likeliest(model, PROMPT, 60)
-    if form == "real":
-        hf = AutoModelForCausalLM.from_pretrained(TINY).eval()
-        length = dict(max_new_tokens=60, min_new_tokens=60)
-        theirs = hf.generate(torch.tensor([PROMPT]), **length, do_sample=False, pad_token_id=0)
-        assert PROMPT + found == theirs[0].tolist()
+    hf = AutoModelForCausalLM.from_pretrained(TINY).eval()
+    length = dict(max_new_tokens=60, min_new_tokens=60)
+    theirs = hf.generate(torch.tensor([PROMPT]), **length, do_sample=False, pad_token_id=0)
+    assert greedy(GPT.from_pretrained(TINY).eval(), PROMPT, 60) == theirs[0].tolist()
 
 
 def test_after_the_last_position_it_goes_on_from_the_last_half(tmp_path):
@@ -53,49 +57,51 @@ def test_after_the_last_position_it_goes_on_from_the_last_half(tmp_path):
     ids = list(range(30))
     found = list(sample.generate(model, ids, 40, 0, 0, None))
     assert len(found) == 40
-    prompt = ids[-16:]  # the last 16 of a long one
-    assert found[:1] == likeliest(model, prompt, 1)
-    assert found[1:9] == likeliest(model, [*prompt, found[0]][-8:], 8)
+
+    prompt = ids[-16:]  # the last 16 tokens of a long prompt
+    assert found[0] == likeliest(model, prompt, 1)[-1]
+    last_half = [*prompt, found[0]][-8:]
+    assert found[1:9] == likeliest(model, last_half, 8)[-8:]
 
 
 # --- the draw
 
 
-def test_draws_are_of_the_top_k_at_the_temperature_and_a_seed_repeats_them(tiny):
+def test_draws_are_of_the_top_k_at_the_temperature():
+    model = GPT.from_pretrained(TINY).eval()
     prompt = list(b"import ")
     with torch.no_grad():
-        values, likeliest_5 = tiny(torch.tensor([prompt]))[0][0, -1].topk(5)
+        logits = model(torch.tensor([prompt]))[0][0, -1]
+    values, likeliest_5 = logits.topk(5)
     expected = (values / 1.5).softmax(-1)
+
     generator = torch.Generator().manual_seed(0)
-    draws = torch.tensor([next(sample.generate(tiny, prompt, 1, 1.5, 5, generator)) for _ in range(1500)])
-    shares = torch.stack([(draws == token).float().mean() for token in likeliest_5])
-    assert shares.sum() == 1
-    assert torch.allclose(shares, expected, atol=0.04)
-
-    generators = [torch.Generator().manual_seed(seed) for seed in (7, 7, 8)]
-    once, again, other = (list(sample.generate(tiny, prompt, 30, 1.0, 0, g)) for g in generators)
-    assert once == again != other
+    draws = [token for _ in range(1500) for token in sample.generate(model, prompt, 1, 1.5, 5, generator)]
+    frequencies = torch.stack([(torch.tensor(draws) == token).float().mean() for token in likeliest_5])
+    assert frequencies.sum() == 1
+    assert torch.allclose(frequencies, expected, atol=0.04)
 
 
-# --- the text
+def test_a_seed_repeats_its_draws():
+    model = GPT.from_pretrained(TINY).eval()
+    texts = []
+    for seed in (7, 7, 8):
+        generator = torch.Generator().manual_seed(seed)
+        texts.append(list(sample.generate(model, list(b"import "), 30, 1.0, 0, generator)))
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
 
 
-@pytest.mark.parametrize("vocab_size, prompt, dtype", [
-    (257, "def main(", "float32"),
-    (257, "déf ", "bfloat16"),
-    (50257, "Hello, world", "float32"),
-])
-def test_text_is_whole_and_a_second_time_the_same(run, gpt2_tokenizer, vocab_size, prompt, dtype):
-    hf = random_hf(vocab_size=vocab_size)
-    with torch.no_grad():
-        hf.transformer.wte.weight[-1] = 0  # it hardly ever says end-of-text
-    hf.save_pretrained("random")
-    args = ["tools.sample", "random", f"--prompt={prompt}", "--max_new_tokens=40", f"--dtype={dtype}"]
-    done = run(*args)
-    assert done.code == 0, done.text
-    assert done.text.startswith(prompt)
-    assert len(done.text) > len(prompt) + 20
-    assert run(*args).text == done.text
+def test_the_text_is_whole_and_a_second_time_the_same(run, ln_free_run, gpt2_tokenizer):
+    random_hf(vocab_size=50257).save_pretrained("random")
+    for args in ([ln_free_run, "--prompt=déf main("], [ln_free_run, "--prompt=déf ", "--dtype=bfloat16"],
+                 ["random", "--prompt=Hello, world"]):
+        done = run("tools.sample", *args, "--max_new_tokens=60")
+        assert done.code == 0, done.text
+        prompt = args[1].removeprefix("--prompt=")
+        assert done.text.startswith(prompt)
+        assert len(done.text) > len(prompt) + 20
+        assert run("tools.sample", *args, "--max_new_tokens=60").text == done.text
 
 
 # --- bfloat16
@@ -113,36 +119,37 @@ def test_addmv_is_the_same_linear_map(bias):
 
     sample.use_addmv(linear)
 
-    one, two = linear(x[:, :1]), linear(x)
-    assert one.shape == (1, 1, 300)
-    assert two.shape == (1, 2, 300)
-    torch.testing.assert_close(one.double(), exact[:, :1], atol=0.03, rtol=0.01)
-    torch.testing.assert_close(two.double(), exact, atol=0.03, rtol=0.01)
+    for n in (1, 2):
+        assert linear(x[:, :n]).shape == (1, n, 300)
+        torch.testing.assert_close(linear(x[:, :n]).double(), exact[:, :n], atol=0.03, rtol=0.01)
 
 
-def test_bfloat16_decodes_what_its_logits_say(tiny):
-    """With a cache and one row at a time, each token's logit is within rounding of the largest without them."""
+def test_bfloat16_decodes_what_its_logits_say():
+    """With a cache and one row at a time, each token's logit is within rounding of the largest one without them."""
+    model = GPT.from_pretrained(TINY).eval().bfloat16()
+    sample.use_addmv(model)
+    tokens = greedy(model, PROMPT, 60)
+
     plain = GPT.from_pretrained(TINY).eval().bfloat16()
-    sample.use_addmv(tiny.bfloat16())
-    tokens = list(sample.generate(tiny, PROMPT, 60, 0, 0, None))
     with torch.no_grad():
-        logits = plain(torch.tensor([PROMPT + tokens]))[0]
+        logits = plain(torch.tensor([tokens]))[0]
     logits = logits[0, len(PROMPT) - 1 : -1].float()  # (60, vocab)
     largest = logits.max(-1).values
-    chosen = logits[torch.arange(60), tokens]
+    chosen = logits[torch.arange(60), tokens[len(PROMPT) :]]
     assert (largest - chosen).max() < 0.25
     assert (largest - logits.median(-1).values).min() > 2
 
 
 @pytest.mark.parametrize("mode", ["real", "fake"])
-def test_bfloat16_weights_are_near_float32_with_and_without_layernorm(tiny, mode):
+def test_bfloat16_weights_are_near_float32_with_and_without_layernorm(mode):
     idx = torch.tensor([list(b"class Reader(Base):")])
-    tiny.measure_std(idx)
+    model = GPT.from_pretrained(TINY).eval()
+    model.measure_std(idx)
     if mode == "fake":
-        set_all_fake(tiny)
+        set_all_fake(model)
     with torch.no_grad():
-        expected = tiny(idx)[0].log_softmax(-1)
-        found = tiny.bfloat16()(idx)[0].float().log_softmax(-1)
+        expected = model(idx)[0].log_softmax(-1)
+        found = model.bfloat16()(idx)[0].float().log_softmax(-1)
     assert (found - expected).abs().mean() < 0.15
 
 
@@ -150,15 +157,19 @@ def test_bfloat16_weights_are_near_float32_with_and_without_layernorm(tiny, mode
 
 
 @pytest.mark.parametrize("args, named", [
-    ([], "tools.sample"),
+    ([], "usage: python -m tools.sample"),
     (["nowhere"], "nowhere"),
-    (["other"], "other"),
+    (["other"], "end-of-text"),  # no tokenizer has 299
+    (["beyond"], "50256"),  # transformers' GPT2Config gives it to any vocabulary
     ([TINY, "--max_new_tokens=0"], "max_new_tokens"),
     ([TINY, "--temperature=-1"], "temperature"),
     ([TINY, f"--seed={2**64}"], "seed"),
     ([TINY, "--dtype=float16"], "dtype"),
-    ([TINY, "--device=gpu"], "'gpu'"),
+    ([TINY, "--device=gpu"], "gpu"),
 ])
 def test_bad_input_ends_in_one_line(run, args, named):
-    random_hf().save_pretrained("other")  # of 300 ids, and no tokenizer
+    hf = random_hf()
+    hf.save_pretrained("other")
+    hf.config.eos_token_id = 50256
+    hf.save_pretrained("beyond")
     assert named in run("tools.sample", *args).error

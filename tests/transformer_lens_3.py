@@ -1,14 +1,14 @@
 """
-export.to_hooked: a HookedTransformer of TransformerLens 3 has the same logits as our model, and no
-normalization. Release 3 does not run beside release 4: `make test-tl3`.
+to_hooked: a HookedTransformer of TransformerLens 3 has the same logits as our model, and no normalization. Release 3
+does not run beside release 4: `make test-tl3`.
 """
 import pytest
 import torch
 from conftest import SMALL, random_hf, set_all_fake
 from transformer_lens import HookedTransformer
 
-from tools import export
 from model import GPT
+from tools import export
 
 
 @pytest.fixture
@@ -26,10 +26,7 @@ def small(tmp_path):
     return set_all_fake(model)
 
 
-@pytest.mark.parametrize("which", [
-    "removed",
-    "small",
-])
+@pytest.mark.parametrize("which", ["removed", "small"])
 def test_hooked_transformer_has_the_same_logits_and_no_normalization(which, request):
     model = request.getfixturevalue(which)
     hooked = export.to_hooked(model)
@@ -44,15 +41,14 @@ def test_hooked_transformer_has_the_same_logits_and_no_normalization(which, requ
 
 
 def test_direct_logit_attribution_is_exact(removed):
-    """The components' outputs times the unembedding, by TransformerLens's own decomposition: their sum is
-    the logit."""
+    """TransformerLens's own decomposition: the components' outputs times the unembedding sum up to the logit."""
     hooked = export.to_hooked(removed)
     idx = torch.randint(0, 256, (1, 60))
     with torch.no_grad():
         logits, cache = hooked.run_with_cache(idx)
-        parts, labels = cache.decompose_resid(return_labels=True)
+        components, labels = cache.decompose_resid(return_labels=True)
         assert len(labels) == 2 + 2 * 4
-        attributed = (parts @ hooked.W_U).sum(0) + hooked.b_U
+        attributed = (components @ hooked.W_U).sum(0) + hooked.b_U
         torch.testing.assert_close(attributed, logits, atol=1e-4, rtol=0)
 
 

@@ -1,5 +1,6 @@
 """
-Text from a model: any source that eval.py takes. An LN-free model is folded first.
+Text from a model: any source that eval.py takes, with the tokenizer beside it, GPT-2's or bytes. An LN-free model is
+folded first.
 
     python -m tools.sample out/remove_ln_tiny --prompt="def "
     python -m tools.sample gpt2 --prompt="Hello, I am" --temperature=0.7 --top_k=40 --seed=1
@@ -22,41 +23,37 @@ from parts.run import model_directory
 from parts.tokenizer import tokenizer_of
 
 # -----------------------------------------------------------------------------
-prompt = "\n"  # what the text begins with
-max_new_tokens = 256  # the text ends earlier at an end-of-text token
+prompt = "\n"  # the text begins with it
+max_new_tokens = 256  # fewer if the model ends the text
 temperature = 0.8  # 0: always the likeliest token
-top_k = 200  # draw from this many of the likeliest tokens; 0: from all
-seed = 1337
-device = "auto"  # the first of cuda, mps and cpu that is there; or one by name
+top_k = 200  # draw from this many likeliest tokens; 0: from all
+seed = 1337  # of the draws
+device = "auto"  # cuda, mps or cpu, the first that is there; or one by name
 dtype = "float32"  # of the weights: float32 or bfloat16
 # -----------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def generate(model, ids, n, temperature, top_k, generator):
-    """Yields n token ids that follow ids. When the model's positions are full, only their last half stays in
-    context."""
+    """Draws n tokens after ids and yields each id. Beyond the model's last position it keeps the last half of them."""
     ids = list(ids)[-model.config.block_size :]
     device = model.lm_head.weight.device
-    cache = None
+    cache = []
     for _ in range(n):
         if len(ids) > model.config.block_size:
-            ids = ids[-(model.config.block_size // 2) :]
-            cache = None
-        if cache is None:
-            cache = [KeyValueCache() for _ in model.transformer.h]
-            x = model.hidden(torch.tensor([ids], device=device), cache=cache)
-        else:  # only the last token: the cache has the others
-            pos = torch.tensor([[len(ids) - 1]], device=device)
-            x = model.hidden(torch.tensor([ids[-1:]], device=device), pos, cache=cache)
+            ids, cache = ids[-(model.config.block_size // 2) :], []
+        first = len(ids) - 1 if cache else 0  # the cache has the tokens before the last one
+        cache = cache or [KeyValueCache() for _ in model.transformer.h]
+        pos = torch.arange(first, len(ids), device=device)[None]
+        x = model.hidden(torch.tensor([ids[first:]], device=device), pos, cache=cache)
         logits = model.lm_head(x[:, -1:])[0, 0].float()  # (vocab,)
         ids.append(draw(logits, temperature, top_k, generator))
         yield ids[-1]
 
 
 def draw(logits, temperature, top_k, generator):
-    """logits (vocab,) -> a token id."""
-    if temperature < 1e-6:
+    """logits (vocab,) -> a token id; the likeliest if temperature is 0."""
+    if temperature == 0:
         return logits.argmax().item()
     values, tokens = logits.topk(min(top_k or len(logits), len(logits)))
     chosen = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
@@ -64,8 +61,8 @@ def draw(logits, temperature, top_k, generator):
 
 
 def use_addmv(model):
-    """Let the model's linear maps multiply a single row, which each new token is, by addmv. On a CPU it reads bfloat16
-    weights about 1.4 times as fast as F.linear (torch 2.13), and reading weights is what a token costs."""
+    """Multiply a single row, such as a new token, with addmv. On a CPU it reads bfloat16 weights about 1.4 times as
+    fast as F.linear (torch 2.13), and reading them is most of a token's time."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.forward = partial(linear_by_addmv, module)
@@ -96,14 +93,14 @@ def main():
 
     print(prompt, end="", flush=True)
     drawn, shown, text = [], "", ""
-    before = len(tokenizer.decode(given))  # decoded alone, a first word may lose its space
+    before = len(tokenizer.decode(given))  # decoded together with the prompt: alone, text may lose a space
     generator = torch.Generator(where).manual_seed(seed)
     for token in generate(model, given or [tokenizer.eot], max_new_tokens, temperature, top_k, generator):
-        if token == tokenizer.eot or token >= tokenizer.vocab_size:  # a padded vocabulary
+        if token == tokenizer.eot or token >= tokenizer.vocab_size:  # more ids than that are never trained
             break
         drawn.append(token)
         text = tokenizer.decode(given + drawn)[before:]
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter can span several tokens
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter can be several tokens
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print(text[len(shown) :])

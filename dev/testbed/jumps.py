@@ -5,8 +5,7 @@ How much the loss of the testbed's model grows when one site is removed, before 
 
 For each site: the spread of its std, and the growth of the loss on `testbed_choose` when this site alone is fake. The
 constant, from 16 windows of `testbed_tune`, is the mean of the std, its harmonic mean 1 / mean(1/s), or the
-least-squares constant mean(s^2) / mean(s). "refit" fits the next matrix anew to its former outputs. Position 0 always
-has its own constant.
+least-squares constant mean(s^2) / mean(s); position 0 has its own. "refit" fits the next matrix to its former outputs.
 """
 import torch
 
@@ -36,21 +35,19 @@ def loss_of(model, x, y):
 
 
 @torch.no_grad()
-def what_sites_read(model, x):
+def inputs_of_sites(model, x):
     """{site: (its input (N, T, C), use_bos)}."""
-    seen, hooks = {}, []
-    for name, site in model.sites().items():
-        hooks.append(site.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args})))
+    inputs = {}
+    hooks = [site.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args}))
+             for name, site in model.sites().items()]
     model.hidden(x)
     for hook in hooks:
         hook.remove()
-    return seen
+    return inputs
 
 
 def reader_of(model, name):
-    """The matrix and bias, views, that read a site; None for ln_f, whose matrix is the embedding too."""
-    if name == "ln_f":
-        return None
+    """Views of the matrix and bias that read a site in a block."""
     _, layer, kind = name.split(".")
     block, C = model.transformer.h[int(layer)], model.config.n_embd
     linear = block.mlp.c_fc if kind == "ln_2" else block.attn.c_attn
@@ -60,8 +57,8 @@ def reader_of(model, name):
 
 @torch.no_grad()
 def refit(W, b, before, after):
-    """Change W and b so that W after + b is nearest to what W before + b was: least squares over the rows
-    (N, C) of both, with a ridge of 0.01 of the mean square towards what they are."""
+    """Change W and b so that W after + b is nearest to the former W before + b: least squares over the rows (N, C) of
+    both, with a ridge of 0.01 of the mean square towards the former W and b."""
     before, after = before.double(), after.double()
     z = torch.cat([after, torch.ones_like(after[:, :1])], 1)
     gram = z.T @ z
@@ -76,13 +73,13 @@ def main():
     model.set_treatment("bos", True)
     batch, _ = windows("testbed_tune", "train", 16, model)
     x, y = windows("testbed_choose", "val", 64, model)
-    seen = what_sites_read(model, batch)
+    inputs = inputs_of_sites(model, batch)
     original = loss_of(model, x, y)
     print(f"loss {original:.4f}; spread: standard deviation of the std over ordinary tokens, by its mean\n")
     print(f"{'':<12}{'std':>8}{'spread':>8}" + "".join(f"{how:>10}" for how in [*MEANS, "refit"]))
     found = []
     for name, site in model.sites().items():
-        read, use_bos = seen[name]
+        read, use_bos = inputs[name]
         std = std_of(read, site.eps).squeeze(-1)
         ordinary = std[model.ordinary(batch)]
         spread = (ordinary.std() / ordinary.mean()).item()
@@ -92,8 +89,8 @@ def main():
         for mean in MEANS.values():
             model.set_std({name: (mean(ordinary), mean(std[:, 0]))})
             jumps.append(loss_of(model, x, y) - original)
-        model.set_std({name: (ordinary.mean(), std[:, 0].mean())})
-        if reader_of(model, name):
+        if name != "ln_f":  # its matrix is the embedding too
+            model.set_std({name: (ordinary.mean(), std[:, 0].mean())})
             W, b = reader_of(model, name)
             kept = W.clone(), b.clone()
             refit(W, b, before.flatten(0, 1), site(read, use_bos).flatten(0, 1))
