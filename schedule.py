@@ -54,7 +54,7 @@ def row_events(row, n_layer, max_iters):
         sites = [(name, None)]
     else:
         named = {site_name(kind, layer): (kind, layer) for kind in KINDS for layer in range(n_layer)}
-        if name not in named:
+        if not isinstance(name, str) or name not in named:
             raise UserError(f"ln_schedule: unknown site {name!r}: choose one of {', '.join(KINDS)}, ln_f, eot, bos, "
                             f"or a single site, from h.0.ln_2 to h.{n_layer - 1}.ln_2")
         sites = [named[name]]
