@@ -338,7 +338,6 @@ def write_result(rows, data_hashes, candidates):
         device=device,
         data_sha256=data_hashes,
         weights_sha256={c.source: c.sha256 for c in candidates},
-        runs={c.source: run_settings(c.source).get("run") for c in candidates},
         rows=rows,
     )
     write_json(json, parse_json(dumps(result, default=float)))  # parse_json turns NaN into None

@@ -19,7 +19,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -64,7 +63,6 @@ rows = ""  # rows of ids are documents or windows (of a stream that holds end-of
 split = "train"  # of a hub data set: which files
 folder = ""  # of a hub data set: only files below this folder, where several hold the split
 val_every = 0  # every so many-th row is val; 0: 200, or less of little text; 1: all, to evaluate on
-without = ""  # the Pile's subsets to leave out: OpenWebText2,Books3,BookCorpus2, as the published filter does
 force = False  # prepare again what is prepared already
 # -----------------------------------------------------------------------------
 
@@ -167,7 +165,7 @@ def make_batches(job):
     for source, val in job:
         if source.rows_format:
             windows = dict(documents=False, windows=True).get(worker_asked["rows"])
-            pieces = read_rows(source, worker_asked["column"], worker_asked["without"], worker_tokenizer.eot, windows)
+            pieces = read_rows(source, worker_asked["column"], worker_tokenizer.eot, windows)
         else:
             pieces = read_text(source, val, seam)
         for piece in pieces:
@@ -365,8 +363,7 @@ def request():
     if files or on_hub:
         origin = files or f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip()
     meta = dict(tokenizer=made.name, vocab_size=made.vocab_size, eot=made.eot, source=origin, asked_tokens=tokens,
-                val_every=val_every, without=without, column=column or ("input_ids" if made.encode is None else ""),
-                rows=rows)
+                val_every=val_every, column=column or ("input_ids" if made.encode is None else ""), rows=rows)
     if made.sha256:
         meta["tokenizer_sha256"] = made.sha256
     if on_hub:  # listed when it is needed
@@ -376,39 +373,29 @@ def request():
     return name, sources, made, meta
 
 
-def differences(old, meta):
-    """What a meta.json has that is not what is asked for, in words; "": nothing."""
-    changed = [key for key in meta if key in old and old[key] != meta[key] and key != "files_sha256"]
-    return ", ".join(f"{key} {old[key]!r}, not {meta[key]!r}" for key in changed)
-
-
-def is_prepared(done, meta):
-    """Whether the folder holds just what is asked for. UserError if it holds something else."""
-    path = os.path.join(done, "meta.json")
+def earlier(folder, meta):
+    """The meta.json of a folder, finished or not, or None. UserError if it was made with other settings."""
+    path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
-        return False
-    advice = "--force begins anew"
-    old = read_json(path, advice)
-    if differences(old, meta):
-        raise UserError(f"{done} holds {differences(old, meta)}: --force replaces it")
+        return None
+    old = read_json(path, "--force begins anew")
+    changed = [key for key in meta if key in old and old[key] != meta[key] and key != "files_sha256"]
+    if changed:
+        names = ", ".join(f"{key} {old[key]!r}, not {meta[key]!r}" for key in changed)
+        raise UserError(f"{folder} holds {names}: --force begins anew")
+    return old
+
+
+def check_prepared(done, old, meta):
+    """UserError unless the folder holds just what is asked for."""
     if old.get("files_sha256", meta.get("files_sha256")) != meta.get("files_sha256"):
-        raise UserError(f"{done} was made of other files, or they have changed since: --force replaces it")
-    with reading(path, advice):
+        raise UserError(f"{done} was made of other files, or they have changed since: --force begins anew")
+    with reading(os.path.join(done, "meta.json"), "--force begins anew"):
         train, val = old["train"]["tokens"], old["val"]["tokens"]
         there = [os.path.getsize(os.path.join(done, which)) for which in TOKEN_FILES[:2]]
         if there != [2 * train, 2 * val]:
             raise ValueError("the token files have other sizes")
-        print(f"{done} is prepared already: {train:,} train and {val:,} val tokens (--force redoes it)")
-    return True
-
-
-def check_disk(name, half, sources):
-    size = sum(source.size for source in sources)
-    need = 4 * (tokens or size // bytes_per_token(tokenizer or "bytes"))  # the parts, and the token files
-    free = shutil.disk_usage("data").free + sum(f.stat().st_size for f in os.scandir(half))
-    if need > free:
-        raise UserError(f"data/{name} needs about {need / 1e9:.2g} GB and {free / 1e9:.2g} GB are free: "
-                        "ask for less with --tokens")
+    print(f"{done} is prepared already: {train:,} train and {val:,} val tokens (--force redoes it)")
 
 
 def clear(half, keep=()):
@@ -417,10 +404,9 @@ def clear(half, keep=()):
     remove_files(half, sorted(ours, key="meta.json".__eq__))
 
 
-def prepare(name, half, sources, made, meta):
+def prepare(half, sources, made, meta):
     """All documents into the unfinished folder."""
     try:
-        check_disk(name, half, sources)
         rule, every, share = val_rule(sources, made.name)
         parts = make_parts(half, make_jobs(sources, rule), meta, made)
         splits = join(half, parts, every, share, made.eot)
@@ -437,31 +423,15 @@ def prepare(name, half, sources, made, meta):
     write_json(os.path.join(half, "meta.json"), meta | splits)
 
 
-def begun(half, meta):
-    """The meta.json of an unfinished folder; {} if there is none or, with force, one of other settings. UserError."""
-    mark = os.path.join(half, "meta.json")
-    if not os.path.exists(mark):
-        return {}
-    try:
-        old = read_json(mark, "--force begins anew")
-        if differences(old, meta):
-            raise UserError(f"{half} was begun with {differences(old, meta)}: --force begins anew")
-    except UserError:
-        if not force:
-            raise
-        clear(half, ["meta.json"])
-        return {}
-    return old
-
-
 def main():
     configure(globals(), sys.argv[1:], __doc__, choices=dict(rows=("", "documents", "windows")))
     name, sources, made, meta = request()
     done = os.path.join("data", name)
     half = unfinished(done)
     mark = os.path.join(half, "meta.json")
-    if not force and is_prepared(done, meta):
-        return
+    old = None if force else earlier(done, meta)
+    if old is not None:
+        return check_prepared(done, old, meta)
     check_folder(done, TOKEN_FILES, ["meta.json"])
     if sources is None:
         sources = hub_sources(HUB.get(dataset, dataset), split, folder)
@@ -469,11 +439,17 @@ def main():
         os.makedirs(half, exist_ok=True)
     lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
     check_folder(half, [file for file in os.listdir(half) if OURS.fullmatch(file)], ["meta.json", ".meta.json.unfinished"])
-    old = begun(half, meta)
-    if not ("train" in old and old.get("files_sha256") == meta.get("files_sha256")):
+    try:
+        old = earlier(half, meta)
+    except UserError:
+        if not force:
+            raise
+        clear(half, ["meta.json"])
+        old = None
+    if not (old and "train" in old and old.get("files_sha256") == meta.get("files_sha256")):
         write_json(mark, meta)
         with interruptible():
-            prepare(name, half, sources, made, meta)
+            prepare(half, sources, made, meta)
     meta = read_json(mark)
     with on_disk(f"can't write {done}"):
         clear(half, TOKEN_FILES)

@@ -183,10 +183,9 @@ if ln_schedule or (resumed and resumed["settings"]["ln_schedule"]):
 set_treatments(model, events, start)
 
 # --- the run's folder and log
-settings["run"] = resumed["settings"].get("run") if resumed else run.identity(settings, model)
 wandb = run.start_wandb(wandb_project, out_dir, settings) if wandb_log else None
 lock = run.open_run(out_dir, settings, resumed, lock)
-log = run.Log(out_dir, start, settings["run"], wandb)
+log = run.Log(out_dir, start, wandb)
 
 # --- optimizers: a list, so that another one can take some of the parameters (Muon the block matrices, say)
 model.to(machine)
@@ -199,7 +198,7 @@ torch.manual_seed(seed + ranks.RANK)  # every rank has its own dropout
 if resumed:
     checkpoint.load_optimizers(optimizers, resumed, out_dir)
     checkpoint.set_rng_state(resumed["rng"])
-    changed = run.changed_settings(settings, resumed, ("out_dir", "auto", "force", "run"))
+    changed = run.changed_settings(settings, resumed, ("out_dir", "auto", "force"))
     if changed:
         ranks.say(f"note: settings differ from the checkpoint's: {changed}")
 

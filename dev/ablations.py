@@ -31,7 +31,6 @@ only = ""  # the runs whose names begin with these, separated by commas; "": all
 tokens = 150_000  # of each val set
 path = "dev/ablations.csv"  # the results
 show = False  # print the table, run nothing
-picture = ""  # with --show, also draw the gap over tokens into this file
 # -----------------------------------------------------------------------------
 
 CONFIG = "config/remove_ln_testbed.py"
@@ -52,7 +51,6 @@ METHODS = {  # flags, and learning rates on both sides of the best
 # each method at its best rate on `choose`
 CHOSEN = ("recipe lr 4e-4", "control lr 2e-4", "kl 0.5 lr 8e-4", "control kl 0.5 lr 8e-4")
 STEPS = 300  # 1.2 M tokens
-
 
 
 def rows(*bounds, ln_f, eot, bos):
@@ -184,27 +182,10 @@ def print_means(rows):
         print(line)
 
 
-def draw(rows, file):
-    """The gap over tokens, of the recipe and of the best method."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    for name in (CHOSEN[0], CHOSEN[2]):
-        found = sorted((row for row in rows if row["name"] == name and row["gap"]), key=lambda row: row["steps"])
-        tokens_seen = [row["steps"] * 4096 / 1e6 for row in found]
-        axis.errorbar(tokens_seen, [row["gap"] for row in found], [row["gap_sd"] or 0 for row in found], label=name)
-    axis.set(xlabel="million tokens", ylabel="gap to the best model with LN, nats per token", ylim=(0, None))
-    axis.legend()
-    figure.savefig(file, dpi=120)
-
-
 def main():
     configure(globals(), sys.argv[1:], __doc__, at_least=dict(tokens=1))
     if show:
-        rows = means()
-        print_means(rows)
-        return draw(rows, picture) if picture else None
+        return print_means(means())
     if not os.path.isdir(ORIGINAL):
         raise UserError(f"{ORIGINAL} is not there: run `make testbed` first")
     chosen = [run for run in all_runs() if run[0].startswith(tuple(only.split(",")))]

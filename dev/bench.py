@@ -3,7 +3,6 @@ Measure speed and memory, at GPT-2 small's shape with random weights.
 
     python -m dev.bench                   # a training step: train.py's beside nanoGPT's
     python -m dev.bench --what=eval       # the loss over windows, beside transformers
-    python -m dev.bench --what=hellaswag  # beside one forward pass for each example
     python -m dev.bench --what=sample     # decoding: with LN beside transformers, folded beside with LN
 
 Training: "nanoGPT's way" is nanoGPT's step written with our modules: one LN and one product for query, key and value,
@@ -29,17 +28,16 @@ from torch.nn import functional as F
 
 from configurator import configure
 from model import GPT, Block, GPTConfig, LayerNorm
-from parts import hellaswag
 from parts.compare import cast_linear_maps
 from parts.device import autocast_to, flops_per_token, keep_memory, peak_flops
 from parts.loss import LossInPieces, token_losses
 from tools.sample import generate, use_addmv
 
 # -----------------------------------------------------------------------------
-what = "train"  # train, eval, hellaswag or sample; step: one way of training in this process, as JSON
+what = "train"  # train, eval or sample; step: one way of training in this process, as JSON
 way = ""  # only the ways of training whose name contains this, such as bfloat16
 rounds = 3  # measurements, whose median is printed
-steps = 6  # training steps in a round, or sixteens of HellaSwag's examples
+steps = 6  # training steps in a round
 batch_size = 4  # sequences in a batch
 block_size = 256  # tokens in a sequence
 vocab_size = 50304  # tokens
@@ -210,41 +208,6 @@ def compare_eval():
         compare(f"evaluation, {dtype}", "tokens/s", batch_size * block_size, theirs, ours)
 
 
-@torch.inference_mode()
-def compare_hellaswag():
-    """hellaswag.score on random examples beside build-nanogpt's way: a forward pass for each example, with its four
-    rows padded to one length."""
-    model = random_model().eval()
-    rng = np.random.default_rng(0)
-
-    def words(mean, spread):
-        return " ".join(map(str, rng.integers(0, vocab_size - 1, max(3, int(rng.normal(mean, spread))))))
-
-    def encode(text):
-        return [int(word) for word in text.split()]
-
-    examples = [hellaswag.Example(words(65, 25), [words(25, 8) for _ in range(4)], 0) for _ in range(16 * steps)]
-
-    def theirs():
-        scores = []
-        for example in examples:
-            context = encode(example.context)
-            rows = [torch.tensor(context + encode(ending)) for ending in example.endings]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-            targets = ids[:, 1:].clone()
-            targets[:, : len(context) - 1] = -1
-            logits = model(ids.clamp(0).to(DEVICE))[0][:, :-1].cpu()
-            losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
-            scores.append(losses.sum(1) / (targets != -1).sum(1))
-        return torch.stack(scores)
-
-    def ours():
-        sums, counts = hellaswag.score(model, examples, encode, DEVICE, autocast_to(torch.float32, DEVICE))
-        return sums / counts
-
-    compare("HellaSwag, float32", "examples/s", len(examples), theirs, ours)
-
-
 def compare_sample(n=256):
     """The n likeliest tokens after a prompt of 16."""
     model = random_model().eval()
@@ -274,7 +237,7 @@ def compare_sample(n=256):
         compare(f"folded to LN, {dtype}", "tokens/s", n, lambda: decode(model), lambda: decode(folded), None)
 
 
-WHATS = dict(train=compare_steps, eval=compare_eval, hellaswag=compare_hellaswag, sample=compare_sample,
+WHATS = dict(train=compare_steps, eval=compare_eval, sample=compare_sample,
              step=lambda: print(json.dumps(measure_step(**WAYS[way]))))
 
 

@@ -18,7 +18,7 @@ from parts.errors import UserError, handle_endings, tell_torchrun
 def number_in_environment(name, default):
     text = os.environ.get(name, default)
     if not text.isdigit():
-        raise UserError(f"{name}={text} in the environment is no number, as torchrun sets it: unset it")
+        raise UserError(f"the environment variable {name} is {text!r}, not a number as torchrun sets it: unset it")
     return int(text)
 
 
@@ -36,8 +36,8 @@ def join(device):
 
 
 def use_all_gpus(device):
-    """Where there are several GPUs, and neither torchrun nor a device was asked for: become torchrun, with this script
-    and a process for each GPU."""
+    """With several GPUs, and neither torchrun nor a device asked for: become torchrun, with a process of this script for
+    each GPU."""
     n = torch.cuda.device_count()
     if device == "auto" and n > 1 and "RANK" not in os.environ:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
@@ -46,7 +46,7 @@ def use_all_gpus(device):
 
 @contextmanager
 def rank_0_first():
-    """Around what fetches or prepares something: rank 0 does it, then the others find it done."""
+    """Around code that fetches or prepares something: rank 0 runs it first, then the others find it done."""
     if WORLD > 1 and RANK > 0:
         dist.barrier()
     yield
@@ -81,33 +81,32 @@ def gather_rows(array):
 
 
 def leave():
-    """What every process does last: gloo can hang at exit when a tensor was the last thing that was
-    sent (torch 2.13)."""
+    """Every process calls this last: gloo can hang at exit if a tensor was the last thing sent (torch 2.13)."""
     if WORLD > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def say(line):
-    """Print a line, on rank 0, above a progress bar if there is one. Where that fails, as after `| head` or on a full
-    disk, the run ends as by SIGTERM: in order, if it has begun."""
+    """Print a line on rank 0, above a progress bar if there is one. If that fails, as after `| head` or on a full disk,
+    end the run as SIGTERM does: it saves first, if it has begun."""
     if RANK > 0:
         return
     try:
         tqdm.write(line)
     except OSError:
-        to_nowhere(1)
+        silence(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def to_nowhere(fd):
-    """What is written to 1, stdout, or 2, stderr, from now on is lost, and is no error."""
+def silence(fd):
+    """From now on, discard what is written to file descriptor 1, stdout, or 2, stderr."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 class Interruption:
-    """A signal that asks the run to end, or torchrun's own end: noted, so that a step is finished and saved
-    first. The third of a kind does not wait: torchrun hands on a Ctrl-C that the terminal has sent already."""
+    """Notes a signal that asks the run to end, or torchrun's own end, so that the step is finished and saved first. The
+    third signal of a kind ends the run at once; the second may be a Ctrl-C that torchrun passes on."""
 
     def __init__(self):
         self.number = 0
@@ -123,7 +122,7 @@ class Interruption:
             signal.raise_signal(number)
         if number == getattr(signal, "SIGHUP", None):  # the terminal is gone
             for fd in self.terminals:
-                to_nowhere(fd)
+                silence(fd)
 
     def on_any_rank(self, device):
         """True on all processes if one of them was interrupted: they stop at the same step."""
@@ -132,7 +131,7 @@ class Interruption:
         return mean(torch.tensor(float(self.number), device=device)).item() > 0
 
     def exit(self, line):
-        """With 128 + the signal's number, as shells have it, and a last line."""
+        """Exit with 128 + the signal's number, as shells do, and a last line."""
         say(line)
         tell_torchrun(line)
         leave()

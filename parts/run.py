@@ -17,9 +17,9 @@ from parts.files import FolderLock, read_lines, remove_files, run_settings, unfi
 from parts.tokenizer import remove_copied_tokenizer
 
 # settings that change no weight
-NO_MATTER = ("out_dir", "force", "init_from", "auto", "eval_interval", "eval_iters", "checkpoint_interval",
+NO_MATTER = ("out_dir", "force", "auto", "eval_interval", "eval_iters", "checkpoint_interval",
              "log_interval", "max_bad_steps", "wandb_log", "wandb_project", "device", "dtype", "compile",
-             "gradient_checkpointing", "run")
+             "gradient_checkpointing")
 
 
 # --- what may be in the folder
@@ -60,15 +60,12 @@ def lock_run(out_dir):
 
 def open_run(out_dir, settings, resumed, lock):
     """On rank 0, make the folder of a run, or take over the one to resume or replace. settings.json marks a folder as
-    a run's, so it is written first. Returns the lock. UserError if another process holds the folder, or if its
-    files are of two runs."""
+    a run's, so it is written first. Returns the lock. UserError if another process holds the folder."""
     if ranks.RANK > 0:
         return None
     with on_disk(f"can't write {out_dir}"):
         os.makedirs(out_dir, exist_ok=True)
         lock = lock or FolderLock(out_dir)
-        if resumed:
-            check_same_run(out_dir, settings["run"])
         # eval.py would take an old model/ for a finished run's
         model_directory = os.path.join(out_dir, "model")
         remove_copied_tokenizer(run_settings(out_dir).get("init_from", ""), model_directory)
@@ -83,24 +80,7 @@ def open_run(out_dir, settings, resumed, lock):
     return lock
 
 
-def check_same_run(out_dir, run):
-    """UserError unless settings.json and log.jsonl are of the run whose checkpoint is resumed."""
-    log = os.path.join(out_dir, "log.jsonl")
-    of_log = [entry["run"] for _, entry in log_entries(log) if "run" in entry] if os.path.exists(log) else []
-    for name, of in (("settings.json", run_settings(out_dir).get("run")), ("log.jsonl", (of_log or [None])[0])):
-        if of not in (run, None):
-            raise UserError(f"{out_dir}/{name} is of run {of}, and the checkpoint of run {run}: replace both with "
-                            "--force, or choose another out_dir")
-
-
-# --- which run it is
-
-
-def identity(settings, model):
-    """16 letters that name a run: a hash of the settings that change its weights, its data and its first weights."""
-    matter = {key: settings[key] for key in sorted(settings) if key not in NO_MATTER}
-    text = json.dumps([matter, weights_sha256(model)])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+# --- which weights and settings
 
 
 def weights_sha256(model):
@@ -120,10 +100,8 @@ def changed_settings(settings, resumed, but):
 
 def refuse_another_run(settings, resumed, out_dir):
     """UserError unless the checkpoint that init_from=auto found is of the run that the settings describe."""
-    but = set(NO_MATTER) - {"init_from"}
-    if settings["init_from"] != "scratch":
-        but |= {"n_layer", "n_head", "n_embd", "bias"}  # only `scratch` reads them
-    changed = changed_settings(settings, resumed, but)
+    only_of_scratch = ("n_layer", "n_head", "n_embd", "bias") if settings["init_from"] != "scratch" else ()
+    changed = changed_settings(settings, resumed, (*NO_MATTER, *only_of_scratch))
     if changed:
         raise UserError(f"{out_dir} holds another run ({changed}): replace it with --force, or continue it all the "
                         "same with --init_from=resume")
@@ -136,7 +114,7 @@ class Log:
     """log.jsonl, on rank 0: a line of JSON for each step, evaluation and event, each with its "step". With wandb, a
     module whose init was called, it gets the same."""
 
-    def __init__(self, out_dir, start, run, wandb=None):
+    def __init__(self, out_dir, start, wandb=None):
         self.file = None
         self.wandb = wandb
         if ranks.RANK > 0:
@@ -149,8 +127,6 @@ class Log:
             f.writelines(lines)
         with on_disk(f"can't write {path}"):
             self.file = open(path, "a")
-        if start == 0:
-            self.write(dict(step=0, run=run))
 
     def write(self, entry):
         if self.file is None:
@@ -221,8 +197,6 @@ def next_command(settings, removed):
         return control_command(out_dir) + "  (its control)"
     if not removed and (run == out_dir or not os.path.isdir(run + "/model")):
         return f"python eval.py --models={init_from},{out_dir} --dataset={settings['dataset']}"
-    if os.path.dirname(run) == "out":
-        return "python eval.py"
     return f"python eval.py --models={init_from},{run}_control,{run} --dataset={settings['dataset']}"
 
 

@@ -5,7 +5,6 @@ whose column is text or token ids.
 import glob
 import gzip
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -183,19 +182,16 @@ def fetch(source):
 # --- rows
 
 
-def read_rows(source, column, without, eot, are_windows):
-    """Yields the rows of a file, a Piece each. column: of the documents, "": text, or input_ids; without: the Pile's
-    subsets to leave out, by a row's meta; are_windows: whether rows of ids are windows of a stream of documents,
-    None: as windows_or_documents finds. UserError."""
+def read_rows(source, column, eot, are_windows):
+    """Yields the rows of a file, a Piece each. column: of the documents, "": text, or input_ids; are_windows: whether
+    rows of ids are windows of a stream of documents, None: as windows_or_documents finds. UserError."""
     path = source.fetch()
     with reading(source.name):
         names = next(batches(source, path, None), [])
         name = column or ("text" if "text" in names else "input_ids")
         if name not in names:
             raise ValueError(f"no column {name!r}: choose one of {', '.join(names)} with --column")
-        if without and "meta" not in names:
-            raise ValueError("--without needs a column meta with pile_set_name, as the Pile's text has")
-        wanted = [name, *(other for other in ("attention_mask", "meta") if other in names and other != name)]
+        wanted = [name] + ["attention_mask"] * ("attention_mask" in names)
 
         def rows():
             n = 0
@@ -211,8 +207,7 @@ def read_rows(source, column, without, eot, are_windows):
                         content = [] if ids else ""
                     if ids and row.get("attention_mask"):
                         content = [i for i, real in zip(content, row["attention_mask"], strict=True) if real]
-                    if not (without and pile_subset(row["meta"]) in without.split(",")):
-                        yield n, content
+                    yield n, content
 
         for n, content in rows():
             if are_windows is None and isinstance(content, list):
@@ -261,12 +256,6 @@ def windows_or_documents(rows, eot):
         return True
     raise ValueError(f"end-of-text {eot} is {'' if inside else 'not '}inside rows, and {longest:,} of {len(lengths):,} "
                      "have the longest length: are they --rows=documents or --rows=windows, of a stream?")
-
-
-def pile_subset(meta):
-    """A row's meta, a dict or JSON -> the Pile's name of its subset, or None."""
-    meta = json.loads(meta) if isinstance(meta, str) else meta
-    return meta.get("pile_set_name") if isinstance(meta, dict) else None
 
 
 # --- text files
