@@ -280,11 +280,6 @@ def show(rows):
         ("loss correlation", "correlation", ".4f"),
     ]
     print_table(title, rows, [[label, *cells(rows, key, form)] for label, key, form in lines])
-    gained = max((-row["to_original"] for row in rows if row["role"] == "control" and row["to_original"]), default=0)
-    gaps = [row["gap"] for row in rows if row["role"] == "ln_free" and row["gap"]]
-    if gaps and gained > max(*gaps, 0):
-        print(f"note: fine-tuning alone gains {gained:.4f}, more than the removal costs: the original is still "
-              "learning, and the gap says little")
     if first["not_published"]:
         print(f"note: not to be compared with the published figures: {first['not_published']}")
 

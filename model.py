@@ -518,7 +518,8 @@ class GPT(nn.Module):
         # sqrt(eps). Here such a site is fake, with the constant 1.
         published = is_published_ln_free(hf)
         for name, p in self.hf_tensors().items():
-            scale = math.sqrt(hf["layer_norm_epsilon"]) if published and ".ln_" in name and name.endswith("weight") else 1
+            is_ln_weight = ".ln_" in name and name.endswith("weight")
+            scale = math.sqrt(hf["layer_norm_epsilon"]) if published and is_ln_weight else 1
             p.copy_(tensors[name].to(p.dtype) / scale)
         if published:
             for site in self.sites().values():

@@ -9,10 +9,10 @@ Documents to tokens, once: data/NAME/{train,val}.bin (uint16) and meta.json.
     python prepare_owt.py --dataset=ORG/NAME --column=text --split=train # any data set of the hub
     python prepare_owt.py --dataset=ORG/NAME --tokenizer=4096:1          # rows of another tokenizer's ids
 
-A document is a text file or a row, and is followed by the end-of-text id. Rows of ids may also be windows of a stream
-that holds it. val is about 5 % of whole text files, by a hash of their path (of few files, the end of each), every
-200th row, more of little text so that a gap can be seen, and nanoGPT's split of all of OpenWebText. After an
-interruption, or when a bad file is mended, the same command goes on.
+A document is a text file or a row; the end-of-text id follows each. Rows of ids can also be windows of a stream, which
+has its own end-of-text ids. val is about 5 % of the text files, chosen by a hash of their path (of few files, the end
+of each), or every 200th row; more if there is little text. All of OpenWebText gets nanoGPT's split. After an
+interruption, or once a bad file is mended, the same command continues.
 """
 import hashlib
 import math
@@ -55,27 +55,27 @@ from parts.tokenizer import make_tokenizer
 
 # -----------------------------------------------------------------------------
 dataset = ""  # stdlib (the default), stdlib_pretrain, owt, pile, pile-filtered, ORG/NAME[@REVISION], or --files' name
-files = ""  # local files: paths and patterns, with commas between
+files = ""  # local files: paths and patterns, separated by commas
 tokenizer = ""  # bytes, gpt2, a model's directory or, for ids, VOCAB_SIZE:EOT; "": gpt2 for the hub, else bytes
-tokens = 0  # stop at the end of the row or text file that reaches so many; 0: take all
-column = ""  # of rows: text, or lists of token ids; "": text, or input_ids where there is no text
-rows = ""  # rows of ids are documents or windows (of a stream that holds end-of-text); "": found out, or asked
-split = "train"  # of a hub data set: which files
-folder = ""  # of a hub data set: only files below this folder, where several hold the split
-val_every = 0  # every so many-th row is val; 0: 200, or less of little text; 1: all, to evaluate on
+tokens = 0  # stop at the end of the row or text file that reaches this many; 0: take all
+column = ""  # the column with text or lists of token ids; "": text, or input_ids if there is no text
+rows = ""  # what a row of ids is: documents or windows (of a stream with end-of-text in it); "": find out, or ask
+split = "train"  # of a hub data set
+folder = ""  # of a hub data set: take only files below this folder, if several folders have the split
+val_every = 0  # every n-th row is val; 0: 200, or less if there is little text; 1: all rows and files, to evaluate on
 force = False  # prepare again what is prepared already
 # -----------------------------------------------------------------------------
 
 OWT_DOCUMENTS = 8_013_769
-VAL_SHARE = 0.05  # of whole text files
-VAL_EVERY = 200  # of rows
-VAL_TOKENS = 20_000  # not fewer, where they are at most a fifth of all
-# a gap's standard error x sqrt(val tokens), in nats: on the bundled model, and on one with a BPE of 4,096 tokens
+VAL_SHARE = 0.05  # of text files
+VAL_EVERY = 200  # rows
+VAL_TOKENS = 20_000  # at least, but at most a fifth of all
+# standard error of a gap x sqrt(val tokens), in nats: measured on assets/tiny and on a model with a BPE of 4,096 tokens
 TOKEN_SD = dict(byte=0.42, token=0.59)
-JOB = 2_000_000  # bytes of small files that a worker takes at a time
+JOB = 2_000_000  # bytes of small files in a worker's job
 BATCH = 250_000  # characters that a thread encodes at a time
 TOKEN_FILES = ("train.bin", "val.bin", "meta.json")
-# of an unfinished folder, what is ours; meta.json marks it
+# the names of our files in an unfinished folder; meta.json marks it as ours
 OURS = re.compile(r"\.?([0-9a-f]{16}\.(bin|npy)|train\.bin|val\.bin|meta\.json)(\.unfinished)?")
 
 
@@ -83,11 +83,11 @@ OURS = re.compile(r"\.?([0-9a-f]{16}\.(bin|npy)|train\.bin|val\.bin|meta\.json)(
 
 
 def val_rule(sources, chosen):
-    """A function source -> True: val; False: train; a share: so much of the text file, at its end, is val; None: a
-    row. And which rows are val: every so many-th. And that share."""
+    """(rule, every, share). rule(source) is True: val; False: train; a float: this share of the text file, at its end,
+    is val; None: a file of rows, of which every every-th is val."""
     size = max(1, sum(source.size for source in sources))
     val_size = VAL_TOKENS * bytes_per_token(chosen)
-    needed = min(0.2, val_size / size)  # as a share
+    needed = min(0.2, val_size / size)
     share = max(VAL_SHARE, needed)
     asked = min(size, tokens * bytes_per_token(chosen) or size)
     every = val_every or max(5, min(VAL_EVERY, asked // val_size))
@@ -111,11 +111,11 @@ def nanogpt_val_documents(n=OWT_DOCUMENTS):
     return np.random.default_rng(2357).permutation(n)[: int(np.ceil(0.0005 * n))]
 
 
-# --- encoding: a job, some files, becomes a part of two files: KEY.bin, its tokens, and KEY.npy, its documents
+# --- encoding: a job (some files) becomes a part: KEY.bin, its tokens, and KEY.npy, its table of documents
 
 
 def make_jobs(sources, rule):
-    """Lists of (Source, its val): a file of a hub or a large one, or small ones, up to JOB bytes."""
+    """Lists of (Source, rule(Source)): one hub file, one large file, or small files of JOB bytes in all."""
     jobs, size = [], JOB
     for source in sources:
         if size >= JOB or source.repo:
@@ -127,9 +127,9 @@ def make_jobs(sources, rule):
 
 
 def start_worker(asked, threads, made_name):
-    """A worker leaves Ctrl-C to the main process, and ends when that is gone."""
+    """Set up a worker process: it leaves Ctrl-C to the main process, and ends when that is gone."""
     global worker_asked, worker_threads, worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are threads for all cores
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our own threads use all cores
     worker_asked, worker_threads, worker_tokenizer = asked, threads, make_tokenizer(made_name)
     handle_endings(signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -142,10 +142,10 @@ def end_with_parent():
 
 
 def encode_job(job, part, limit):
-    """Write a part: all of a job, or the documents up to the one that reaches limit tokens. KEY.npy has a row for each
-    document: tokens; whether its end-of-text was put there; 0: train, 1: val, 2: a row; whether a row or file ends."""
+    """Write a part: all of a job, or its documents up to the one that reaches limit tokens. The table has a row for
+    each document: tokens; 1 if we appended its end-of-text; 0: train, 1: val, 2: a row; 1 if its row or file ends."""
     documents, length, written = array("q"), 0, 0
-    # KEY.npy is the last to take its name: with it, the part is whole
+    # KEY.npy takes its name last: if it is there, the part is whole
     with whole_file(part + ".npy") as table, whole_file(part + ".bin") as out:
         for piece, ids, appended in in_order(encode, make_batches(job)):
             out.write(ids)
@@ -159,7 +159,7 @@ def encode_job(job, part, limit):
 
 
 def make_batches(job):
-    """Yields lists of Pieces, of about BATCH characters."""
+    """Yields lists of Pieces of about BATCH characters in all."""
     seam = dict(gpt2=GPT2_SEAM, bytes=ANY_SEAM).get(worker_tokenizer.name, NO_SEAM)
     batch, size = [], 0
     for source, val in job:
@@ -178,7 +178,7 @@ def make_batches(job):
 
 
 def in_order(function, batches):
-    """Yields what function yields of each batch, in order, worked out by threads ahead."""
+    """Yields the items of function(batch) for each batch, in order. Threads compute ahead."""
     waiting = deque()
     with ThreadPoolExecutor(worker_threads) as pool:
         for batch in batches:
@@ -190,13 +190,13 @@ def in_order(function, batches):
 
 
 def encode(batch):
-    """Pieces -> (Piece, its tokens as uint16 with end-of-text, whether that was put there)."""
+    """Yields (Piece, its tokens and end-of-text as uint16, whether we appended the end-of-text)."""
     eot = np.array([worker_tokenizer.eot], "<u2")
     for piece in batch:
         with reading(piece.name):
             ids = checked_ids(piece.content) if isinstance(piece.content, list) else encode_text(piece.content)
         appended = piece.ends and not piece.window
-        if appended and isinstance(piece.content, list):  # it may have one, at its begin or its end
+        if appended and isinstance(piece.content, list):  # ids may have one already, first or last
             appended = not len(ids) or eot not in (ids[0], ids[-1])
             if len(ids) and ids[0] == eot:
                 ids = np.concatenate([ids[1:], [] if ids[-1] == eot and len(ids) > 1 else eot]).astype("<u2")
@@ -221,8 +221,8 @@ def checked_ids(ids):
 
 
 def make_parts(half, jobs, asked, made):
-    """Encode what is not there yet. Returns the parts' paths without endings, in order. With `tokens`, job after job,
-    until there are enough."""
+    """Encode the jobs that have no part yet; with `tokens`, one after the other until there are enough. Returns the
+    parts' paths without extension, in order."""
     cores = os.cpu_count() or 1
     workers = 1 if tokens else max(1, min(cores, len(jobs)))
     threads = max(1, min(cores, (4 if workers > 1 else 1) * cores // workers))
@@ -314,7 +314,7 @@ def join(half, parts, every, share, eot):
 
 
 def bytes_per_token(chosen):
-    """Of text, about: GPT-2's tokens have some 4 letters, those of smaller vocabularies fewer."""
+    """A rough lower estimate: GPT-2's tokens have about 4 bytes, those of smaller vocabularies fewer."""
     return 1 if chosen == "bytes" else 3
 
 
@@ -323,12 +323,11 @@ def say_what_val_shows(n, word):
     error = TOKEN_SD[word] / math.sqrt(max(1, n))
     print(f"{n:,} val tokens: expect a standard error of about {error:.4f} nats of a gap")
     if error > 0.005:
-        print("note: a gap is some 0.02 nats, and will not be seen: prepare more text, "
-              f"for {VAL_TOKENS:,} val tokens")
+        print(f"note: a gap is about 0.02 nats, too small for this: prepare more text, for {VAL_TOKENS:,} val tokens")
 
 
 def say_end_of_text(path, eot):
-    """How many of the tokens are end-of-text, and how many of these follow each other."""
+    """Print how many tokens are end-of-text, and how many of these follow another one."""
     ids = np.memmap(path, "<u2", "r") if os.path.getsize(path) else np.zeros(0, "<u2")
     found = doubled = 0
     for i in range(0, len(ids), 2**24):
@@ -337,7 +336,7 @@ def say_end_of_text(path, eot):
         doubled += int((is_eot[1:] & is_eot[:-1]).sum())
     print(f"end-of-text: {found / max(1, len(ids)):.3%} of {path}, {doubled:,} of {found:,} doubled")
     if not found and len(ids):
-        print("note: without end-of-text a model can't see where a document ends")
+        print("note: without end-of-text, a model can't tell where a document ends")
 
 
 def next_command(name):
@@ -347,7 +346,7 @@ def next_command(name):
 
 
 def request():
-    """What is asked for: (the folder's name, its sources, the Tokenizer, what meta.json says of that). UserError."""
+    """The settings as (name of the folder, sources or None for a hub, Tokenizer, head of meta.json). UserError."""
     on_hub = dataset in HUB or "/" in dataset
     if files and (on_hub or dataset in STDLIB_SHARES):
         raise UserError(f"{dataset} has a source of its own; give the files another name with --dataset=NAME")
@@ -366,7 +365,7 @@ def request():
                 val_every=val_every, column=column or ("input_ids" if made.encode is None else ""), rows=rows)
     if made.sha256:
         meta["tokenizer_sha256"] = made.sha256
-    if on_hub:  # listed when it is needed
+    if on_hub:  # main lists its files, if it needs them
         return name, None, made, meta
     sources = local_sources(files, split) if files else stdlib_sources(name)
     meta["files_sha256"] = hashlib.sha256(repr(sources).encode()).hexdigest()  # of names, sizes and times
@@ -387,7 +386,7 @@ def earlier(folder, meta):
 
 
 def check_prepared(done, old, meta):
-    """UserError unless the folder holds just what is asked for."""
+    """UserError unless the finished folder is whole and was made of these files."""
     if old.get("files_sha256", meta.get("files_sha256")) != meta.get("files_sha256"):
         raise UserError(f"{done} was made of other files, or they have changed since: --force begins anew")
     with reading(os.path.join(done, "meta.json"), "--force begins anew"):
@@ -399,24 +398,24 @@ def check_prepared(done, old, meta):
 
 
 def clear(half, keep=()):
-    """Remove what is ours in an unfinished folder, its mark last, and the folder if it is empty."""
+    """Remove our files from an unfinished folder, its mark last, and the folder if it is empty then."""
     ours = [name for name in os.listdir(half) if OURS.fullmatch(name) and name not in keep]
     remove_files(half, sorted(ours, key="meta.json".__eq__))
 
 
 def prepare(half, sources, made, meta):
-    """All documents into the unfinished folder."""
+    """Write the token files and meta.json into the unfinished folder."""
     try:
         rule, every, share = val_rule(sources, made.name)
         parts = make_parts(half, make_jobs(sources, rule), meta, made)
         splits = join(half, parts, every, share, made.eot)
     except UserError as e:
         if any(file.endswith(".npy") and not file.startswith(".") for file in os.listdir(half)):
-            raise UserError(f"{e}; when that is mended, the same command goes on") from None
+            raise UserError(f"{e}; once that is mended, the same command continues") from None
         clear(half)
         raise
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on")
+        sys.exit("interrupted: the same command continues")
     if not splits["train"]["tokens"] + splits["val"]["tokens"]:
         clear(half)
         raise UserError(f"there is no document in {meta['source']}")
@@ -437,8 +436,9 @@ def main():
         sources = hub_sources(HUB.get(dataset, dataset), split, folder)
     with on_disk(f"can't write {half}"):
         os.makedirs(half, exist_ok=True)
-    lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at a time would mix their files
-    check_folder(half, [file for file in os.listdir(half) if OURS.fullmatch(file)], ["meta.json", ".meta.json.unfinished"])
+    lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at once would mix their files
+    ours = [file for file in os.listdir(half) if OURS.fullmatch(file)]
+    check_folder(half, ours, ["meta.json", ".meta.json.unfinished"])
     try:
         old = earlier(half, meta)
     except UserError:

@@ -89,13 +89,14 @@ PEAK_FLOPS = {  # dense bfloat16, from the data sheets
 
 def peak_flops(device, dtype):
     """FLOP/s of one device: in bfloat16 from the data sheet of a known GPU; else measured with a product of
-    2048 x 2048 matrices, or of 256 x 256 if that is slow already, as bfloat16 is on a CPU without it."""
+    1024 x 1024 matrices (on a GPU 8192 x 8192), or of 256 x 256 if that is slow already, as bfloat16 is on a CPU
+    without it."""
     if device.startswith("cuda") and dtype == torch.bfloat16:
         words = torch.cuda.get_device_name(device).replace("-", " ").split()
         for name, peak in PEAK_FLOPS.items():
             if name in words:
                 return peak
-    for n in (256, 2048):
+    for n in (256, 8192 if device.startswith("cuda") else 1024):
         a = torch.full((n, n), 0.5, device=device, dtype=dtype)  # leaves the random state alone
         times = []
         for _ in range(5):

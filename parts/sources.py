@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from parts.errors import UserError, first_line, reading, waiting_for
 
-# A line here makes a name for prepare_owt.py and eval.py. What they fetch by it is the split `train`, as
-# GPT-2's tokens; how much of it eval.py takes, eval.py's PUBLISHED says.
+# Names for prepare_owt.py and eval.py. They fetch the split `train`, as GPT-2's tokens; PUBLISHED in eval.py says how
+# much of it.
 HUB = {
     "owt": "Skylion007/openwebtext",
     "pile": "apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2",
@@ -25,9 +25,9 @@ HUB = {
 ROWS = dict(parquet="parquet", jsonl="json", ndjson="json", json="json", csv="csv", arrow="arrow")
 STDLIB_SHARES = dict(stdlib_pretrain=(0.05, 0.525), stdlib=(0.525, 1))  # below 0.05: val of both
 PIECE = 1_000_000  # bytes of a text file that are read at a time
-LARGEST_WHOLE = 20_000_000  # bytes of a text that can't be cut: its tokenizer needs some 160 bytes of memory for each
-# Where a text can be cut without a change to its tokens: none of GPT-2's tokens has white space after another
-# character, except \xa0.
+LARGEST_WHOLE = 20_000_000  # bytes of a text that can't be cut; tokenizing takes about 160 bytes of memory a byte
+# Seams: where a text can be cut without changing its tokens. No token of GPT-2 has white space after another character,
+# except \xa0.
 GPT2_SEAM = re.compile(rb"[^\s\xa0](?=[ \t\n\r])")
 ANY_SEAM = re.compile(b"")  # of bytes
 NO_SEAM = re.compile(b"(?!)")  # of any other tokenizer
@@ -39,7 +39,7 @@ class Source:
     """A file, here or on a hub."""
 
     name: str
-    path: str  # here, or in the repository
+    path: str  # local, or in the repository
     size: int  # bytes
     version: str  # changes when the file does
     repo: str = ""
@@ -47,11 +47,11 @@ class Source:
 
     @property
     def rows_format(self):
-        """What `datasets` calls the format of a file of rows; None for a text."""
+        """The format of a file of rows, as `datasets` calls it; None for a text file."""
         return ROWS.get(re.sub(r"\.(gz|zst)$", "", self.name.lower()).rpartition(".")[2])
 
     def fetch(self):
-        """The path of the file here. UserError."""
+        """The local path of the file. UserError."""
         return fetch(self) if self.repo else self.path
 
 
@@ -61,23 +61,23 @@ class Piece:
 
     name: str  # of the source, and its row
     content: str | bytes | list[int]  # text, UTF-8, or token ids
-    ends: bool = True  # whether a document ends with it
-    last: bool = True  # whether a row or a text file ends with it
-    val: bool | None = None  # None: a row; its place in the data set decides
-    window: bool = False  # ids cut from a stream of documents, which hold their own end-of-text
+    ends: bool = True  # a document ends with it
+    last: bool = True  # a row or a text file ends with it
+    val: bool | None = None  # None: a row; its index in the data set decides
+    window: bool = False  # ids cut from a stream of documents, with end-of-text among them
 
 
 # --- which files
 
 
 def place(name):
-    """A number in [0, 1) by a hash of the name: a file stays in its split when others come or go."""
+    """A hash of the name in [0, 1): a file stays in its split when others are added or removed."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def stdlib_sources(dataset):
-    """The standard library's .py files, without tests, installed packages and caches, sorted: val, and the half to
-    fine-tune on (stdlib) or the one that the bundled model is pretrained on (stdlib_pretrain)."""
+    """The standard library's .py files, without tests, installed packages and caches, sorted: those of val, and the half
+    for fine-tuning (stdlib) or for pretraining the bundled model (stdlib_pretrain)."""
     root = sysconfig.get_path("stdlib")
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     begin, end = STDLIB_SHARES[dataset]
@@ -120,8 +120,8 @@ def local_source(name, path):
 def hub_sources(repo, split, folder):
     """A hub data set's files of the split, in their order. UserError.
 
-    `datasets` no longer runs loading scripts: where a repository holds nothing else, the files are those of the hub's
-    own conversion to parquet."""
+    `datasets` no longer runs loading scripts. For a repository that holds nothing else, take the hub's own conversion
+    to parquet."""
     from huggingface_hub import constants
 
     repo, _, revision = repo.partition("@")
@@ -163,7 +163,7 @@ def hub_rows(repo, revision, folder):
 
 
 def fetch(source):
-    """The path in the cache of a file on a hub. UserError."""
+    """The path of a hub file in the local cache. UserError."""
     import huggingface_hub as hub
     from huggingface_hub import constants
 
@@ -183,8 +183,8 @@ def fetch(source):
 
 
 def read_rows(source, column, eot, are_windows):
-    """Yields the rows of a file, a Piece each. column: of the documents, "": text, or input_ids; are_windows: whether
-    rows of ids are windows of a stream of documents, None: as windows_or_documents finds. UserError."""
+    """Yields a Piece for each row of a file. column: "" for text, or input_ids if there is no text; are_windows: rows of
+    ids are windows of a stream (True), documents (False), or what windows_or_documents finds (None). UserError."""
     path = source.fetch()
     with reading(source.name):
         names = next(batches(source, path, None), [])
@@ -216,8 +216,8 @@ def read_rows(source, column, eot, are_windows):
 
 
 def batches(source, path, wanted):
-    """Yields a file's rows as pyarrow's record batches or tables of the wanted columns; wanted None: the names of its
-    columns. Parquet goes to pyarrow itself, as importing `datasets` takes seconds."""
+    """Yields a file's rows as pyarrow record batches or tables of the wanted columns; with None, the names of its
+    columns. pyarrow reads parquet itself, because importing `datasets` takes seconds."""
     if source.rows_format == "parquet":
         import pyarrow.parquet as pq
 
@@ -230,7 +230,7 @@ def batches(source, path, wanted):
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    # mixed types are an error, not JSON in the text's place; an empty cell or "NA" is text
+    # mixed types are an error, not JSON in place of the text; an empty cell or "NA" is text
     options = dict(json=dict(on_mixed_types=None), csv=dict(keep_default_na=False)).get(source.rows_format, {})
     stream = datasets.load_dataset(source.rows_format, data_files=os.path.abspath(path), split="train",
                                    streaming=True, **options)
@@ -241,8 +241,8 @@ def batches(source, path, wanted):
 
 
 def windows_or_documents(rows, eot):
-    """Whether rows of ids are windows, cut from a stream of documents, or documents. Windows hold end-of-text anywhere
-    and most have one length; documents have any length. ValueError where the rows say neither or both."""
+    """True if rows of ids are windows cut from a stream, False if they are documents. Windows have end-of-text anywhere
+    and mostly one length; documents have any length. ValueError if the rows look like neither or both."""
     lengths, marked, inside = [], True, False
     for ids in filter(None, rows):
         lengths.append(len(ids))
@@ -263,8 +263,8 @@ def windows_or_documents(rows, eot):
 
 def read_text(source, val, seam):
     """Yields a text file in Pieces of about PIECE bytes, so that a file of any size fits into memory. They begin at
-    seams, so that their tokens are those of the whole. val: True or False, or the share at the end of the file that
-    is a document of its own, for val. UserError."""
+    seams, so that their tokens are the whole text's. val: True, False, or the share of the file, at its end, that
+    becomes a val document. UserError."""
     with reading(source.name), open_text(source.path) as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(0)
@@ -272,8 +272,8 @@ def read_text(source, val, seam):
         if b"\0" in head or BINARY.match(head):
             raise ValueError("it is not text: it holds zero bytes, or begins like a packed file or a PDF")
         if seam is NO_SEAM and size > LARGEST_WHOLE:
-            raise ValueError(f"it has {size:,} bytes, and this tokenizer takes a text of {LARGEST_WHOLE:,} at most, "
-                             "as it needs all of it in memory: give it as several files, or as rows")
+            raise ValueError(f"it has {size:,} bytes, and this tokenizer takes at most {LARGEST_WHOLE:,}, because it "
+                             "needs the whole text in memory: give it as several files, or as rows")
         documents = [(0, size, val)]
         if isinstance(val, float):
             border = val_border(f, size, val, GPT2_SEAM if seam is NO_SEAM else seam)
@@ -303,7 +303,7 @@ def open_text(path):
 
 
 def val_border(f, size, share, seam):
-    """Where the last share begins: not within a token or, where there is no seam, within a letter."""
+    """The byte at which the last share begins: at a seam or, if there is none, not within a UTF-8 character."""
     border = size - int(size * share)
     f.seek(border)
     ahead = f.read(PIECE)

@@ -220,7 +220,7 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(run, tmp_path
     assert "Traceback" not in text
     assert os.listdir("data") == [".cut.unfinished"]
     if kind != signal.SIGKILL:
-        assert "the same command goes on" in text.splitlines()[-1]
+        assert "the same command continues" in text.splitlines()[-1]
     whole = {path: path.stat().st_mtime_ns for path in half.glob("[0-9a-f]*.npy")}
     assert 3 <= len(whole) < 30
 
