@@ -76,8 +76,8 @@ def place(name):
 
 
 def stdlib_sources(dataset):
-    """The standard library's .py files, without tests, installed packages and caches, sorted: those of val, and the half
-    for fine-tuning (stdlib) or for pretraining the bundled model (stdlib_pretrain)."""
+    """The standard library's .py files, without tests, installed packages and caches, sorted: those of val, and the
+    half for fine-tuning (stdlib) or for pretraining the bundled model (stdlib_pretrain)."""
     root = sysconfig.get_path("stdlib")
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     begin, end = STDLIB_SHARES[dataset]
@@ -183,8 +183,8 @@ def fetch(source):
 
 
 def read_rows(source, column, eot, are_windows):
-    """Yields a Piece for each row of a file. column: "" for text, or input_ids if there is no text; are_windows: rows of
-    ids are windows of a stream (True), documents (False), or what windows_or_documents finds (None). UserError."""
+    """Yields a Piece for each row of a file. column: "" for text, or input_ids if there is no text; are_windows: rows
+    of ids are windows of a stream (True), documents (False), or what windows_or_documents finds (None). UserError."""
     path = source.fetch()
     with reading(source.name):
         names = next(batches(source, path, None), [])
