@@ -305,3 +305,33 @@ def own_model(tmp_path_factory):
     config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END)
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return str(directory)
+
+
+# --- a model without LayerNorm, and a finished run of a removal
+
+
+@pytest.fixture
+def removed():
+    """The bundled model without LayerNorm, untrained: its constants are those of a few random bytes."""
+    from model import GPT
+
+    model = GPT.from_pretrained(TINY).eval()
+    model.measure_std(torch.randint(0, 256, (2, 64)))
+    return set_all_fake(model)
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def demo(run, stdlib, trained_once):
+    """out/demo, a short removal, and out/demo_control, both at a rate that moves the weights little."""
+    if not os.listdir(trained_once):
+        rate = ["--learning_rate=1e-5", "--min_lr=1e-5"]
+        assert run("train.py", *SHORT, *rate, f"--ln_schedule={SCHEDULE}", "--out_dir=out/demo").code == 0
+        assert run("train.py", *SHORT, *rate, "--out_dir=out/demo_control").code == 0
+        shutil.copytree("out", trained_once / "out")
+    else:
+        shutil.copytree(trained_once / "out", "out")
