@@ -23,26 +23,15 @@ def logits_of(model, idx):
     """Of our GPT, of transformers' and of TransformerLens's."""
     with torch.no_grad():
         out = model(idx)
-    if hasattr(out, "logits"):
-        return out.logits
-    if isinstance(out, tuple):
-        return out[0]
-    return out
+    return out if isinstance(out, torch.Tensor) else out.logits if hasattr(out, "logits") else out[0]
 
 
 @pytest.fixture
-def removed(ln_free_run):
-    """The bundled model without LayerNorm."""
-    return GPT.from_pretrained(ln_free_run + "/model").eval()
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
+def small(tmp_path):
     """GPT-2 small's shape, random, all sites fake. ln_1v's constants are measured after ln_1qk's, on another
     batch."""
-    folder = tmp_path_factory.mktemp("small")
-    random_hf(**SMALL).save_pretrained(folder)
-    model = GPT.from_pretrained(folder).eval()
+    random_hf(**SMALL).save_pretrained(tmp_path / "small")
+    model = GPT.from_pretrained(tmp_path / "small").eval()
     for kind, length in (("ln_1qk", 32), ("ln_1v", 64)):
         model.measure_std(torch.randint(0, 50000, (2, length)))
         for layer in range(12):
@@ -58,50 +47,44 @@ def plain(model, folder):
     return GPT2LMHeadModel.from_pretrained(folder).eval()
 
 
+FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+
+
 # --- the forms
 
 
-@pytest.mark.parametrize("which", [
-    "removed",
-    pytest.param("small", marks=pytest.mark.slow),
-])
-def test_every_form_has_the_same_logits(which, request, tmp_path, gpt2_tokenizer):
-    model = request.getfixturevalue(which)
+def assert_every_form_has_the_logits_of(model, tmp_path, atol):
     idx = torch.randint(0, 256, (2, 60))
     idx[0, 9] = model.config.eot
     expected = logits_of(model, idx)
-
-    torch.testing.assert_close(logits_of(model.fold(), idx), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits_of(plain(model, tmp_path), idx), expected, atol=1e-3, rtol=0)
-    again = GPT.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(logits_of(again, idx), expected, atol=1e-4, rtol=0)
+    hf = plain(model, tmp_path / "plain")
+    assert read_json(tmp_path / "plain/config.json")["model_type"] == "gpt2"
+    again = GPT.from_pretrained(tmp_path / "plain").eval()
     assert again.ln_free()
-    assert read_json(tmp_path / "config.json")["model_type"] == "gpt2"
+    for form in (model.fold(), hf, again, export.to_bridge(model)):
+        torch.testing.assert_close(logits_of(form, idx), expected, atol=atol, rtol=0)
 
-    torch.testing.assert_close(logits_of(export.to_bridge(model), idx), expected, atol=1e-4, rtol=0)
+
+def test_every_form_has_the_same_logits_also_of_a_published_ln_free_model(removed, tmp_path, gpt2_tokenizer):
+    """Those are like apollo-research/gpt2_noLN: layer_norm_epsilon 1e12 and weights times 1e6."""
+    assert_every_form_has_the_logits_of(removed, tmp_path, 2e-4)
+    published = GPT.from_pretrained(tmp_path / "plain").eval()
+    assert_every_form_has_the_logits_of(published, tmp_path / "published", 2e-4)
 
 
 @pytest.mark.slow
-def test_the_plain_form_holds_in_bfloat16(small, tmp_path):
+def test_forms_of_gpt2_smalls_shape_have_the_same_logits_and_the_plain_one_holds_in_bfloat16(
+    small, tmp_path, gpt2_tokenizer
+):
     """What bfloat16 changes is no more than on an ordinary GPT-2 of the same weights."""
+    assert_every_form_has_the_logits_of(small, tmp_path, 1e-3)
     idx = torch.randint(0, 50000, (1, 60))
 
     def change(hf):
         in_bfloat16 = logits_of(hf.bfloat16(), idx).float()
         return (in_bfloat16 - logits_of(hf.float(), idx)).abs().max()
 
-    ordinary = random_hf(**SMALL)
-    assert change(plain(small, tmp_path)) < 3 * change(ordinary)
-
-
-def test_published_ln_free_models_convert_to_all_forms(removed, tmp_path):
-    """Like apollo-research/gpt2_noLN: no LN-free flag, but layer_norm_epsilon 1e12 and weights times 1e6."""
-    plain(removed, tmp_path / "published")
-    published = GPT.from_pretrained(tmp_path / "published").eval()
-    idx = torch.randint(0, 256, (1, 60))
-    expected = logits_of(removed, idx)
-    for model in (published.fold(), plain(published, tmp_path / "again"), export.to_bridge(published)):
-        torch.testing.assert_close(logits_of(model, idx), expected, atol=2e-4, rtol=0)
+    assert change(plain(small, tmp_path / "plain")) < 3 * change(random_hf(**SMALL))
 
 
 # --- TransformerLens 4
@@ -144,42 +127,32 @@ def test_the_bridge_has_gpt2s_tokenizer_or_refuses_text(removed, gpt2_run):
     text = "Hello, naïve world"
     found = export.to_bridge(gpt2_run).to_tokens(text, prepend_bos=False)
     assert found.tolist() == [tiktoken.get_encoding("gpt2").encode_ordinary(text)]
-    with pytest.raises(AssertionError, match="without a tokenizer"):
+    with pytest.raises(AssertionError):
         export.to_bridge(removed).to_tokens(text)
 
 
-def test_hooks_of_the_bridge_change_the_logits_as_our_own_do(removed):
-    idx = torch.randint(0, 256, (1, 30))
-    bridge = export.to_bridge(removed)
-    off = ("blocks.1.hook_mlp_out", lambda value, hook: value * 0)
-    hooked = bridge.run_with_hooks(idx, fwd_hooks=[off])
-    removed.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: out * 0)
-    torch.testing.assert_close(hooked, logits_of(removed, idx), atol=1e-4, rtol=0)
-
-
-# --- nnsight
-
-
-def test_nnsight_reads_and_patches_the_folded_model(removed):
+def test_hooks_of_the_bridge_and_of_nnsight_change_the_logits_as_our_own_do(removed):
     from nnsight import NNsight
 
-    folded = removed.fold().eval()
     idx = torch.randint(0, 256, (1, 30))
-    traced = NNsight(folded)
+    traced = NNsight(removed.fold().eval())
     with traced.trace(idx):
         mlp = traced.transformer.h[1].mlp.output.save()
         logits = traced.output[0].save()
     with traced.trace(idx):
         traced.transformer.h[1].mlp.output[:] = 0
         patched = traced.output[0].save()
+    off = ("blocks.1.hook_mlp_out", lambda value, hook: value * 0)
+    hooked = export.to_bridge(removed).run_with_hooks(idx, fwd_hooks=[off])
     torch.testing.assert_close(logits, logits_of(removed, idx), atol=1e-4, rtol=0)
 
     seen = []
-    hook = folded.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: seen.append(out) or out * 0)
-    assert torch.equal(patched, logits_of(folded, idx))
-    assert torch.equal(mlp, seen[0])
-    assert not torch.equal(patched, logits)
-    hook.remove()
+    removed.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: seen.append(out) or out * 0)
+    expected = logits_of(removed, idx)
+    torch.testing.assert_close(hooked, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(patched, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(mlp, seen[0], atol=1e-4, rtol=0)
+    assert not torch.allclose(patched, logits, atol=0.1)
 
 
 # --- the files
@@ -205,9 +178,7 @@ def test_the_export_opens_in_a_pipeline_with_its_tokenizer(run, gpt2_run):
     os.makedirs("out/mine/.hf.unfinished/half")
     done = run("tools.export", "out/mine", "--to=hf")
     assert done.code == 0, done.text
-    files = ["README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors"]
-    files += ["tokenizer_config.json", "vocab.json"]
-    assert "out/mine/hf: " + ", ".join(files) in done.text
+    assert set(os.listdir("out/mine/hf")) == FILES | {"merges.txt", "tokenizer_config.json", "vocab.json"}
     assert sorted(os.listdir("out/mine")) == ["hf", "model"]
 
     text = "Hello, naïve world!  def f(x):\n\treturn x<|endoftext|>"
@@ -244,9 +215,7 @@ def test_an_eps_that_is_too_small_is_measured_and_refused_if_the_model_is_anothe
     off = (logits_of(hf, idx) - logits_of(gpt2_run, idx)).abs().max().item()
     assert within(done) == pytest.approx(off, rel=0.06)
 
-    refused = run("tools.export", "out/mine", "--eps=2", "--out=other")
-    off = float(re.search(r"off by (\S+): with --eps=2", refused.error)[1])
-    assert 0.1 < off < 10
+    assert "--eps=2" in run("tools.export", "out/mine", "--eps=2", "--out=other").error
     assert not os.path.exists("other")
 
 
@@ -313,23 +282,27 @@ metric_list: [{{metric: acc}}]
 # --- bad input
 
 
-def test_a_model_that_is_not_ln_free_is_refused_with_the_reasons(run, removed):
+def test_a_model_that_is_not_ln_free_or_finite_is_refused(run, removed):
     removed.set_ln_mode("ln_2", 3, "real")
     removed.save_pretrained("half/model")
-    assert "h.3.ln_2 is still real" in run("tools.export", "half").error
     os.mkdir("unfinished")
     checkpoint.save("unfinished", 1, removed, [], dict(init_from="scratch", ln_schedule=[]))
-    assert "h.3.ln_2 is still real" in run("tools.export", "unfinished").error
     removed.set_ln_mode("ln_2", 3, "fake")
     removed.set_treatment("bos", True)
     removed.save_pretrained("treated")
-    assert "the bos treatment is still on" in run("tools.export", "treated").error
-    assert "h.0.ln_1qk is still real, h.0.ln_1v is still real" in run("tools.export", TINY).error
-    removed.transformer.wpe.weight.data[3] = float("nan")
     removed.set_treatment("bos", False)
+    removed.transformer.wpe.weight.data[3] = float("nan")
     removed.save_pretrained("bad")
-    assert "not finite" in run("tools.export", "bad").error
-    assert sorted(os.listdir()) == ["bad", "half", "treated", "unfinished"]
+    before = sorted(os.listdir())
+    for source, named in (
+        ("half", "h.3.ln_2"),
+        ("unfinished", "h.3.ln_2"),
+        ("treated", "bos"),
+        ("bad", "not finite"),
+        (TINY, "h.0.ln_1qk is still real, h.0.ln_1v is still real"),
+    ):
+        assert named in run("tools.export", source).error
+    assert sorted(os.listdir()) == before
 
 
 @pytest.mark.parametrize("args, named", [
@@ -375,7 +348,7 @@ def test_push_asks_and_uploads_what_was_written(removed, tmp_path):
         yes = push("y\n", "secret", "yes")
         assert yes.code == 0, yes.text
         uploaded = hub.uploaded["org/mine"]
-        assert uploaded.keys() == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+        assert uploaded.keys() == FILES
         for name, content in uploaded.items():
             assert (tmp_path / "yes" / name).read_bytes() == content
 
