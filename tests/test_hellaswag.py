@@ -111,11 +111,6 @@ def test_position_0_keeps_its_constant_with_fake_sites_and_the_bos_treatment(rem
     assert np.allclose(found, sums, rtol=1e-5, atol=1e-3)
 
 
-def test_an_unknown_tokenizer_is_refused(run, own_file):
-    random_hf().save_pretrained("other")
-    assert "other" in run(*EVAL, "--models=other").error
-
-
 # --- the file
 
 

@@ -188,6 +188,7 @@ def test_a_document_is_taken_whole_whatever_truncation_the_file_asks_for(own_mod
 
 
 WHOLE = byte_level().to_str()
+WITHOUT_UNKNOWN = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="?")).to_str()
 
 
 @pytest.mark.parametrize("files", [
@@ -197,6 +198,9 @@ WHOLE = byte_level().to_str()
     {"tokenizer.json": "{"},
     {"tokenizer.json": WHOLE, "tokenizer_config.json": '{"tokenizer_class": "BertTokenizer"}'},
     {"tokenizer.json": WHOLE, "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'},  # no end
+    {"tokenizer.json": WITHOUT_UNKNOWN, "tokenizer_config.json": '{"eos_token": "a"}'},
+    {"tokenizer.json": tokenizers.Tokenizer(models.BPE()).to_str(), "tokenizer_config.json": '{"eos_token": "a"}'},
+    {"tokenizer.json": tokenizers.Tokenizer(models.Unigram()).to_str(), "tokenizer_config.json": '{"eos_token": "a"}'},
     {"tokenizer.json": WHOLE, "added_tokens.json": '{"<|user|>": 295}'},  # not the next id
     {"tokenizer.json": WHOLE, "added_tokens.json": json.dumps({f"<{i}>": NEXT + i for i in range(21)})},  # 301 ids
 ])
@@ -205,15 +209,7 @@ def test_what_can_not_be_read_as_transformers_does_is_refused(tmp_path, files):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=str(tmp_path)):
-        tokenizer_of(SimpleNamespace(config=SimpleNamespace(vocab_size=300, eot=299)), str(tmp_path))
-
-
-@pytest.mark.parametrize("broken", [models.WordLevel({"a": 0}, unk_token="?"), models.BPE(), models.Unigram()])
-def test_without_an_unknown_token_or_a_vocabulary_it_is_one_line(tmp_path, broken):
-    tokenizers.Tokenizer(broken).save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a"}')
-    with pytest.raises(UserError, match="tokenizer.json"):
-        make_tokenizer(str(tmp_path)).encode("a b")
+        tokenizer_of(SimpleNamespace(config=SimpleNamespace(vocab_size=300, eot=299)), str(tmp_path)).encode("a b")
 
 
 @pytest.mark.parametrize("vocab_size, eot, name", [
