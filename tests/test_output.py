@@ -45,6 +45,7 @@ def test_the_bar_shows_loss_and_speed_at_80_columns(run, stdlib):
         assert bar.split("MFU ")[1].rstrip("\x1b[A").rstrip().endswith("%")
 
 
+@pytest.mark.slow
 def test_each_command_says_the_next_one(run, stdlib, tmp_path):
     """Followed as printed, from the data to an export."""
     os.symlink(os.path.join(REPO, "config"), tmp_path / "config")
