@@ -312,11 +312,15 @@ def own_model(tmp_path_factory):
 
 @pytest.fixture
 def removed():
-    """The bundled model without LayerNorm, untrained: its constants are those of a few random bytes."""
+    """The bundled model without LayerNorm, untrained: its constants are those of random bytes, ln_1v's of others than
+    ln_1qk's."""
     from model import GPT
 
     model = GPT.from_pretrained(TINY).eval()
-    model.measure_std(torch.randint(0, 256, (2, 64)))
+    for kind, length in (("ln_1qk", 32), ("ln_1v", 64)):
+        model.measure_std(torch.randint(0, 256, (2, length)))
+        for layer in range(4):
+            model.set_ln_mode(kind, layer, "fake")
     return set_all_fake(model)
 
 
