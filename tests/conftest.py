@@ -310,18 +310,22 @@ def own_model(tmp_path_factory):
 # --- a model without LayerNorm, and a finished run of a removal
 
 
-@pytest.fixture
-def removed():
-    """The bundled model without LayerNorm, untrained: its constants are those of random bytes, ln_1v's of others than
+def without_layernorm(directory):
+    """Its model with all sites fake, untrained: the constants are those of random tokens, ln_1v's of others than
     ln_1qk's."""
     from model import GPT
 
-    model = GPT.from_pretrained(TINY).eval()
-    for kind, length in (("ln_1qk", 32), ("ln_1v", 64)):
+    model = GPT.from_pretrained(directory).eval()
+    for kind, length in (("ln_1qk", 16), ("ln_1v", 32)):
         model.measure_std(torch.randint(0, 256, (2, length)))
-        for layer in range(4):
+        for layer in range(model.config.n_layer):
             model.set_ln_mode(kind, layer, "fake")
     return set_all_fake(model)
+
+
+@pytest.fixture
+def removed():
+    return without_layernorm(TINY)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import REPO, SMALL, TINY, random_hf, read_json, run_alone, set_all_fake
+from conftest import REPO, SMALL, TINY, random_hf, read_json, run_alone, set_all_fake, without_layernorm
 from tiny_hub import serve
 from transformers import AutoTokenizer, GPT2LMHeadModel, pipeline
 
@@ -25,21 +25,6 @@ def logits_of(model, idx):
     with torch.no_grad():
         out = model(idx)
     return out if isinstance(out, torch.Tensor) else out.logits if hasattr(out, "logits") else out[0]
-
-
-@pytest.fixture
-def small(tmp_path):
-    """GPT-2 small's shape, random, all sites fake. ln_1v's constants are measured after ln_1qk's, on another
-    batch."""
-    random_hf(**SMALL).save_pretrained(tmp_path / "small")
-    model = GPT.from_pretrained(tmp_path / "small").eval()
-    for kind, length in (("ln_1qk", 32), ("ln_1v", 64)):
-        model.measure_std(torch.randint(0, 50000, (2, length)))
-        for layer in range(12):
-            model.set_ln_mode(kind, layer, "fake")
-    set_all_fake(model)
-    assert all(block.ln_1qk.avg_std != block.ln_1v.avg_std for block in model.transformer.h)
-    return model
 
 
 def plain(model, folder):
@@ -75,9 +60,11 @@ def test_every_form_has_the_same_logits_also_of_a_published_ln_free_model(remove
 
 @pytest.mark.slow
 def test_forms_of_gpt2_smalls_shape_have_the_same_logits_and_the_plain_one_holds_in_bfloat16(
-    small, tmp_path, gpt2_tokenizer
+    tmp_path, gpt2_tokenizer
 ):
     """What bfloat16 changes is no more than on an ordinary GPT-2 of the same weights."""
+    random_hf(**SMALL).save_pretrained(tmp_path / "small")
+    small = without_layernorm(tmp_path / "small")
     assert_every_form_has_the_logits_of(small, tmp_path, 1e-3)
     idx = torch.randint(0, 50000, (1, 60))
 
@@ -161,9 +148,8 @@ def test_hooks_of_the_bridge_and_of_nnsight_change_the_logits_as_our_own_do(remo
 def gpt2_run(run, gpt2_tokenizer):
     """out/mine, a run's folder with an LN-free random model of GPT-2's vocabulary."""
     random_hf(vocab_size=50257).save_pretrained("hf")
-    model = GPT.from_pretrained("hf").eval()
-    model.measure_std(torch.randint(0, 50000, (2, 64)))
-    set_all_fake(model).save_pretrained("out/mine/model")
+    model = without_layernorm("hf")
+    model.save_pretrained("out/mine/model")
     return model
 
 
