@@ -305,3 +305,41 @@ def own_model(tmp_path_factory):
     config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END)
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return str(directory)
+
+
+# --- a model without LayerNorm, and a finished run of a removal
+
+
+def without_layernorm(directory):
+    """Its model with all sites fake, untrained: the constants are those of random tokens, ln_1v's of others than
+    ln_1qk's."""
+    from model import GPT
+
+    model = GPT.from_pretrained(directory).eval()
+    for kind, length in (("ln_1qk", 16), ("ln_1v", 32)):
+        model.measure_std(torch.randint(0, 256, (2, length)))
+        for layer in range(model.config.n_layer):
+            model.set_ln_mode(kind, layer, "fake")
+    return set_all_fake(model)
+
+
+@pytest.fixture
+def removed():
+    return without_layernorm(TINY)
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def demo(run, stdlib, trained_once):
+    """out/demo, a short removal, and out/demo_control, both at a rate that moves the weights little."""
+    if not os.listdir(trained_once):
+        rate = ["--learning_rate=1e-5", "--min_lr=1e-5"]
+        assert run("train.py", *SHORT, *rate, f"--ln_schedule={SCHEDULE}", "--out_dir=out/demo").code == 0
+        assert run("train.py", *SHORT, *rate, "--out_dir=out/demo_control").code == 0
+        shutil.copytree("out", trained_once / "out")
+    else:
+        shutil.copytree(trained_once / "out", "out")

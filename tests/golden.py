@@ -9,29 +9,22 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 
 import soak
+from conftest import REPO, TINY, read_log
 
 STEPS = 30  # ln_2 goes in all layers, and ln_1qk in the first
 
 
-def losses(*flags):
+def losses():
     """In the working folder, where soak.write_text has been."""
-    config = os.path.join(soak.REPO, "config/remove_ln_tiny.py")
-    flags = [f"--init_from={soak.REPO}/assets/tiny", "--dataset=text", "--dtype=float32", "--eval_iters=1", *flags]
-    command = [sys.executable, os.path.join(soak.REPO, "train.py"), config, *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    found = []
-    while len(found) < STEPS and process.poll() is None:
-        time.sleep(0.5)
-        if os.path.exists("out/remove_ln_tiny/log.jsonl"):
-            with open("out/remove_ln_tiny/log.jsonl") as f:
-                entries = [json.loads(line) for line in f if line.endswith("\n")]
-            found = [entry["loss"] for entry in entries if "loss" in entry]
-    process.kill()
-    process.wait()
-    return found[:STEPS]
+    flags = [f"--init_from={TINY}", "--dataset=text", "--dtype=float32", "--eval_iters=1", "--log_interval=1"]
+    command = [sys.executable, f"{REPO}/train.py", f"{REPO}/config/remove_ln_tiny.py", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith(f"step {STEPS:6}  "):
+                process.terminate()
+    return read_log("out/remove_ln_tiny", "loss")[:STEPS]
 
 
 if __name__ == "__main__":

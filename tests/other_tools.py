@@ -8,23 +8,19 @@ README's table says with which releases they passed.
 """
 import pytest
 import torch
-from conftest import set_all_fake
+from conftest import without_layernorm
 from transformers import GPT2LMHeadModel
 
-from model import GPT
 from parts.tokenizer import copy_tokenizer
 from tools import export
-
-PROMPT = "def read(self, size):\n    return self"
 
 
 @pytest.fixture
 def removed(own_model):
     """A random model of 3 layers with a byte-level BPE of its own; LN-free."""
-    model = GPT.from_pretrained(own_model).eval()
-    model.measure_std(torch.randint(0, 299, (2, 32)))
+    model = without_layernorm(own_model)
     model.config.eot = 0
-    return set_all_fake(model)
+    return model
 
 
 @pytest.fixture

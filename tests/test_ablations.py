@@ -12,8 +12,6 @@ from conftest import REPO, default_settings
 from dev import ablations
 from schedule import timeline
 
-texts = runpy.run_path(os.path.join(REPO, "dev", "testbed", "texts.py"))
-
 
 def test_each_package_is_pinned_and_on_one_side():
     with open(os.path.join(REPO, "dev", "testbed", "packages.txt")) as f:
@@ -31,6 +29,7 @@ def test_a_wheel_gives_its_source_without_tables_and_other_encodings(tmp_path):
         archive.writestr("a/empty.py", "")
         archive.writestr("a/latin.py", "é".encode("latin-1"))
         archive.writestr("a/data.txt", "x")
+    texts = runpy.run_path(os.path.join(REPO, "dev", "testbed", "texts.py"))
     assert list(texts["sources"](tmp_path / "a.whl")) == [("a/good.py", "x = 'é'\n")]
 
 
@@ -42,8 +41,7 @@ def test_every_run_of_the_table_has_settings_that_train_py_knows():
 
 
 def test_orders_are_changes_of_the_configs_own_rows():
-    config = runpy.run_path(os.path.join(REPO, ablations.CONFIG))
-    assert ablations.RECIPE == config["ln_schedule"]
+    assert ablations.RECIPE == runpy.run_path(os.path.join(REPO, ablations.CONFIG))["ln_schedule"]
     for rows in ablations.ORDERS.values():
         assert len(timeline(rows, n_layer=4, max_iters=150)) == 3 * 4 + 3
     steps = {(kind, layer): step for step, kind, layer in timeline(ablations.RECIPE, 4, 10_000)}
@@ -53,21 +51,20 @@ def test_orders_are_changes_of_the_configs_own_rows():
 
 def test_the_table_has_means_over_seeds_and_the_gap_to_the_best_model_with_ln(run):
     """The best one is chosen on `choose`, and the gap is on `report`, over the seeds that both have."""
-    rows = [  # name, steps, seed, loss on choose, loss on report
-        ("recipe", 300, 1, 3.30, 3.50),
-        ("recipe", 300, 2, 3.32, 3.56),
-        ("control a", 300, 1, 3.20, 3.45),
-        ("control a", 300, 2, 3.22, 3.47),
-        ("control a", 300, 3, 3.24, 9.99),
-        ("control b", 300, 1, 3.25, 3.00),  # better on report alone
-        ("recipe", 150, 1, 3.40, 3.60),
-    ]
     with open("mine.csv", "w") as f:
         writer = csv.DictWriter(f, ablations.FIELDS)
         writer.writeheader()
-        for name, steps, seed, choose, report in rows:
-            numbers = {key: 0.5 for key in ablations.NUMBERS} | dict(choose_loss=choose, report_loss=report)
-            writer.writerow(dict(name=name, steps=steps, seed=seed) | numbers)
+        for name, steps, seed, choose, report in (
+            ("recipe", 300, 1, 3.30, 3.50),
+            ("recipe", 300, 2, 3.32, 3.56),
+            ("control a", 300, 1, 3.20, 3.45),
+            ("control a", 300, 2, 3.22, 3.47),
+            ("control a", 300, 3, 3.24, 9.99),
+            ("control b", 300, 1, 3.25, 3.00),  # better on report alone
+            ("recipe", 150, 1, 3.40, 3.60),
+        ):
+            losses = dict(choose_loss=choose, report_loss=report)
+            writer.writerow(dict(name=name, steps=steps, seed=seed) | dict.fromkeys(ablations.NUMBERS, 0.5) | losses)
     done = run("dev.ablations", "--show", "--path=mine.csv")
     assert done.code == 0, done.text
     _, *lines = done.text.strip("\n").splitlines()
@@ -77,10 +74,7 @@ def test_the_table_has_means_over_seeds_and_the_gap_to_the_best_model_with_ln(ru
     assert lines[3].split() == ["recipe", "150", "1", "3.4000", "3.6000", "0.5000", "0.5"]
 
 
-def test_a_name_that_no_run_has(run):
+def test_a_name_that_no_run_has_and_a_testbed_that_is_not_there(run):
+    assert "out/testbed/model" in run("dev.ablations").error
     os.makedirs("out/testbed/model")
     assert "recipes" in run("dev.ablations", "--only=recipes").error
-
-
-def test_without_the_testbed_nothing_is_run(run):
-    assert "out/testbed/model" in run("dev.ablations").error

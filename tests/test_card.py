@@ -8,50 +8,56 @@ import re
 import huggingface_hub as hub
 import pytest
 import torch
-from conftest import random_hf, run_alone, set_all_fake
+from conftest import random_hf, run_alone, without_layernorm
 from tiny_hub import serve
 
 from model import GPT
 from parts.run import weights_sha256
 
 
-def save_run(vocab_size):
-    """hf, a random GPT-2, and out/mine, a run's folder with the same model, LN-free."""
-    random_hf(vocab_size=vocab_size).save_pretrained("hf")
-    model = GPT.from_pretrained("hf").eval()
-    model.measure_std(torch.randint(0, vocab_size - 1, (2, 64)))
-    set_all_fake(model).save_pretrained("out/mine/model")
-    return model
-
-
 @pytest.fixture
-def gpt2_run(run, gpt2_tokenizer):
-    return save_run(50257)
+def save_run(run):
+    """save_run(vocab_size): hf, a random GPT-2, and out/mine, a run's folder with the same model, LN-free."""
+
+    def save_run(vocab_size=300):
+        random_hf(vocab_size=vocab_size, n_layer=2).save_pretrained("hf")
+        model = without_layernorm("hf")
+        model.save_pretrained("out/mine/model")
+        return model
+
+    return save_run
 
 
-@pytest.fixture
-def bare_run(run):
-    """Of a model without a tokenizer."""
-    return save_run(300)
+def read_card(directory):
+    with open(directory + "/README.md") as f:
+        return f.read()
 
 
 def run_lines(directory, until="```"):
     """The names that the card's Python leaves."""
-    with open(directory + "/README.md") as f:
-        code = re.search(r"```python\n(.*?)```", f.read(), re.DOTALL)[1]
+    code = re.search(r"```python\n(.*?)```", read_card(directory), re.DOTALL)[1]
     names = {}
     exec(code.partition(until)[0], names)
     return names
 
 
-def test_the_lines_of_the_plain_form_open_it_in_every_tool(run, gpt2_run):
+def head(directory):
+    return hub.ModelCard.load(directory + "/README.md").data
+
+
+# --- its lines
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_plain_form_open_it_in_every_tool(run, save_run, gpt2_tokenizer):
+    model = save_run(50257)
     assert run("tools.export", "out/mine", "--to=hf").code == 0
     found = run_lines("out/mine/hf")
 
     text = "Once upon a time"
     with torch.no_grad():
         ids = found["bridge"].to_tokens(text, prepend_bos=False)
-        expected = gpt2_run(ids)[0]
+        expected = model(ids)[0]
         torch.testing.assert_close(found["model"](ids).logits, expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(found["bridge"](ids), expected, atol=1e-4, rtol=0)
     with found["traced"].trace(text):
@@ -65,13 +71,14 @@ def test_the_lines_of_the_plain_form_open_it_in_every_tool(run, gpt2_run):
     ("hf", "transformers"),
     ("folded", None),  # `make test-tl3` runs its lines for TransformerLens 3
 ])
-def test_the_lines_of_a_form_without_tokenizer_take_token_ids(run, bare_run, to, library):
+def test_the_lines_of_a_form_without_tokenizer_take_token_ids(run, save_run, to, library):
+    model = save_run()
     assert run("tools.export", "out/mine", f"--to={to}").code == 0
     assert head(f"out/mine/{to}").library_name == library
     found = run_lines(f"out/mine/{to}", until="from tools.export import to_hooked")
     ids = torch.randint(0, 299, (1, 20))
     with torch.no_grad():
-        expected = bare_run(ids)[0]
+        expected = model(ids)[0]
         with found["traced"].trace(ids):
             logits = found["traced"].output[0].save()
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
@@ -82,31 +89,26 @@ def test_the_lines_of_a_form_without_tokenizer_take_token_ids(run, bare_run, to,
 # --- the hub's metadata
 
 
-def head(directory):
-    return hub.ModelCard.load(directory + "/README.md").data
-
-
 def write_json(path, content):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as f:
         json.dump(content, f)
 
 
-def write_run(**settings):
+def write_run(sha256=None, **settings):
+    """The settings of out/mine, and the table of its weights or of those with sha256."""
     write_json("out/mine/settings.json", settings | dict(ln_schedule=[], seed=1234))
-    write_table(weights_sha256(GPT.from_pretrained("out/mine/model")))
-
-
-def write_table(sha256):
     rows = [
         dict(dataset="owt", role="control", loss=2.989, loss_se=0.002, gap=None),
         dict(dataset="owt", role="ln_free", loss=3.014, loss_se=0.002, gap=0.025, gap_se=0.001),
     ]
+    sha256 = sha256 or weights_sha256(GPT.from_pretrained("out/mine/model"))
     write_json("out/mine/eval.json", dict(rows=rows, weights_sha256={"out/mine": sha256}))
 
 
-def test_base_model_license_data_and_loss_stand_in_the_hubs_own_fields(gpt2_run, tmp_path):
+def test_base_model_license_data_and_loss_stand_in_the_hubs_own_fields(save_run, tmp_path):
     """The license is the original's, from its card on the hub."""
+    save_run()
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo/README.md").write_text("---\nlicense: mit\n---\n# GPT-2\n")
     write_json("data/owt/meta.json", dict(source="Skylion007/openwebtext train"))
@@ -116,11 +118,9 @@ def test_base_model_license_data_and_loss_stand_in_the_hubs_own_fields(gpt2_run,
         done = run_alone("tools.export", "out/mine", "--to=hf", env=env)
     assert done.code == 0, done.text
     data = head("out/mine/hf")
-    assert data.base_model == "openai-community/gpt2"
-    assert data.license == "mit"
-    assert data.datasets == ["Skylion007/openwebtext"]
-    assert data.library_name == "transformers"
-    assert data.metrics == ["cross-entropy"]
+    assert (data.base_model, data.license, data.datasets) == (
+        "openai-community/gpt2", "mit", ["Skylion007/openwebtext"])
+    assert (data.library_name, data.metrics) == ("transformers", ["cross-entropy"])
     (result,) = data.eval_results
     assert (result.dataset_type, result.dataset_name) == ("Skylion007/openwebtext", "owt")
     assert (result.metric_type, result.metric_value) == ("cross-entropy", 3.014)
@@ -131,31 +131,27 @@ def test_base_model_license_data_and_loss_stand_in_the_hubs_own_fields(gpt2_run,
     ("---\nlicense: [mit\n---\n", None),
     ("no head", None),
 ])
-def test_of_a_model_and_text_of_ones_own_the_card_has_what_is_known(run, bare_run, tmp_path, card, license):
+def test_of_a_model_and_text_of_ones_own_the_card_has_what_is_known(run, save_run, tmp_path, card, license):
     """The license in the card beside the original; no base_model and no data set, which the hub would look for."""
+    save_run()
     (tmp_path / "hf/README.md").write_text(card)
     write_json("data/text/meta.json", dict(source="texts/*.txt"))
     write_run(init_from=str(tmp_path / "hf"), dataset="text")
     assert run("tools.export", "out/mine", "--to=hf").code == 0
     data = head("out/mine/hf")
-    assert data.license == license
-    assert data.base_model is None
-    assert data.datasets is None
+    assert (data.license, data.base_model, data.datasets) == (license, None, None)
 
 
-def test_the_evaluation_is_shown_if_it_is_of_these_weights(run, bare_run, tmp_path):
+def test_the_evaluation_is_shown_if_it_is_of_these_weights(run, save_run):
     """That of other weights stays in the folder of a run that was repeated with --force. Without a network, the
     license is left out."""
+    save_run()
     write_run(init_from="gpt2", dataset="text")
     assert run("tools.export", "out/mine", "--to=hf").code == 0
-    text = (tmp_path / "out/mine/hf/README.md").read_text()
-    assert "| owt | LN-free | 3.0140 ± 0.0020 | +0.0250 ± 0.0010 |" in text
-    assert "seed = 1234" in text
-    data = head("out/mine/hf")
-    assert data.base_model == "openai-community/gpt2"
-    assert data.license is None
+    assert "| owt | LN-free | 3.0140 ± 0.0020 | +0.0250 ± 0.0010 |" in read_card("out/mine/hf")
+    assert "seed = 1234" in read_card("out/mine/hf")
+    assert (head("out/mine/hf").base_model, head("out/mine/hf").license) == ("openai-community/gpt2", None)
 
-    write_table("0" * 64)
-    done = run("tools.export", "out/mine", "--to=folded")
-    assert "out/mine/eval.json is of other weights" in done.text
-    assert "3.0140" not in (tmp_path / "out/mine/folded/README.md").read_text()
+    write_run("0" * 64, init_from="gpt2", dataset="text")
+    assert "note: " in run("tools.export", "out/mine", "--to=folded").text
+    assert "3.0140" not in read_card("out/mine/folded")

@@ -1,6 +1,6 @@
 """
-eval.py: its losses, errors and divergences are those of transformers' logits and plain arithmetic; a user's mistake is
-one line; tables fit into 80 columns.
+eval.py: its losses, errors, divergences and residual stds are those of transformers and plain arithmetic; --verify
+finds whatever still divides by a std; a user's mistake is one line; tables fit into 80 columns.
 """
 import hashlib
 import math
@@ -12,18 +12,19 @@ import pytest
 import torch
 from conftest import TINY, even_windows, random_hf, read_json, set_all_fake
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from eval import open_candidate
 from model import GPT
 from parts.compare import compare, divergences, mean_and_error
 from parts.loss import token_losses
+from parts.residual import residual_stats
+from parts.verify import problems
 
 
 @torch.no_grad()
 def logits_of_transformers(directory, windows):
     """Windows (n, T + 1) -> (n, T, vocab)."""
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(directory).eval()(windows[:, :-1]).logits
 
 
@@ -38,22 +39,31 @@ def losses_of(logits, windows):
     return cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
 
 
+@pytest.fixture
+def rows_of(run):
+    """rows_of(args...): the rows of eval.py's JSON."""
+
+    def rows_of(*args):
+        done = run("eval.py", *args, "--json=rows.json")
+        assert done.code == 0, done.text
+        return read_json("rows.json")["rows"]
+
+    return rows_of
+
+
 # --- cross-entropy
 
 
-def test_loss_and_errors_against_transformers(run, stdlib):
+def test_loss_and_errors_against_transformers(rows_of, stdlib):
     other = GPT.from_pretrained(TINY)
     with torch.no_grad():
         for p in other.parameters():
             p.add_(0.02 * torch.randn_like(p))
     other.save_pretrained("out/other/model")
 
-    args = [f"--models={TINY},out/other", "--dataset=stdlib", "--tokens=2560", "--json=result.json"]
-    done = run("eval.py", *args)
+    rows = rows_of(f"--models={TINY},out/other", "--dataset=stdlib", "--tokens=2560")
 
-    assert done.code == 0, done.text
     windows = even_windows(10, 256)
-    rows = read_json("result.json")["rows"]
     for row, directory in zip(rows, (TINY, "out/other/model"), strict=True):
         losses = losses_of(logits_of_transformers(directory, windows), windows)
         by_window = losses.mean(1)
@@ -66,60 +76,41 @@ def test_loss_and_errors_against_transformers(run, stdlib):
         assert row["loss_by_position"] == pytest.approx(losses.mean(0).tolist(), abs=1e-4)
 
 
-def test_by_default_the_last_runs_three_models_stand_side_by_side(run, finished):
-    done = run("eval.py", "--tokens=2560", "--block_size=64", "--json=result.json")
+def test_by_default_the_last_runs_three_models_stand_side_by_side(rows_of, demo):
+    original, control, free = rows_of("--tokens=2560", "--block_size=64")
 
-    assert done.code == 0, done.text
-    original, control, free = read_json("result.json")["rows"]
     assert (original["role"], original["source"]) == ("original", TINY)
     assert (control["role"], control["source"]) == ("control", "out/demo_control")
     assert (free["role"], free["source"]) == ("ln_free", "out/demo")
-
     windows = even_windows(40, 64)
     losses = []  # of each model, by window
     for directory in (TINY, "out/demo_control/model", "out/demo/model"):
         losses.append(losses_of(logits_of_ours(directory, windows), windows).mean(1))
-    gap = losses[2] - losses[1]
-    assert free["gap"] == pytest.approx(gap.mean().item(), abs=1e-4)
+    assert original["gap"] is control["gap"] is original["to_original"] is None
     assert free["gap"] > 0.001
-    assert free["gap_se"] == pytest.approx(gap.std().item() / 40**0.5, rel=1e-2)
-    assert original["gap"] is None
-    assert control["gap"] is None
-    assert original["to_original"] is None
-    for row, apart in ((control, losses[1] - losses[0]), (free, losses[2] - losses[0])):
-        assert row["to_original"] == pytest.approx(apart.mean().item(), abs=1e-4)
-        assert row["to_original_se"] == pytest.approx(apart.std().item() / 40**0.5, rel=1e-2)
-
-    lines = done.text.splitlines()
-    header = [line.split() for line in lines].index(["original", "control", "LN-free"])
-    assert f"{free['loss']:.4f} ± {free['loss_se']:.4f}" in lines[header + 2]
-    assert f"{free['gap']:+.4f} ± {free['gap_se']:.4f}" in lines[header + 3]
+    for row, key, apart in (
+        (free, "gap", losses[2] - losses[1]),
+        (free, "to_original", losses[2] - losses[0]),
+        (control, "to_original", losses[1] - losses[0]),
+    ):
+        assert row[key] == pytest.approx(apart.mean().item(), abs=1e-4)
+        assert row[key + "_se"] == pytest.approx(apart.std().item() / 40**0.5, rel=1e-2)
 
 
-def test_nan_is_reported_and_not_averaged_away(run, stdlib):
+def test_nan_is_reported_and_not_averaged_away(rows_of, stdlib):
     model = GPT.from_pretrained(TINY)
     with torch.no_grad():
         model.transformer.wpe.weight[200] = 3e38  # overflows to NaN, which reaches all positions, as 0 times NaN is NaN
     model.save_pretrained("broken")
-
-    done = run("eval.py", f"--models={TINY},broken", "--tokens=512", "--json=result.json")
-
-    whole, broken = read_json("result.json")["rows"]
-    assert whole["nonfinite"] == 0
+    whole, broken = rows_of(f"--models={TINY},broken", "--tokens=512")
+    assert (whole["nonfinite"], broken["nonfinite"]) == (0, 512)
     assert 0 < whole["loss"] < 2
-    assert broken["nonfinite"] == 512
     assert broken["loss"] is None
-    (line,) = (line for line in done.text.splitlines() if line.startswith("tokens not finite"))
-    assert line.split()[-2:] == ["0", "512"]
-    assert "nan ± nan" in done.text
 
 
-def test_bfloat16_is_near_float32_and_is_not_float32(run, stdlib):
-    losses = []
-    for dtype in ("float32", "bfloat16"):
-        args = [f"--models={TINY}", "--tokens=2560", f"--dtype={dtype}", "--json=r.json"]
-        assert run("eval.py", *args).code == 0
-        losses.append(read_json("r.json")["rows"][0]["loss"])
+def test_bfloat16_is_near_float32_and_is_not_float32(rows_of, stdlib):
+    losses = [rows_of(f"--models={TINY}", "--tokens=2560", f"--dtype={dtype}")[0]["loss"]
+              for dtype in ("float32", "bfloat16")]
     assert losses[1] == pytest.approx(losses[0], abs=0.02)
     assert losses[0] != losses[1]
 
@@ -145,15 +136,9 @@ def test_under_bfloat16_the_unembedding_and_the_loss_are_in_float32():
 
 
 def test_a_mean_and_its_error_by_hand():
-    mean, error = mean_and_error(np.array([1, 2, 3, 6]))
-    assert mean == 3
     # squares of -2, -1, 0 and 3 over 4 - 1, and then over the 4 windows
-    assert error == pytest.approx((14 / 3 / 4) ** 0.5)
-
-    mean, error = mean_and_error(np.array([1.5]))
-    assert mean == 1.5
-    assert math.isnan(error)
-
+    assert mean_and_error(np.array([1, 2, 3, 6])) == (3, pytest.approx((14 / 3 / 4) ** 0.5))
+    assert mean_and_error(np.array([1.5])) == (1.5, pytest.approx(math.nan, nan_ok=True))
     mean, _ = mean_and_error(np.array([2**24, 1], np.float32))  # in float32, 2**24 + 1 is 2**24
     assert float(mean) == 2**23 + 0.5
 
@@ -161,12 +146,11 @@ def test_a_mean_and_its_error_by_hand():
 # --- faithfulness
 
 
-def test_faithfulness_against_float64_by_hand(run, finished):
+def test_faithfulness_against_float64_by_hand(rows_of, demo):
     """KL(reference || model), Jensen-Shannon, top-1 agreement and correlation, from the logits of transformers and of
     the unfolded model."""
-    done = run("eval.py", "--tokens=640", "--block_size=64", "--json=result.json", "--batch_size=3")
+    original, _, free = rows_of("--tokens=640", "--block_size=64", "--batch_size=3")
 
-    rows = read_json("result.json")["rows"]
     windows = even_windows(10, 64)
     log_q = logits_of_transformers(TINY, windows).double().log_softmax(-1)
     log_p = logits_of_ours("out/demo/model", windows).double().log_softmax(-1)
@@ -175,18 +159,17 @@ def test_faithfulness_against_float64_by_hand(run, finished):
     kl = (q * (log_q - log_p)).sum(-1)
     js = (q * (log_q - log_m)).sum(-1) / 2 + (p * (log_p - log_m)).sum(-1) / 2
     agree = (p.argmax(-1) == q.argmax(-1)).double()
-    assert rows[2]["kl"] == pytest.approx(kl.mean().item(), abs=1e-5)
-    assert rows[2]["kl"] > 1e-3
-    assert rows[2]["js"] == pytest.approx(js.mean().item(), abs=1e-5)
-    assert rows[2]["agree"] == pytest.approx(agree.mean().item(), abs=2 / 640)
+    losses = [-log_probs.gather(-1, windows[:, 1:, None]).flatten().numpy() for log_probs in (log_p, log_q)]
+    assert free["reference"] == TINY
+    assert free["kl"] == pytest.approx(kl.mean().item(), abs=1e-5)
+    assert free["kl"] > 1e-3
+    assert free["js"] == pytest.approx(js.mean().item(), abs=1e-5)
+    assert free["agree"] == pytest.approx(agree.mean().item(), abs=2 / 640)
+    assert free["correlation"] == pytest.approx(np.corrcoef(*losses)[0, 1], abs=1e-4)
+    assert free["entropy"] == pytest.approx(-(p * log_p).sum(-1).mean().item(), abs=1e-5)
+    assert "kl" not in original
 
-    targets = windows[:, 1:, None]
-    losses_p = -log_p.gather(-1, targets).flatten().numpy()
-    losses_q = -log_q.gather(-1, targets).flatten().numpy()
-    assert rows[2]["correlation"] == pytest.approx(np.corrcoef(losses_p, losses_q)[0, 1], abs=1e-4)
-
-    assert rows[2]["entropy"] == pytest.approx(-(p * log_p).sum(-1).mean().item(), abs=1e-5)
-    for row, log_probs in ((rows[0], log_q), (rows[2], log_p)):
+    for row, log_probs in ((original, log_q), (free, log_p)):
         confidence, guess = log_probs.exp().max(-1)
         hit = (guess == windows[:, 1:]).double()
         by_hand = 0
@@ -197,99 +180,129 @@ def test_faithfulness_against_float64_by_hand(run, finished):
         assert row["calibration"] == pytest.approx(by_hand.item(), abs=1e-3)
         assert row["calibration"] > 0.01
 
-    assert rows[2]["reference"] == TINY
-    assert "kl" not in rows[0]
-    for label in ("KL from reference", "same top token", "99.9th percentile", "entropy", "calibration error"):
-        assert label in done.text
 
+def test_the_reference_can_be_another_model(rows_of, demo):
+    random_hf(vocab_size=320, n_positions=256).save_pretrained("other")
+    a = rows_of("--tokens=640", "--models=out/demo", f"--reference={TINY}")
+    b = rows_of("--tokens=640", f"--models={TINY}, out/demo,", "--reference=out/demo")
+    c = rows_of("--tokens=640", f"--models={TINY},out/demo", "--reference=other")
 
-def test_the_reference_can_be_another_model(run, finished):
-    to_original = ["--models=out/demo", f"--reference={TINY}", "--json=a.json"]
-    to_ln_free = [f"--models={TINY}, out/demo,", "--reference=out/demo", "--json=b.json"]
-    assert run("eval.py", "--tokens=640", *to_original).code == 0
-    assert run("eval.py", "--tokens=640", *to_ln_free).code == 0
-
-    a = read_json("a.json")["rows"]
-    b = read_json("b.json")["rows"]
     assert [row["source"] for row in a] == [TINY, "out/demo"]
-    assert a[1]["reference"] == TINY
-    assert b[0]["reference"] == "out/demo"
+    assert (a[1]["reference"], b[0]["reference"], c[-1]["reference"]) == (TINY, "out/demo", "other")
+    assert c[-1]["to_original_source"] == TINY  # where the run began
     assert "kl" not in b[1]
     assert b[0]["js"] == pytest.approx(a[1]["js"], abs=1e-6)
     assert b[0]["kl"] != a[1]["kl"]
 
-    random_hf(vocab_size=320, n_positions=256).save_pretrained("other")
-    assert run("eval.py", "--tokens=640", *to_ln_free[:1], "--reference=other", "--json=c.json").code == 0
-    c = read_json("c.json")["rows"]
-    assert c[-1]["reference"] == "other"
-    assert c[-1]["to_original_source"] == TINY  # where the run began
 
-
-def test_divergences_of_two_coins_by_hand():
-    q = torch.tensor([[1 / 2, 1 / 2]], dtype=torch.float64)  # the reference
-    p = torch.tensor([[1 / 4, 3 / 4]], dtype=torch.float64)
-    kl, js, agree = divergences(q.log(), p.log())
-
-    # KL(q || p), an expectation under q; KL(p || q) is 0.1308
-    assert kl.item() == pytest.approx(math.log(2) / 2 + math.log(2 / 3) / 2, rel=1e-12)
-    assert kl.item() == pytest.approx(0.1438, abs=1e-4)
-    # the mixture is (3/8, 5/8)
-    q_to_mixture = math.log(4 / 3) / 2 + math.log(4 / 5) / 2
-    p_to_mixture = math.log(2 / 3) / 4 + math.log(6 / 5) * 3 / 4
-    assert js.item() == pytest.approx((q_to_mixture + p_to_mixture) / 2, rel=1e-12)
-    assert agree.tolist() == [False]
-
-
-def test_divergences_against_sums_over_random_distributions():
-    generator = np.random.default_rng(0)
-    q = generator.dirichlet(np.ones(5), size=8)
-    p = generator.dirichlet(np.ones(5), size=8)
+@pytest.mark.parametrize("q, p", [
+    (np.array([[1 / 2, 1 / 2]]), np.array([[1 / 4, 3 / 4]])),
+    np.random.default_rng(0).dirichlet(np.ones(5), size=(2, 8)),
+])
+def test_divergences_against_sums(q, p):
     kl, js, agree = divergences(torch.from_numpy(q).log(), torch.from_numpy(p).log())
-    swapped_kl, swapped_js, _ = divergences(torch.from_numpy(p).log(), torch.from_numpy(q).log())
-
-    m = (p + q) / 2
-    for row in range(8):
-        q_to_p = sum(q[row, k] * math.log(q[row, k] / p[row, k]) for k in range(5))
-        q_to_m = sum(q[row, k] * math.log(q[row, k] / m[row, k]) for k in range(5))
-        p_to_m = sum(p[row, k] * math.log(p[row, k] / m[row, k]) for k in range(5))
-        assert kl[row].item() == pytest.approx(q_to_p, rel=1e-9)
-        assert js[row].item() == pytest.approx((q_to_m + p_to_m) / 2, rel=1e-9)
-        assert agree[row].item() == (q[row].argmax() == p[row].argmax())
-    assert 0 < agree.sum() < 8
-    assert not torch.allclose(swapped_kl, kl)
-    assert torch.allclose(swapped_js, js, rtol=1e-12, atol=0)
-    assert (js > 0).all()
-    assert (js < math.log(2)).all()
+    for i, (q, p) in enumerate(zip(q, p)):
+        q_to_p = sum(a * math.log(a / b) for a, b in zip(q, p))
+        q_to_m = sum(a * math.log(2 * a / (a + b)) for a, b in zip(q, p))
+        p_to_m = sum(b * math.log(2 * b / (a + b)) for a, b in zip(q, p))
+        assert kl[i].item() == pytest.approx(q_to_p, rel=1e-9)
+        assert js[i].item() == pytest.approx((q_to_m + p_to_m) / 2, rel=1e-9)
+        assert agree[i].item() == (np.argmax(q) == np.argmax(p))
 
 
 def test_distributions_without_a_common_token_are_ln_2_apart_and_equal_ones_0():
     log_q = torch.tensor([[50.0, 0, 0]], dtype=torch.float64).log_softmax(-1)
-    log_p = torch.tensor([[0, 50.0, 0]], dtype=torch.float64).log_softmax(-1)
-    kl, js, agree = divergences(log_q, log_p)
-    assert kl.item() == pytest.approx(50)  # KL has no such bound
-    assert js.item() == pytest.approx(math.log(2), rel=1e-12)
-    assert agree.tolist() == [False]
-
+    kl, js, agree = divergences(log_q, log_q.roll(1))
+    assert (kl.item(), js.item(), agree.item()) == (pytest.approx(50), pytest.approx(math.log(2), rel=1e-12), False)
     kl, js, agree = divergences(log_q, log_q)
-    assert kl.item() == 0
-    assert js.item() == pytest.approx(0, abs=1e-12)
-    assert agree.tolist() == [True]
+    assert (kl.item(), js.item(), agree.item()) == (0, pytest.approx(0, abs=1e-12), True)
+
+
+# --- the residual stream
+
+
+def test_residual_stds_and_the_sink_rate_against_transformers(rows_of, stdlib):
+    """The stds and the attention sink are those of the hidden states and the attention weights."""
+    row = rows_of(f"--models={TINY}", "--dataset=stdlib,residual", "--tokens=1280", "--block_size=128")[1]
+
+    x = even_windows(10, 128)[:, :-1]
+    hf = AutoModelForCausalLM.from_pretrained(TINY, attn_implementation="eager").eval()
+    mlp_inputs = []
+    for block in hf.transformer.h:
+        block.ln_2.register_forward_pre_hook(lambda module, args: mlp_inputs.append(args[0]))
+    with torch.no_grad():
+        out = hf.transformer(x, output_hidden_states=True, output_attentions=True)
+    later = torch.arange(128) > 0
+    others = (x != 256) & later
+    for i in range(4):
+        for site, stream in ((f"h.{i}.ln_1", out.hidden_states[i]), (f"h.{i}.ln_2", mlp_inputs[i])):
+            found = row["sites"][site]
+            std = (stream.var(-1, unbiased=False) + 1e-5).sqrt()
+            assert found["position_0"]["mean"] == pytest.approx(std[:, 0].mean().item(), rel=1e-4)
+            assert found["others"]["mean"] == pytest.approx(std[others].mean().item(), rel=1e-4)
+            assert found["others"]["spread"] == pytest.approx(std[others].std(unbiased=False).item(), rel=1e-3)
+            assert (found["eot"]["tokens"] if found["eot"] else 0) == ((x == 256) & later).sum()
+    sinks = torch.stack(out.attentions)[:, :, :, 1:, 0] > 0.3  # (layers, n, heads, queries)
+    assert row["sink_rate"] == pytest.approx(sinks.float().mean().item(), abs=1e-4)
+
+
+def test_folded_and_unfolded_models_have_the_same_residual_stream(removed):
+    x = torch.randint(0, 256, (4, 64))
+    unfolded, folded = (residual_stats(model, [x])["sites"] for model in (removed, removed.fold()))
+    assert unfolded.keys() == folded.keys()
+    assert len(unfolded) == 9
+    for site in unfolded:
+        assert folded[site]["others"]["mean"] == pytest.approx(unfolded[site]["others"]["mean"], rel=1e-3)
+
+
+# --- is it LN-free?
+
+
+def test_verify_passes_what_a_removal_leaves_and_fails_the_rest(run, demo):
+    assert run("eval.py", "--verify").code == 0
+    GPT.from_pretrained("out/demo/model").fold().save_pretrained("folded")
+    done = run("eval.py", "--verify", f"--models=folded,{TINY},out/demo_control")
+    assert done.code == 1
+    assert not any(f"{source}: NOT" in done.text for source in ("folded", "out/demo"))
+    for site in GPT.from_pretrained(TINY).ln_modes():
+        assert done.text.count(f"{site} is still real") == done.text.count(f"{site} is not affine") == 2
+
+
+def test_verify_names_the_one_site_that_fails(removed):
+    removed.set_ln_mode("ln_1v", 2, "real")
+    assert [reason.split()[0] for reason in problems(removed)] == ["h.2.ln_1v", "h.2.ln_1v"]  # its mode, not affine
+    removed.set_ln_mode("ln_1v", 2, "fake")
+    removed.set_treatment("bos", True)
+    assert "bos" in problems(removed)[0]
+
+
+def test_verify_finds_a_std_or_a_norm_hidden_in_a_folded_model(removed):
+    model = removed.fold()
+    assert problems(model) == []
+    hook = model.transformer.h[1].mlp.c_fc.register_forward_hook(lambda _, args, out: out / out.std(-1, keepdim=True))
+    assert [reason.split()[0] for reason in problems(model)] == ["transformer.h.1.mlp.c_fc"]
+    hook.remove()
+    model.transformer.extra = torch.nn.RMSNorm(192)
+    assert problems(model) == ["transformer.extra is a RMSNorm"]
 
 
 # --- the models
 
 
-@pytest.mark.parametrize("removed, bos_on, in_folder, in_run", [
+@pytest.mark.parametrize("which, bos_on, in_folder, in_run", [
     ([], False, "original", "control"),  # a model directory does not show whose it is
     (["h.0.ln_2"], False, "part", "part"),
     ("all", True, "part", "part"),
     ("all", False, "ln_free", "ln_free"),
+    ("folded", False, "ln_free", "ln_free"),
 ])
-def test_a_models_role(removed, bos_on, in_folder, in_run, tmp_path):
+def test_a_models_role(which, bos_on, in_folder, in_run, tmp_path):
     model = GPT.from_pretrained(TINY)
-    for site in model.sites() if removed == "all" else removed:
+    for site in model.sites() if which in ("all", "folded") else which:
         model.sites()[site].ln_mode = "fake"
     model.set_treatment("bos", bos_on)
+    if which == "folded":
+        model = model.fold()
     model.save_pretrained(tmp_path / "run/model")
 
     for source, role in (("run/model", in_folder), ("run", in_run)):
@@ -301,38 +314,36 @@ def test_a_models_role(removed, bos_on, in_folder, in_run, tmp_path):
             assert candidate.model.ln_modes() == model.ln_modes()
 
 
-def test_a_folded_model_is_ln_free(tmp_path):
-    set_all_fake(GPT.from_pretrained(TINY)).fold().save_pretrained(tmp_path)
-    assert open_candidate(str(tmp_path)).role == "ln_free"
-
-
-def test_models_that_can_not_be_compared_are_refused(run, stdlib):
+def test_the_smallest_context_is_the_window_and_other_vocabularies_are_refused(run, rows_of, stdlib):
     random_hf().save_pretrained("other")
     random_hf(vocab_size=320, n_positions=64).save_pretrained("short")
+    assert "pile" in run("eval.py", f"--models={TINY}", "--dataset=pile").error
+    assert "other" in run("eval.py", f"--models={TINY},other").error
+    assert "short" in run("eval.py", f"--models={TINY},short", "--block_size=128").error
+    assert rows_of(f"--models={TINY},short", "--tokens=640")[0]["windows"] == 10
 
-    error = run("eval.py", f"--models={TINY}", "--dataset=pile").error
-    assert "pile" in error and "320" in error
-    error = run("eval.py", f"--models={TINY},other").error
-    assert "other" in error and "320" in error and "300" in error
-    error = run("eval.py", f"--models={TINY},short", "--block_size=128").error
-    assert "128" in error and "64 positions of short" in error
 
-    done = run("eval.py", f"--models={TINY},short", "--tokens=640", "--json=r.json")
+@pytest.mark.parametrize("original, still_learning", [
+    ("young", True),
+    (TINY, False),
+])
+def test_an_original_that_still_learns_is_noted(run, stdlib, removed, original, still_learning):
+    """With random weights it loses far more than the removal costs; the control has learned nothing from TINY."""
+    random_hf(vocab_size=320, n_positions=256, n_layer=1).save_pretrained("young")
+    shutil.copytree(TINY, "out/mine_control/model")
+    removed.save_pretrained("out/mine/model")
+    done = run("eval.py", f"--models={original},out/mine_control,out/mine", "--tokens=512")
     assert done.code == 0, done.text
-    assert "10 windows of 64 val tokens" in done.text
+    assert ("still learning" in " ".join(done.text.split())) == still_learning, done.text
 
 
 # --- the data
 
 
-def test_a_text_file_is_a_data_set(run, tmp_path):
+def test_a_text_file_is_a_data_set(rows_of, tmp_path):
     text = "".join(f"def f_{i}(x):\n    return x + {i}\n" for i in range(60))
     (tmp_path / "code.py").write_text(text)
-
-    done = run("eval.py", f"--models={TINY}", "--dataset=code.py", "--json=r.json")
-
-    assert done.code == 0, done.text
-    (row,) = read_json("r.json")["rows"]
+    (row,) = rows_of(f"--models={TINY}", "--dataset=code.py")
     assert row["windows"] == len(text) // 256
     ids = torch.tensor([*text.encode(), 256])
     gap = (len(ids) - 1) // row["windows"]
@@ -343,60 +354,38 @@ def test_a_text_file_is_a_data_set(run, tmp_path):
 
 def test_another_tokenizer_is_noted_or_refused(run, stdlib, tmp_path):
     random_hf().save_pretrained("other")
-    note = "note: end-of-text is 256 in data/stdlib, but 299 in other"
-    assert note in run("eval.py", "--models=other", "--tokens=512").text
+    assert "note: end-of-text is 256" in run("eval.py", "--models=other", "--tokens=512").text
     assert "note" not in run("eval.py", f"--models={TINY}", "--tokens=512").text
-
     (tmp_path / "a.txt").write_text("abc " * 200)
     assert "other" in run("eval.py", "--models=other", "--dataset=a.txt").error
 
 
-def test_the_val_set_is_named_and_owts_is_said_not_to_be_the_published_one(run, stdlib):
-    done = run("eval.py", f"--models={TINY}", "--tokens=512", "--json=r.json")
+def test_the_val_set_is_named_and_owts_is_said_not_to_be_the_published_one(rows_of, stdlib):
+    (row,) = rows_of(f"--models={TINY}", "--tokens=512")
     meta = read_json("data/stdlib/meta.json")
-    named = f"{meta['val']['documents']:,} documents of {meta['source']}"
-    assert f"val tokens, of {named}" in done.text
-    assert "published figures" not in done.text
-    assert read_json("r.json")["rows"][0]["val"] == named
+    assert row["val"] == f"{meta['val']['documents']:,} documents of {meta['source']}"
+    assert row["not_published"] == ""
 
     shutil.copytree("data/stdlib", "part/owt")
     os.remove("data")
     os.rename("part", "data")
-    done = run("eval.py", f"--models={TINY}", "--dataset=owt", "--tokens=512", "--json=r.json")
-    assert done.code == 0, done.text
-    assert "note: not to be compared with the published figures" in done.text
-    assert "nanoGPT's val split" in read_json("r.json")["rows"][0]["not_published"]
-
-
-@pytest.mark.parametrize("rate, still_learning", [
-    ("1e-4", True),
-    ("0", False),
-])
-def test_an_original_that_still_learns_is_noted(run, stdlib, rate, still_learning):
-    """From random weights, which any training improves; at a rate of 0 nothing is gained."""
-    random_hf(vocab_size=320, n_positions=64, n_layer=2).save_pretrained("young")
-    short = ["--max_iters=40", "--warmup_iters=1", "--batch_size=4", "--block_size=64", "--eval_iters=1",
-             "--compile=False"]
-    rates = [f"--learning_rate={rate}", f"--min_lr={rate}", "--dtype=float32"]
-    schedule = [("ln_2", 1, 0), ("ln_1qk", 1, 0), ("ln_1v", 1, 0), ("ln_f", 1, None)]
-    for args in (["--out_dir=out/mine", f"--ln_schedule={schedule}"], ["--out_dir=out/mine_control"]):
-        done = run("train.py", "--init_from=young", *short, *rates, *args)
-        assert done.code == 0, done.text
-    done = run("eval.py", "--tokens=2560", "--json=r.json")
-    assert ("the original is still learning" in done.text) == still_learning, done.text
+    (row,) = rows_of(f"--models={TINY}", "--dataset=owt", "--tokens=512")
+    assert "nanoGPT's val split" in row["not_published"]
 
 
 # --- tables, settings, and the JSON
 
 
-def test_tables_have_at_most_80_columns_whatever_the_models_are_called(run, finished):
+def test_tables_have_at_most_80_columns_whatever_the_models_are_called(run, stdlib, removed):
     """Each loss of the JSON is in the table, and the residual table is a screenful, though the JSON has all sites."""
-    for name in ("a_copy_with_quite_a_long_name", "another_copy_with_quite_a_long_name"):
-        os.makedirs("copies", exist_ok=True)
-        os.symlink(os.path.abspath("out/demo/model"), f"copies/{name}")
-    sources = [TINY, "out/demo_control", "out/demo", "copies/a_copy_with_quite_a_long_name"]
-    sources += ["copies/another_copy_with_quite_a_long_name", "out/demo/model"]
-    args = ["--dataset=stdlib,residual", "--tokens=2560", "--json=r.json"]
+    sources = [TINY, "out/mine", "copies/a_copy_with_quite_a_long_name", "copies/another_copy_with_quite_a_long_name"]
+    sources += ["mine", "again"]
+    removed.save_pretrained("mine")
+    os.makedirs("copies")
+    os.makedirs("out/mine")
+    for source in ("again", "out/mine/model", *sources[2:4]):
+        os.symlink(os.path.abspath("mine"), source)
+    args = ["--dataset=stdlib,residual", "--tokens=512", "--json=r.json"]
     done = run("eval.py", f"--models={','.join(sources)}", *args)
 
     assert done.code == 0, done.text
@@ -406,30 +395,28 @@ def test_tables_have_at_most_80_columns_whatever_the_models_are_called(run, fini
     rows = read_json("r.json")["rows"]
     for row in rows[:6]:
         assert f"{row['loss']:.4f} ± {row['loss_se']:.4f}" in table
+    assert f"{rows[1]['gap']:+.4f} ± {rows[1]['gap_se']:.4f}" in table
     assert table.count("nats per byte   ") == table.count("loss correlation") == 2
-    assert "cross-entropy in nats per byte" in table
-    for end in ("out/demo_control", "…quite_a_long_name"):
-        assert end in table
+    assert "…quite_a_long_name" in table
     assert all(len(row["sites"]) == 9 for row in rows[6:])
     assert len(residual.splitlines()) <= 2 + 2 * 23
 
 
 def test_the_json_says_what_was_measured_with_what(run, stdlib, tmp_path):
-    assert run("eval.py", f"--models={TINY}", "--tokens=512", "--json=result.json").code == 0
-    result = read_json("result.json")
-    assert result["command"].endswith(f"eval.py --models={TINY} --tokens=512 --json=result.json")
-    assert result["versions"]["torch"] == torch.__version__
-    tokens = (tmp_path / "data/stdlib/val.bin").read_bytes()
-    assert result["data_sha256"]["stdlib"] == hashlib.sha256(tokens).hexdigest()
-
-    same, other = GPT.from_pretrained(TINY), GPT.from_pretrained(TINY)
     with torch.no_grad():
+        same, other = GPT.from_pretrained(TINY), GPT.from_pretrained(TINY)
         other.transformer.wpe.weight[3, 3] += 1
     same.save_pretrained("same")
     other.save_pretrained("other")
-    assert run("eval.py", "--models=same,other", "--tokens=512", "--json=again.json").code == 0
-    hashes = read_json("again.json")["weights_sha256"]
-    assert hashes["same"] == result["weights_sha256"][TINY]
+    args = [f"--models={TINY},same,other", "--tokens=512", "--json=result.json"]
+    assert run("eval.py", *args).code == 0
+    result = read_json("result.json")
+    assert result["command"].endswith("eval.py " + " ".join(args))
+    assert result["versions"]["torch"] == torch.__version__
+    tokens = (tmp_path / "data/stdlib/val.bin").read_bytes()
+    assert result["data_sha256"]["stdlib"] == hashlib.sha256(tokens).hexdigest()
+    hashes = result["weights_sha256"]
+    assert hashes["same"] == hashes[TINY]
     assert hashes["other"] != hashes["same"]
 
 

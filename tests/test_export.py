@@ -5,12 +5,13 @@ refuses what it can't export, and asks before it uploads.
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import REPO, SMALL, TINY, random_hf, read_json, run_alone, set_all_fake
+from conftest import REPO, SMALL, TINY, random_hf, read_json, run_alone, set_all_fake, without_layernorm
 from tiny_hub import serve
 from transformers import AutoTokenizer, GPT2LMHeadModel, pipeline
 
@@ -23,33 +24,7 @@ def logits_of(model, idx):
     """Of our GPT, of transformers' and of TransformerLens's."""
     with torch.no_grad():
         out = model(idx)
-    if hasattr(out, "logits"):
-        return out.logits
-    if isinstance(out, tuple):
-        return out[0]
-    return out
-
-
-@pytest.fixture
-def removed(ln_free_run):
-    """The bundled model without LayerNorm."""
-    return GPT.from_pretrained(ln_free_run + "/model").eval()
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """GPT-2 small's shape, random, all sites fake. ln_1v's constants are measured after ln_1qk's, on another
-    batch."""
-    folder = tmp_path_factory.mktemp("small")
-    random_hf(**SMALL).save_pretrained(folder)
-    model = GPT.from_pretrained(folder).eval()
-    for kind, length in (("ln_1qk", 32), ("ln_1v", 64)):
-        model.measure_std(torch.randint(0, 50000, (2, length)))
-        for layer in range(12):
-            model.set_ln_mode(kind, layer, "fake")
-    set_all_fake(model)
-    assert all(block.ln_1qk.avg_std != block.ln_1v.avg_std for block in model.transformer.h)
-    return model
+    return out if isinstance(out, torch.Tensor) else out.logits if hasattr(out, "logits") else out[0]
 
 
 def plain(model, folder):
@@ -58,50 +33,46 @@ def plain(model, folder):
     return GPT2LMHeadModel.from_pretrained(folder).eval()
 
 
+FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+
+
 # --- the forms
 
 
-@pytest.mark.parametrize("which", [
-    "removed",
-    pytest.param("small", marks=pytest.mark.slow),
-])
-def test_every_form_has_the_same_logits(which, request, tmp_path, gpt2_tokenizer):
-    model = request.getfixturevalue(which)
+def assert_every_form_has_the_logits_of(model, tmp_path, atol):
     idx = torch.randint(0, 256, (2, 60))
     idx[0, 9] = model.config.eot
     expected = logits_of(model, idx)
-
-    torch.testing.assert_close(logits_of(model.fold(), idx), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits_of(plain(model, tmp_path), idx), expected, atol=1e-3, rtol=0)
-    again = GPT.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(logits_of(again, idx), expected, atol=1e-4, rtol=0)
+    hf = plain(model, tmp_path / "plain")
+    assert read_json(tmp_path / "plain/config.json")["model_type"] == "gpt2"
+    again = GPT.from_pretrained(tmp_path / "plain").eval()
     assert again.ln_free()
-    assert read_json(tmp_path / "config.json")["model_type"] == "gpt2"
+    for form in (model.fold(), hf, again, export.to_bridge(model)):
+        torch.testing.assert_close(logits_of(form, idx), expected, atol=atol, rtol=0)
 
-    torch.testing.assert_close(logits_of(export.to_bridge(model), idx), expected, atol=1e-4, rtol=0)
+
+def test_every_form_has_the_same_logits_also_of_a_published_ln_free_model(removed, tmp_path, gpt2_tokenizer):
+    """Those are like apollo-research/gpt2_noLN: layer_norm_epsilon 1e12 and weights times 1e6."""
+    assert_every_form_has_the_logits_of(removed, tmp_path, 2e-4)
+    published = GPT.from_pretrained(tmp_path / "plain").eval()
+    assert_every_form_has_the_logits_of(published, tmp_path / "published", 2e-4)
 
 
 @pytest.mark.slow
-def test_the_plain_form_holds_in_bfloat16(small, tmp_path):
+def test_forms_of_gpt2_smalls_shape_have_the_same_logits_and_the_plain_one_holds_in_bfloat16(
+    tmp_path, gpt2_tokenizer
+):
     """What bfloat16 changes is no more than on an ordinary GPT-2 of the same weights."""
+    random_hf(**SMALL).save_pretrained(tmp_path / "small")
+    small = without_layernorm(tmp_path / "small")
+    assert_every_form_has_the_logits_of(small, tmp_path, 1e-3)
     idx = torch.randint(0, 50000, (1, 60))
 
     def change(hf):
         in_bfloat16 = logits_of(hf.bfloat16(), idx).float()
         return (in_bfloat16 - logits_of(hf.float(), idx)).abs().max()
 
-    ordinary = random_hf(**SMALL)
-    assert change(plain(small, tmp_path)) < 3 * change(ordinary)
-
-
-def test_published_ln_free_models_convert_to_all_forms(removed, tmp_path):
-    """Like apollo-research/gpt2_noLN: no LN-free flag, but layer_norm_epsilon 1e12 and weights times 1e6."""
-    plain(removed, tmp_path / "published")
-    published = GPT.from_pretrained(tmp_path / "published").eval()
-    idx = torch.randint(0, 256, (1, 60))
-    expected = logits_of(removed, idx)
-    for model in (published.fold(), plain(published, tmp_path / "again"), export.to_bridge(published)):
-        torch.testing.assert_close(logits_of(model, idx), expected, atol=2e-4, rtol=0)
+    assert change(plain(small, tmp_path / "plain")) < 3 * change(random_hf(**SMALL))
 
 
 # --- TransformerLens 4
@@ -116,11 +87,9 @@ def test_direct_logit_attribution_is_exact_without_layernorm_and_only_then(remov
 
     def apart(bridge, head):
         logits, cache = bridge.run_with_cache(idx)
-        names = ["hook_embed", "hook_pos_embed"]
-        for i in range(4):
-            names += [f"blocks.{i}.hook_attn_out", f"blocks.{i}.hook_mlp_out"]
-        attributed = sum(cache[name] @ head.weight.T for name in names) + head.bias
-        return (attributed - logits).abs().max().item()
+        names = [f"blocks.{i}.hook_{sublayer}_out" for i in range(4) for sublayer in ("attn", "mlp")]
+        names += ["hook_embed", "hook_pos_embed"]
+        return (sum(cache[name] for name in names) @ head.weight.T + head.bias - logits).abs().max().item()
 
     with torch.no_grad():
         bridge = export.to_bridge(removed)
@@ -144,42 +113,32 @@ def test_the_bridge_has_gpt2s_tokenizer_or_refuses_text(removed, gpt2_run):
     text = "Hello, naïve world"
     found = export.to_bridge(gpt2_run).to_tokens(text, prepend_bos=False)
     assert found.tolist() == [tiktoken.get_encoding("gpt2").encode_ordinary(text)]
-    with pytest.raises(AssertionError, match="without a tokenizer"):
+    with pytest.raises(AssertionError):
         export.to_bridge(removed).to_tokens(text)
 
 
-def test_hooks_of_the_bridge_change_the_logits_as_our_own_do(removed):
-    idx = torch.randint(0, 256, (1, 30))
-    bridge = export.to_bridge(removed)
-    off = ("blocks.1.hook_mlp_out", lambda value, hook: value * 0)
-    hooked = bridge.run_with_hooks(idx, fwd_hooks=[off])
-    removed.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: out * 0)
-    torch.testing.assert_close(hooked, logits_of(removed, idx), atol=1e-4, rtol=0)
-
-
-# --- nnsight
-
-
-def test_nnsight_reads_and_patches_the_folded_model(removed):
+def test_hooks_of_the_bridge_and_of_nnsight_change_the_logits_as_our_own_do(removed):
     from nnsight import NNsight
 
-    folded = removed.fold().eval()
     idx = torch.randint(0, 256, (1, 30))
-    traced = NNsight(folded)
+    traced = NNsight(removed.fold().eval())
     with traced.trace(idx):
         mlp = traced.transformer.h[1].mlp.output.save()
         logits = traced.output[0].save()
     with traced.trace(idx):
         traced.transformer.h[1].mlp.output[:] = 0
         patched = traced.output[0].save()
+    off = ("blocks.1.hook_mlp_out", lambda value, hook: value * 0)
+    hooked = export.to_bridge(removed).run_with_hooks(idx, fwd_hooks=[off])
     torch.testing.assert_close(logits, logits_of(removed, idx), atol=1e-4, rtol=0)
 
     seen = []
-    hook = folded.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: seen.append(out) or out * 0)
-    assert torch.equal(patched, logits_of(folded, idx))
-    assert torch.equal(mlp, seen[0])
-    assert not torch.equal(patched, logits)
-    hook.remove()
+    removed.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: seen.append(out) or out * 0)
+    expected = logits_of(removed, idx)
+    torch.testing.assert_close(hooked, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(patched, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(mlp, seen[0], atol=1e-4, rtol=0)
+    assert not torch.allclose(patched, logits, atol=0.1)
 
 
 # --- the files
@@ -189,9 +148,8 @@ def test_nnsight_reads_and_patches_the_folded_model(removed):
 def gpt2_run(run, gpt2_tokenizer):
     """out/mine, a run's folder with an LN-free random model of GPT-2's vocabulary."""
     random_hf(vocab_size=50257).save_pretrained("hf")
-    model = GPT.from_pretrained("hf").eval()
-    model.measure_std(torch.randint(0, 50000, (2, 64)))
-    set_all_fake(model).save_pretrained("out/mine/model")
+    model = without_layernorm("hf")
+    model.save_pretrained("out/mine/model")
     return model
 
 
@@ -205,9 +163,7 @@ def test_the_export_opens_in_a_pipeline_with_its_tokenizer(run, gpt2_run):
     os.makedirs("out/mine/.hf.unfinished/half")
     done = run("tools.export", "out/mine", "--to=hf")
     assert done.code == 0, done.text
-    files = ["README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors"]
-    files += ["tokenizer_config.json", "vocab.json"]
-    assert "out/mine/hf: " + ", ".join(files) in done.text
+    assert set(os.listdir("out/mine/hf")) == FILES | {"merges.txt", "tokenizer_config.json", "vocab.json"}
     assert sorted(os.listdir("out/mine")) == ["hf", "model"]
 
     text = "Hello, naïve world!  def f(x):\n\treturn x<|endoftext|>"
@@ -244,33 +200,25 @@ def test_an_eps_that_is_too_small_is_measured_and_refused_if_the_model_is_anothe
     off = (logits_of(hf, idx) - logits_of(gpt2_run, idx)).abs().max().item()
     assert within(done) == pytest.approx(off, rel=0.06)
 
-    refused = run("tools.export", "out/mine", "--eps=2", "--out=other")
-    off = float(re.search(r"off by (\S+): with --eps=2", refused.error)[1])
-    assert 0.1 < off < 10
+    assert "--eps=2" in run("tools.export", "out/mine", "--eps=2", "--out=other").error
     assert not os.path.exists("other")
 
 
-def test_a_bfloat16_export_is_read_back_with_the_weights_that_it_has(run, gpt2_run):
-    """Against transformers, which reads it in float32: dividing by 1e6 rounds nothing a second time."""
-    assert run("tools.export", "out/mine", "--dtype=bfloat16").code == 0
-    idx = torch.randint(0, 50000, (1, 40))
-    hf = GPT2LMHeadModel.from_pretrained("out/mine/hf", dtype=torch.float32).eval()
-    ours = GPT.from_pretrained("out/mine/hf").eval()
-    torch.testing.assert_close(logits_of(ours, idx), logits_of(hf, idx), atol=1e-3, rtol=0)
-
-
-def test_float16_needs_a_smaller_eps_and_then_works(run, gpt2_run):
-    refused = run("tools.export", "out/mine", "--dtype=float16")
+def test_exports_of_16_bits_are_read_back_with_the_weights_that_they_have(run, gpt2_run):
+    """Against transformers in float32: dividing by 1e6 rounds nothing a second time. float16 needs a smaller eps."""
+    advised = run("tools.export", "out/mine", "--dtype=float16").error.rpartition("--eps=")[2].strip()
     assert not os.path.exists("out/mine/hf")
-    advised = refused.error.rpartition("--eps=")[2].strip()
-    done = run("tools.export", "out/mine", "--dtype=float16", f"--eps={advised}")
-    assert done.code == 0, done.text
-    assert 0 < within(done) < 0.05
-    hf = GPT2LMHeadModel.from_pretrained("out/mine/hf").eval()
-    assert hf.dtype == torch.float16
-    assert all(p.isfinite().all() for p in hf.parameters())
     idx = torch.randint(0, 50000, (1, 40))
-    torch.testing.assert_close(logits_of(hf.float(), idx), logits_of(gpt2_run, idx), atol=0.05, rtol=0)
+    for dtype, eps, atol in (("bfloat16", "1e12", 0.5), ("float16", advised, 0.05)):
+        done = run("tools.export", "out/mine", f"--dtype={dtype}", f"--eps={eps}", f"--out={dtype}")
+        assert done.code == 0, done.text
+        assert 0 < within(done) < 0.05
+        hf = GPT2LMHeadModel.from_pretrained(dtype, dtype="auto").eval()
+        assert hf.dtype == getattr(torch, dtype)
+        assert all(p.isfinite().all() for p in hf.parameters())
+        theirs = logits_of(hf.float(), idx)
+        torch.testing.assert_close(logits_of(GPT.from_pretrained(dtype).eval(), idx), theirs, atol=1e-3, rtol=0)
+        torch.testing.assert_close(theirs, logits_of(gpt2_run, idx), atol=atol, rtol=0)
 
 
 @pytest.mark.slow
@@ -281,10 +229,9 @@ def test_lm_evaluation_harness_scores_the_export(run, gpt2_run, tmp_path):
     from parts import hellaswag
 
     assert run("tools.export", "out/mine").code == 0
-    with open(os.path.join(REPO, "tests", "hellaswag_42.jsonl")) as f:
-        rows = [json.loads(line) for line in f][:10]
-    with open("task.jsonl", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+    lines = Path(REPO, "tests/hellaswag_42.jsonl").read_text().splitlines()[:10]
+    rows = [json.loads(line) for line in lines]
+    Path("task.jsonl").write_text("\n".join(lines))
     (tmp_path / "endings.yaml").write_text(f"""task: endings
 dataset_path: json
 dataset_kwargs: {{data_files: {{validation: {tmp_path}/task.jsonl}}, cache_dir: {tmp_path}/cache}}
@@ -303,9 +250,8 @@ metric_list: [{{metric: acc}}]
         bootstrap_iters=0,
     )
 
-    examples = [hellaswag.Example(row["ctx"], row["endings"], row["label"]) for row in rows]
     encode = tiktoken.get_encoding("gpt2").encode_ordinary
-    sums, _ = hellaswag.score(gpt2_run, examples, encode, "cpu", torch.no_grad())
+    sums, _ = hellaswag.score(gpt2_run, hellaswag.read_examples("task.jsonl"), encode, "cpu", torch.no_grad())
     right = sums.argmin(1) == [row["label"] for row in rows]
     assert result["results"]["endings"]["acc,none"] == pytest.approx(right.mean())
 
@@ -313,28 +259,31 @@ metric_list: [{{metric: acc}}]
 # --- bad input
 
 
-def test_a_model_that_is_not_ln_free_is_refused_with_the_reasons(run, removed):
+def test_a_model_that_is_not_ln_free_or_finite_is_refused(run, removed):
     removed.set_ln_mode("ln_2", 3, "real")
     removed.save_pretrained("half/model")
-    assert "h.3.ln_2 is still real" in run("tools.export", "half").error
     os.mkdir("unfinished")
     checkpoint.save("unfinished", 1, removed, [], dict(init_from="scratch", ln_schedule=[]))
-    assert "h.3.ln_2 is still real" in run("tools.export", "unfinished").error
     removed.set_ln_mode("ln_2", 3, "fake")
     removed.set_treatment("bos", True)
     removed.save_pretrained("treated")
-    assert "the bos treatment is still on" in run("tools.export", "treated").error
-    assert "h.0.ln_1qk is still real, h.0.ln_1v is still real" in run("tools.export", TINY).error
-    removed.transformer.wpe.weight.data[3] = float("nan")
     removed.set_treatment("bos", False)
+    removed.transformer.wpe.weight.data[3] = float("nan")
     removed.save_pretrained("bad")
-    assert "not finite" in run("tools.export", "bad").error
-    assert sorted(os.listdir()) == ["bad", "half", "treated", "unfinished"]
+    before = sorted(os.listdir())
+    for source, named in (
+        ("half", "h.3.ln_2"),
+        ("unfinished", "h.3.ln_2"),
+        ("treated", "bos"),
+        ("bad", "not finite"),
+        (TINY, "h.0.ln_1qk is still real, h.0.ln_1v is still real"),
+    ):
+        assert named in run("tools.export", source).error
+    assert sorted(os.listdir()) == before
 
 
 @pytest.mark.parametrize("args, named", [
-    ([], "usage: python -m tools.export"),
-    (["--to=hf"], "usage: python -m tools.export"),
+    (["--to=hf"], "tools.export"),
     (["nowhere"], "nowhere"),
     (["mine", "--to=onnx"], "onnx"),
     (["mine", "--dtype=int8"], "int8"),
@@ -375,7 +324,7 @@ def test_push_asks_and_uploads_what_was_written(removed, tmp_path):
         yes = push("y\n", "secret", "yes")
         assert yes.code == 0, yes.text
         uploaded = hub.uploaded["org/mine"]
-        assert uploaded.keys() == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+        assert uploaded.keys() == FILES
         for name, content in uploaded.items():
             assert (tmp_path / "yes" / name).read_bytes() == content
 

@@ -9,7 +9,7 @@ from conftest import run_alone
 
 from dev import bench
 
-TOY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--vocab_size=300", "--batch_size=2", "--steps=1", "--rounds=1"]
+TOY = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=300, batch_size=2, steps=1, rounds=1, block_size=16)
 
 
 @pytest.mark.slow
@@ -30,27 +30,28 @@ def test_without_a_gpu_nothing_is_run(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("what", ["eval", "hellaswag", "sample"])
-def test_both_sides_of_a_comparison_compute_the_same(run, what):
+@pytest.fixture
+def toy(monkeypatch):
+    for name, value in TOY.items():
+        monkeypatch.setattr(bench, name, value)
+
+
+def test_both_sides_of_a_comparison_compute_the_same(toy):
     """bench.py asserts it."""
-    assert run("dev.bench", f"--what={what}", "--block_size=16", *TOY).code == 0
+    bench.compare_eval()
+    bench.compare_sample(n=16)
 
 
-def test_all_ways_of_training_have_the_same_loss(monkeypatch):
-    for flag in TOY + ["--block_size=16"]:
-        name, value = flag[2:].split("=")
-        monkeypatch.setattr(bench, name, int(value))
+def test_all_ways_of_training_have_the_same_loss(toy):
     losses = {name: bench.measure_step(**(way | dict(compiled=False)))["loss"] for name, way in bench.WAYS.items()}
     expected = losses.pop("nanoGPT's way, float32")
     # the teacher is the model itself: no KL, and half of the cross-entropy
     assert losses.pop("bfloat16, with a teacher") == pytest.approx(expected / 2, rel=1e-2)
     assert losses.pop("float32") == pytest.approx(expected, rel=1e-6)
-    for loss in losses.values():
-        assert loss == pytest.approx(expected, rel=1e-2)
+    assert list(losses.values()) == pytest.approx([expected] * len(losses), rel=1e-2)
 
 
-def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch):
-    for system, factor in (("linux", 1024), ("darwin", 1)):
-        monkeypatch.setattr(bench.sys, "platform", system)
-        expected = factor * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        assert bench.peak_memory() == pytest.approx(expected, rel=0.01)
+@pytest.mark.parametrize("system, unit", [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch, system, unit):
+    monkeypatch.setattr(bench.sys, "platform", system)
+    assert bench.peak_memory() == pytest.approx(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, rel=0.01)

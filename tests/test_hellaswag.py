@@ -8,26 +8,30 @@ import shutil
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import TINY, random_hf, read_json
 from tiny_hub import serve
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from model import GPT
-from parts.hellaswag import PATH, Example, read_examples, score
+from parts.errors import UserError
+from parts.hellaswag import PATH, Example, fetch_examples, read_examples, score
 
 # 42 examples in the published format, written for these tests
 OWN = os.path.join(os.path.dirname(__file__), "hellaswag_42.jsonl")
-EVAL = ["eval.py", f"--models={TINY}", "--dataset=hellaswag", "--json=r.json"]
-
-
-def read_rows():
-    with open(OWN) as f:
-        return [json.loads(line) for line in f]
+EVAL = ["eval.py", "--dataset=hellaswag", "--json=r.json"]
+with open(OWN) as f:
+    ROWS = [json.loads(line) for line in f]
 
 
 def encode_bytes(text):
     return list(text.encode())
+
+
+def our_scores(model, examples):
+    return score(model, examples, encode_bytes, "cpu", torch.no_grad())
 
 
 @torch.no_grad()
@@ -38,12 +42,10 @@ def one_at_a_time(logits_of, rows, encode, block_size):
     for i, row in enumerate(rows):
         for k, text in enumerate(row["endings"]):
             ending = encode(" " + text)
-            whole = encode(row["ctx"]) + ending
-            ids = torch.tensor([whole[-(block_size + 1) :]])
+            ids = torch.tensor([(encode(row["ctx"]) + ending)[-(block_size + 1) :]])
             logits = logits_of(ids[:, :-1])
             losses = cross_entropy(logits[0], ids[0, 1:], reduction="none")[-len(ending) :]
-            sums[i, k] = losses.sum()
-            counts[i, k] = len(losses)
+            sums[i, k], counts[i, k] = losses.sum(), len(losses)
     return sums, counts
 
 
@@ -57,87 +59,56 @@ def own_file(run):
 # --- the scores
 
 
-def test_predictions_and_accuracies_are_transformers_one_ending_at_a_time(run, own_file):
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("source, block_size", [
+    (TINY, 256),  # of bytes
+    ("random", 64),  # of GPT-2's tokens
+])
+def test_accuracies_are_transformers_one_ending_at_a_time(run, own_file, gpt2_tokenizer, source, block_size):
+    encode = encode_bytes
+    if source == "random":
+        encode = tiktoken.get_encoding("gpt2").encode_ordinary
+        random_hf(vocab_size=50257, n_positions=64, n_embd=32, n_layer=1).save_pretrained("random")
 
-    done = run(*EVAL)
+    done = run(*EVAL, f"--models={source}")
 
     assert done.code == 0, done.text
-    rows = read_rows()
-    hf = AutoModelForCausalLM.from_pretrained(TINY).eval()
-    sums, counts = one_at_a_time(lambda ids: hf(ids).logits, rows, encode_bytes, 256)
-    labels = np.array([row["label"] for row in rows])
+    hf = AutoModelForCausalLM.from_pretrained(source).eval()
+    sums, counts = one_at_a_time(lambda ids: hf(ids).logits, ROWS, encode, block_size)
     (found,) = read_json("r.json")["rows"]
     for key, losses in (("acc", sums), ("acc_norm", sums / counts)):
-        right = (losses.argmin(1) == labels).mean()
+        right = (losses.argmin(1) == [row["label"] for row in ROWS]).mean()
         assert found[key] == pytest.approx(right)
         assert found[key + "_se"] == pytest.approx((right * (1 - right) / 42) ** 0.5)
         assert f"{right:.2%}" in done.text
-    assert len(rows) == found["examples"] == 42
+    assert len(ROWS) == found["examples"] == 42
 
-    model = GPT.from_pretrained(TINY).eval()
-    our_sums, our_counts = score(model, read_examples(OWN), encode_bytes, "cpu", torch.no_grad())
-    assert np.allclose(our_sums, sums, atol=1e-3)
-    assert np.array_equal(our_counts, counts)
+
+# of bytes, all examples fit, some, none, and not even an ending
+@pytest.mark.parametrize("block_size", [256, 96, 48, 24, 8])
+def test_what_is_longer_than_the_context_is_cut_at_the_left(block_size, tmp_path):
+    hf = random_hf(vocab_size=320, n_positions=block_size)
+    hf.save_pretrained(tmp_path)
+    found_sums, found_counts = our_scores(GPT.from_pretrained(tmp_path).eval(), read_examples(OWN)[:12])
+    sums, counts = one_at_a_time(lambda ids: hf(ids).logits, ROWS[:12], encode_bytes, block_size)
+    assert np.array_equal(found_counts, counts)
+    assert np.allclose(found_sums, sums, atol=1e-3)
 
 
 @pytest.mark.parametrize("block_size", [96, 48])  # an example in a sequence, and an ending in a sequence
 def test_of_equal_endings_the_first_wins(tmp_path, block_size):
     random_hf(vocab_size=320, n_positions=block_size).save_pretrained(tmp_path)
-    model = GPT.from_pretrained(tmp_path).eval()
     examples = [Example(e.context, [e.endings[0], e.endings[1]] * 2, 0) for e in read_examples(OWN)]
-    sums, _ = score(model, examples, encode_bytes, "cpu", torch.no_grad())
+    sums, _ = our_scores(GPT.from_pretrained(tmp_path).eval(), examples)
     assert (sums[:, 2:] == sums[:, :2]).all()
     assert sums.argmin(1).max() <= 1
 
 
-# of bytes, all examples fit, some, none, and not even an ending
-@pytest.mark.parametrize("block_size", [96, 48, 24, 8])
-def test_what_is_longer_than_the_context_is_cut_at_the_left(block_size, tmp_path):
-    hf = random_hf(vocab_size=320, n_positions=block_size)
-    hf.save_pretrained(tmp_path)
-    model = GPT.from_pretrained(tmp_path).eval()
-
-    found_sums, found_counts = score(model, read_examples(OWN)[:12], encode_bytes, "cpu", torch.no_grad())
-
-    sums, counts = one_at_a_time(lambda ids: hf(ids).logits, read_rows()[:12], encode_bytes, block_size)
-    assert np.array_equal(found_counts, counts)
-    assert np.allclose(found_sums, sums, atol=1e-3)
-
-
-def test_a_model_of_gpt2s_vocabulary_is_given_gpt2s_tokens(run, own_file, gpt2_tokenizer):
-    import tiktoken
-
-    hf = random_hf(vocab_size=50257, n_positions=64)
-    hf.save_pretrained("random")
-
-    done = run(*EVAL, "--models=random")
-
-    assert done.code == 0, done.text
-    encode = tiktoken.get_encoding("gpt2").encode_ordinary
-    rows = read_rows()
-    sums, counts = one_at_a_time(lambda ids: hf(ids).logits, rows, encode, 64)
-    labels = np.array([row["label"] for row in rows])
-    right = ((sums / counts).argmin(1) == labels).mean()
-    assert read_json("r.json")["rows"][0]["acc_norm"] == pytest.approx(right)
-
-
-def test_position_0_keeps_its_constant_with_fake_sites_and_the_bos_treatment():
-    model = GPT.from_pretrained(TINY).eval()
-    model.measure_std(torch.randint(0, 256, (4, 64)))
-    for layer in range(4):
-        model.set_ln_mode("ln_1qk", layer, "fake")
-    model.set_treatment("bos", True)
-
-    found, _ = score(model, read_examples(OWN)[:8], encode_bytes, "cpu", torch.no_grad())
-
-    sums, _ = one_at_a_time(lambda ids: model(ids)[0], read_rows()[:8], encode_bytes, 256)
-    assert np.allclose(found, sums, atol=1e-3)
-
-
-def test_an_unknown_tokenizer_is_refused(run, own_file):
-    random_hf().save_pretrained("other")
-    assert "other" in run(*EVAL, "--models=other").error
+def test_position_0_keeps_its_constant_with_fake_sites_and_the_bos_treatment(removed):
+    removed.set_ln_mode("ln_2", 1, "real")
+    removed.set_treatment("bos", True)
+    found, _ = our_scores(removed, read_examples(OWN)[:8])
+    sums, _ = one_at_a_time(lambda ids: removed(ids)[0], ROWS[:8], encode_bytes, 256)
+    assert np.allclose(found, sums, rtol=1e-5, atol=1e-3)
 
 
 # --- the file
@@ -148,13 +119,13 @@ def test_the_file_is_fetched_whole_and_once(run, tmp_path, monkeypatch):
     with serve({"org/hellaswag": tmp_path}) as server:
         url = server.env["HF_ENDPOINT"] + "/org/hellaswag/resolve/main/"
         monkeypatch.setattr("parts.hellaswag.URL", url + "nothing")
-        assert PATH in run(*EVAL).error
+        assert PATH in run(*EVAL, f"--models={TINY}").error
         monkeypatch.setattr("parts.hellaswag.URL", url + "hellaswag_val.jsonl")
         server.cut["hellaswag_val.jsonl"] = 5000
-        assert PATH in run(*EVAL).error
+        assert PATH in run(*EVAL, f"--models={TINY}").error
         assert not os.path.exists(PATH)
         for _ in range(2):
-            assert run(*EVAL).code == 0
+            assert len(fetch_examples()) == 42
         assert len(server.requests) == 3
     with open(PATH) as fetched, open(OWN) as own:
         assert fetched.read() == own.read()
@@ -169,10 +140,8 @@ def test_the_file_is_fetched_whole_and_once(run, tmp_path, monkeypatch):
     '{"ctx": "A", "endings": [1, 2, 3, 4], "label": 0}',
     '{"ctx": "", "endings": ["a", "b", "c", "d"], "label": 0}',
 ])
-def test_a_line_that_is_not_an_example_is_named(run, own_file, line):
-    with open(PATH) as f:
-        lines = f.read().splitlines()
-    lines[2] = line
-    with open(PATH, "w") as f:
-        f.write("\n".join(lines))
-    assert f"{PATH}, line 3" in run(*EVAL).error
+def test_a_line_that_is_not_an_example_is_named(tmp_path, line):
+    path = tmp_path / "examples.jsonl"
+    path.write_text("\n".join([json.dumps(ROWS[0]), json.dumps(ROWS[1]), line, json.dumps(ROWS[3])]))
+    with pytest.raises(UserError, match=f"{path}, line 3"):
+        read_examples(str(path))

@@ -1,6 +1,6 @@
 """
-What a person sees: tables of 80 columns, a bar that shows loss and speed, what to type next; and that
-nothing here needs Linux but where it says so.
+What a person sees: a bar that shows loss and speed, what to type next; and that nothing here needs Linux but where it
+says so.
 """
 import os
 import pty
@@ -10,48 +10,15 @@ import struct
 import subprocess
 import sys
 import termios
+from contextlib import suppress
 from fcntl import ioctl
 
 import pytest
 import torch
-from conftest import REPO, SCHEDULE, SHORT, TINY, read_json, read_tokens
+from conftest import REPO, SCHEDULE, SHORT, TINY, read_tokens
 
-from parts import files, ranks
+from parts import ranks
 from parts.loss import LOSS_ROWS, pieces
-
-
-def widest(text):
-    return max(map(len, text.splitlines()))
-
-
-def test_tables_have_at_most_80_columns_whatever_the_models_are_called(run, finished):
-    """Six models, two of them with long names: each loss of the JSON is in the table, and all that stands
-    beside it."""
-    for name in ("a_copy_with_quite_a_long_name", "another_copy_with_quite_a_long_name"):
-        os.makedirs("copies", exist_ok=True)
-        os.symlink(os.path.abspath("out/demo/model"), f"copies/{name}")
-    sources = [TINY, "out/demo_control", "out/demo", "copies/a_copy_with_quite_a_long_name"]
-    sources += ["copies/another_copy_with_quite_a_long_name", "out/demo/model"]
-    args = ["--dataset=stdlib,residual", "--tokens=2560", "--json=r.json"]
-    done = run("eval.py", f"--models={','.join(sources)}", *args)
-
-    assert done.code == 0, done.text
-    tables = done.text.split("next: ")[0]
-    assert widest(tables) <= 80
-    table = tables.split("residual:")[0]
-    for row in read_json("r.json")["rows"][:6]:
-        assert f"{row['loss']:.4f} ± {row['loss_se']:.4f}" in table
-    assert table.count("nats per byte   ") == table.count("loss correlation") == 2
-    assert "cross-entropy in nats per byte" in table
-    for end in ("out/demo_control", "…quite_a_long_name"):
-        assert end in table
-
-
-def test_the_residual_table_is_a_screenful_and_the_json_has_all(run, finished):
-    done = run("eval.py", "--dataset=residual", "--tokens=2560", "--json=r.json")
-    assert len(done.text.strip().splitlines()) <= 25
-    for row in read_json("r.json")["rows"]:
-        assert len(row["sites"]) == 9
 
 
 def run_on_terminal(columns, *command):
@@ -61,30 +28,24 @@ def run_on_terminal(columns, *command):
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     text = b""
-    while True:
-        try:
-            more = os.read(ours, 65536)
-        except OSError:  # Linux's end of file, of a terminal
-            break
-        if not more:
-            break
-        text += more
+    with suppress(OSError):  # Linux's end of file, of a terminal
+        while more := os.read(ours, 65536):
+            text += more
     assert process.wait() == 0, text.decode()
     return text.decode()
 
 
 def test_the_bar_shows_loss_and_speed_at_80_columns(run, stdlib):
-    rate = "--log_interval=100"
-    text = run_on_terminal(80, sys.executable, f"{REPO}/train.py", *SHORT, rate, "--out_dir=out/bar")
-    bars = [part for line in text.split("\n") for part in line.split("\r") if "/12 |" in part]
-    shown = [bar for bar in bars if "loss" in bar]
-    assert len(shown) > 2
-    for bar in shown:
+    text = run_on_terminal(80, sys.executable, f"{REPO}/train.py", *SHORT, "--log_interval=100", "--out_dir=out/bar")
+    bars = [part for line in text.split("\n") for part in line.split("\r") if "/12 |" in part and "loss" in part]
+    assert len(bars) > 2
+    for bar in bars:
         assert len(bar.split("\x1b")[0]) <= 80
         assert "tokens/s, MFU " in bar
         assert bar.split("MFU ")[1].rstrip("\x1b[A").rstrip().endswith("%")
 
 
+@pytest.mark.slow
 def test_each_command_says_the_next_one(run, stdlib, tmp_path):
     """Followed as printed, from the data to an export."""
     os.symlink(os.path.join(REPO, "config"), tmp_path / "config")
@@ -102,7 +63,7 @@ def test_each_command_says_the_next_one(run, stdlib, tmp_path):
     follow(run("prepare_owt.py", "--files=a.txt", f"--dataset={tmp_path.name}"))
     command = follow(run("train.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine"))
     command = follow(run(*command))
-    command = follow(run(*command, "--tokens=2560"))
+    command = follow(run(*command, "--tokens=512"))
     command = follow(run(*command))
     command = follow(run(*[*command[:-1], "--prompt=def"]))
     assert run(*command).code == 0
@@ -125,13 +86,8 @@ def test_each_command_says_the_next_one(run, stdlib, tmp_path):
 def test_what_comes_next_depends_on_the_run(run, stdlib, args, following):
     shape = ["--n_layer=1", "--n_head=1", "--n_embd=8"]
     done = run("train.py", *SHORT, *shape, *args, "--max_iters=1")
+    assert f"val loss over 4 of {(len(read_tokens('val', 'stdlib')) - 1) // 32:,} windows\n" in done.text
     assert f"next: python {following}" in done.text.splitlines()[-1]
-
-
-def test_a_run_says_how_many_val_windows_its_loss_is_over(run, stdlib):
-    done = run("train.py", *SHORT, "--max_iters=1")
-    there = (len(read_tokens("val", "stdlib")) - 1) // 32
-    assert f"val loss over 4 of {there:,} windows\n" in done.text
 
 
 # --- other systems
@@ -153,8 +109,7 @@ def test_an_installation_begins_with_pythons_version(tmp_path, version, refused)
     fake.chmod(0o755)
     done = subprocess.run(["make", ".venv/installed", f"PYTHON={fake}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
-    said = f"error: Python 3.11 to 3.14 is needed, and {fake} is {version[0]}.{version[1]}: "
-    assert (said in done.stderr) == refused
+    assert (f"{fake} is {version[0]}.{version[1]}" in done.stderr) == refused
     assert ("venv\n" in done.stdout) == (not refused)
 
 

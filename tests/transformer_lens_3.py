@@ -2,47 +2,32 @@
 to_hooked: a HookedTransformer of TransformerLens 3 has the same logits as our model, and no normalization. Release 3
 does not run beside release 4: `make test-tl3`.
 """
-import pytest
 import torch
-from conftest import SMALL, random_hf, set_all_fake
+from conftest import SMALL, random_hf, without_layernorm
 from transformer_lens import HookedTransformer
 
-from model import GPT
 from tools import export
 
 
-@pytest.fixture
-def removed(ln_free_run):
-    """The bundled model without LayerNorm."""
-    return GPT.from_pretrained(ln_free_run + "/model").eval()
-
-
-@pytest.fixture
-def small(tmp_path):
-    """GPT-2 small's shape, random, all sites fake."""
-    random_hf(**SMALL).save_pretrained(tmp_path)
-    model = GPT.from_pretrained(tmp_path).eval()
-    model.measure_std(torch.randint(0, 50000, (2, 64)))
-    return set_all_fake(model)
-
-
-@pytest.mark.parametrize("which", ["removed", "small"])
-def test_hooked_transformer_has_the_same_logits_and_no_normalization(which, request):
-    model = request.getfixturevalue(which)
+def assert_hooked_has_the_logits_of(model):
     hooked = export.to_hooked(model)
     assert isinstance(hooked, HookedTransformer)
     assert hooked.cfg.normalization_type is None
-    for module in hooked.modules():
-        assert "LayerNorm" not in type(module).__name__
-        assert "RMSNorm" not in type(module).__name__
+    assert not any("Norm" in type(module).__name__ for module in hooked.modules())
     idx = torch.randint(0, 256, (2, 60))
     with torch.no_grad():
         torch.testing.assert_close(hooked(idx), model(idx)[0], atol=1e-4, rtol=0)
+    return hooked
 
 
-def test_direct_logit_attribution_is_exact(removed):
+def test_logits_of_gpt2_smalls_shape(tmp_path):
+    random_hf(**SMALL).save_pretrained(tmp_path)
+    assert_hooked_has_the_logits_of(without_layernorm(tmp_path))
+
+
+def test_direct_logit_attribution_is_exact_and_hooks_change_the_logits_as_our_own_do(removed):
     """TransformerLens's own decomposition: the components' outputs times the unembedding sum up to the logit."""
-    hooked = export.to_hooked(removed)
+    hooked = assert_hooked_has_the_logits_of(removed)
     idx = torch.randint(0, 256, (1, 60))
     with torch.no_grad():
         logits, cache = hooked.run_with_cache(idx)
@@ -51,13 +36,7 @@ def test_direct_logit_attribution_is_exact(removed):
         attributed = (components @ hooked.W_U).sum(0) + hooked.b_U
         torch.testing.assert_close(attributed, logits, atol=1e-4, rtol=0)
 
-
-def test_hooks_change_the_logits_as_our_own_do(removed):
-    hooked = export.to_hooked(removed)
-    idx = torch.randint(0, 256, (1, 30))
-    off = ("blocks.2.attn.hook_z", lambda z, hook: z * 0)
-    with torch.no_grad():
+        off = ("blocks.2.attn.hook_z", lambda z, hook: z * 0)
         out = hooked.run_with_hooks(idx, fwd_hooks=[off])
-        c_proj = removed.transformer.h[2].attn.c_proj
-        c_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+        removed.transformer.h[2].attn.c_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
         torch.testing.assert_close(out, removed(idx)[0], atol=1e-4, rtol=0)
