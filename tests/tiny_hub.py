@@ -5,6 +5,7 @@ cut, and an upload. Some repositories answer as no hub should: see `mischief`.
 import base64
 import hashlib
 import json
+import multiprocessing
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,6 +38,21 @@ def serve(repos):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def point_here(server, monkeypatch, cache):
+    """This process and those that it starts take the server for their hub, with a cache of their own."""
+    from huggingface_hub import constants
+
+    for name, value in (server.env | {"HF_HOME": str(cache)}).items():
+        monkeypatch.setenv(name, value)
+    address = server.env["HF_ENDPOINT"]
+    changes = dict(ENDPOINT=address, HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}",
+                   HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True, HF_HUB_CACHE=str(cache))
+    for name, value in changes.items():
+        monkeypatch.setattr(constants, name, value)
+    fork = multiprocessing.get_context("fork")  # so that workers have these changes
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: fork)
 
 
 class Hub(BaseHTTPRequestHandler):
