@@ -4,6 +4,7 @@ models, bundled and random.
 """
 import ast
 import fcntl
+import functools
 import gc
 import hashlib
 import importlib.resources
@@ -31,8 +32,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each
     torch.set_num_threads(1)
 
 from model import std_of  # noqa: E402
+from parts import device  # noqa: E402
 from parts.errors import ENDINGS, UserError  # noqa: E402
 from parts.loss import LossInPieces  # noqa: E402
+
+device.peak_flops = functools.cache(device.peak_flops)  # half a second of each run
 
 # a removal of 13 LayerNorms and two treatments from the bundled model, in 12 steps of 128 tokens
 SCHEDULE = [
@@ -60,6 +64,10 @@ SHORT = [
 def pytest_configure(config):
     config.addinivalue_line("markers", "device: runs on a CUDA GPU where there is one")
     config.addinivalue_line("markers", "slow: takes some ten seconds or more")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported; else each gc.collect() below takes a quarter of a second
 
 
 @pytest.fixture(autouse=True)

@@ -221,7 +221,7 @@ def test_a_model_directory_that_is_not_one_is_named(tmp_path, damage, names):
     random_hf().save_pretrained(tmp_path / "hf")
     damage(tmp_path / "hf")
     with pytest.raises(UserError, match=names):
-        GPT.from_pretrained(tmp_path / "hf")
+        GPT.from_pretrained(str(tmp_path / "hf"))
 
 
 def test_an_unembedding_that_is_stored_beside_its_equal_embedding_is_taken(run, tmp_path):
