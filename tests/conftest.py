@@ -32,33 +32,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each
     torch.set_num_threads(1)
 
 from model import std_of  # noqa: E402
-from parts import device  # noqa: E402
+from parts import data, device  # noqa: E402
 from parts.errors import ENDINGS, UserError  # noqa: E402
 from parts.loss import LossInPieces  # noqa: E402
 
 device.peak_flops = functools.cache(device.peak_flops)  # half a second of each run
 
 # a removal of 13 LayerNorms and two treatments from the bundled model, in 12 steps of 128 tokens
-SCHEDULE = [
-    ("ln_2", 1, 1),
-    ("ln_1qk", 5, 0),
-    ("ln_1v", 6, 1),
-    ("ln_f", 9, None),
-    ("eot", 10, None),
-    ("bos", 10, None),
-]
-SHORT = [
-    f"--init_from={TINY}",
-    "--max_iters=12",
-    "--batch_size=2",
-    "--gradient_accumulation_steps=2",
-    "--block_size=32",
-    "--warmup_iters=2",
-    "--eval_interval=100",
-    "--eval_iters=2",
-    "--log_interval=1",
-    "--compile=False",
-]
+SCHEDULE = [("ln_2", 1, 1), ("ln_1qk", 5, 0), ("ln_1v", 6, 1), ("ln_f", 9, None), ("eot", 10, None), ("bos", 10, None)]
+SHORT = [f"--init_from={TINY}", "--max_iters=12", "--batch_size=2", "--gradient_accumulation_steps=2", "--block_size=32",
+         "--warmup_iters=2", "--eval_interval=100", "--eval_iters=2", "--log_interval=1", "--compile=False"]
 
 
 def pytest_configure(config):
@@ -153,6 +136,24 @@ def objective_of(model, teacher=None, compiled=False, **settings):
     exec(compile(tree, "train.py", "exec"), scope)
     scope["in_pieces"] = LossInPieces(scope["of_logits"], model.lm_head, teacher and teacher.lm_head, compiled)
     return scope["objective"]
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(k, f): f is called once, when step k reads its data."""
+
+    def at_step(k, f):
+        train_starts = data.train_starts
+
+        def starts(tokens, seed, step, *rest):
+            if step == k:
+                monkeypatch.setattr(data, "train_starts", train_starts)
+                f()
+            return train_starts(tokens, seed, step, *rest)
+
+        monkeypatch.setattr(data, "train_starts", starts)
+
+    return at_step
 
 
 # --- what they leave

@@ -22,7 +22,7 @@ from conftest import REPO, SCHEDULE, SHORT, TINY, read_json, read_log, read_toke
 from safetensors.torch import load_file
 
 import schedule
-from parts import checkpoint, data
+from parts import checkpoint
 from parts.files import unfinished
 
 REMOVAL = ["train.py", *SHORT, f"--ln_schedule={SCHEDULE}"]
@@ -67,24 +67,6 @@ def test_the_demos_first_steps_have_the_losses_that_they_had(text):
 
 
 # --- signals
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(k, f): the next run calls f when step k reads its data."""
-
-    def at_step(k, f):
-        train_starts = data.train_starts
-        waiting = [f]
-
-        def starts(tokens, seed, step, *rest):
-            if step == k and waiting:
-                waiting.pop()()
-            return train_starts(tokens, seed, step, *rest)
-
-        monkeypatch.setattr(data, "train_starts", starts)
-
-    return at_step
 
 
 @pytest.mark.parametrize("name, times", [

@@ -213,24 +213,6 @@ def log_without_speed(folder):
     return [{key: entry[key] for key in entry if key not in ("tokens_per_s", "mfu")} for entry in read_log(folder)]
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(k, f): f is called once, when step k reads its data."""
-
-    def at_step(k, f):
-        train_starts = data.train_starts
-
-        def starts(tokens, seed, step, *rest):
-            if step == k:
-                monkeypatch.setattr(data, "train_starts", train_starts)
-                f()
-            return train_starts(tokens, seed, step, *rest)
-
-        monkeypatch.setattr(data, "train_starts", starts)
-
-    return at_step
-
-
 @pytest.mark.parametrize("step", [
     pytest.param(1, marks=pytest.mark.slow),  # the first event's
     5,  # in the midst of the events
