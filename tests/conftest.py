@@ -113,9 +113,9 @@ def run(tmp_path, monkeypatch, capsys):
 def run_alone(script, *args, launcher=(), env=None, **kwargs):
     """The same in a process of its own, in today's folder or `cwd`."""
     script = [os.path.join(REPO, script)] if str(script).endswith(".py") else ["-m", script]
-    command = [sys.executable, *launcher, *script, *map(str, args)]
     env = os.environ | dict(PYTHONPATH=REPO) | (env or {})
-    done = subprocess.run(command, env=env, capture_output=True, text=True, **kwargs)
+    done = subprocess.run([sys.executable, *launcher, *script, *map(str, args)], env=env, capture_output=True, text=True,
+                          **kwargs)
     return Result(done.returncode, done.stdout + done.stderr)
 
 
