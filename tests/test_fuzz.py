@@ -147,7 +147,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=10,
 )
-tensors = st.sampled_from([torch.zeros(3), torch.zeros(2, dtype=torch.int64), torch.eye(2).to_sparse(), Code()])
+tensors = st.sampled_from([torch.zeros(3), torch.ones(2).long(), torch.tensor(1.0), torch.eye(2).to_sparse(), Code()])
 deep = st.integers(1, 5).map(lambda n: b"[" * 10**n)
 
 

@@ -49,21 +49,30 @@ def test_stdlib_is_this_pythons_own_source_as_bytes_in_two_halves_with_one_val(r
     assert meta["train"]["tokens"] > 4e6
 
 
-def test_what_is_prepared_is_not_prepared_again_unless_a_file_changed(run, tmp_path):
+def test_what_is_prepared_is_not_prepared_again_unless_a_file_changed(run, tmp_path, monkeypatch):
+    a = ["prepare_owt.py", "--files=a.txt"]
     (tmp_path / "a.txt").write_text("a" * 100)
     (tmp_path / "b.txt").write_text("b" * 100)
-    assert run("prepare_owt.py", "--files=a.txt").code == 0
+    assert run(*a).code == 0
     os.utime("data/files/train.bin", (0, 0))
-    assert run("prepare_owt.py", "--files=a.txt").code == 0
+    assert run(*a).code == 0
     assert os.path.getmtime("data/files/train.bin") == 0
     assert "--force" in run("prepare_owt.py", "--files=b.txt").error
     (tmp_path / "a.txt").write_text("c" * 101)
-    assert "--force" in run("prepare_owt.py", "--files=a.txt").error
+    assert "--force" in run(*a).error
     assert read_tokens("train", "files")[0] == ord("a")
-    assert run("prepare_owt.py", "--files=a.txt", "--force").code == 0
+    assert run(*a, "--force").code == 0
     assert read_tokens("train", "files")[0] == ord("c")
     os.truncate("data/files/train.bin", 10)
-    assert "data/files/meta.json" in run("prepare_owt.py", "--files=a.txt").error
+    assert "data/files/meta.json" in run(*a).error
+    # a full disk leaves what was there
+    before = read_json("data/files/meta.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        assert "data/.files.unfinished" in run(*a, "--force").error
+    assert read_json("data/files/meta.json") == before
+    assert run(*a, "--force").code == 0
+    assert os.listdir("data") == ["files"]
 
 
 # --- train or val
@@ -320,15 +329,3 @@ def test_a_meta_file_that_is_broken_is_named_and_a_folder_of_others_stays(run, t
     assert f"data/{name}/meta.json" in run(*args).error
     assert run(*args, "--force").code == 0
     assert os.listdir("data") == ["mine"]
-
-
-def test_a_failure_while_writing_leaves_what_was_there(run, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("a" * 100)
-    assert run("prepare_owt.py", "--files=a.txt").code == 0
-    before = read_json("data/files/meta.json")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
-        assert "data/.files.unfinished" in run("prepare_owt.py", "--files=a.txt", "--force").error
-    assert read_json("data/files/meta.json") == before
-    assert run("prepare_owt.py", "--files=a.txt", "--force").code == 0
-    assert os.listdir("data") == ["files"]

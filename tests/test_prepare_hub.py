@@ -55,6 +55,18 @@ def hub(run, tmp_path, monkeypatch, gpt2_tokenizer):
         yield server
 
 
+@pytest.fixture
+def prepare(run):
+    """prepare("--files=a.txt"): prepare_owt.py, which must not fail."""
+
+    def prepare(*args):
+        done = run("prepare_owt.py", *args)
+        assert done.code == 0, done.text
+        return done
+
+    return prepare
+
+
 def fetched(hub):
     return [name for method, _, name, _ in hub.requests if method == "GET" and name.endswith(".parquet")]
 
@@ -62,7 +74,7 @@ def fetched(hub):
 # --- rows of text
 
 
-def test_a_hub_dataset_is_nanogpts_tokens_with_every_200th_document_in_val(hub, run, tmp_path):
+def test_a_hub_dataset_is_nanogpts_tokens_with_every_200th_document_in_val(hub, prepare, tmp_path):
     """A cached file of another size is fetched again."""
     docs = texts(450)
     write_parquet(tmp_path / "repo/data/train-00000-of-00002.parquet", docs[:300])
@@ -70,8 +82,7 @@ def test_a_hub_dataset_is_nanogpts_tokens_with_every_200th_document_in_val(hub, 
     write_parquet(tmp_path / "repo/data/test-00000-of-00001.parquet", ["not this"])
     hub.repos["datasets/org/stories"] = tmp_path / "repo"
     for again in ([], ["--force"]):
-        done = run("prepare_owt.py", "--dataset=org/stories", "--val_every=200", *again)
-        assert done.code == 0, done.text
+        prepare("--dataset=org/stories", "--val_every=200", *again)
         assert tokens("train", "stories") == nanogpt(without_every_200th(docs))
         assert tokens("val", "stories") == nanogpt(docs[::200])
         assert read_json("data/stories/meta.json")["train"]["documents"] == 447
@@ -80,15 +91,14 @@ def test_a_hub_dataset_is_nanogpts_tokens_with_every_200th_document_in_val(hub, 
     assert len(fetched(hub)) == 3
 
 
-def test_tokens_stops_at_the_end_of_the_document_that_reaches_them(hub, run, tmp_path):
+def test_tokens_stops_at_the_end_of_the_document_that_reaches_them(hub, prepare, tmp_path):
     """And files behind it are not fetched."""
     docs = texts(900)
     for i in range(3):
         write_parquet(tmp_path / f"repo/train-{i}.parquet", docs[300 * i : 300 * i + 300])
     hub.repos["datasets/org/stories"] = tmp_path / "repo"
     enough = len(nanogpt(docs[:412])) - 3
-    done = run("prepare_owt.py", "--dataset=org/stories", f"--tokens={enough}", "--val_every=200")
-    assert done.code == 0, done.text
+    prepare("--dataset=org/stories", f"--tokens={enough}", "--val_every=200")
     assert tokens("train", "stories") == nanogpt(without_every_200th(docs[:412]))
     assert tokens("val", "stories") == nanogpt(docs[:412:200])
     assert sorted(fetched(hub)) == ["train-0.parquet", "train-1.parquet"]
@@ -96,37 +106,35 @@ def test_tokens_stops_at_the_end_of_the_document_that_reaches_them(hub, run, tmp
 
 def save(path, docs):
     """Rows with the documents in the column `body`, in the format that the path's ending says."""
-    rows = datasets.Dataset.from_dict(dict(body=docs))
-    lines = "".join(json.dumps(dict(body=doc)) + "\n" for doc in docs).encode()
+    rows = [dict(body=doc) for doc in docs]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     match path.suffix:
         case ".parquet":
             write_parquet(path, docs, "body")
         case ".csv":
-            rows.to_csv(path)
+            datasets.Dataset.from_list(rows).to_csv(path)
         case "":
-            rows.save_to_disk(path, num_shards=3)
+            datasets.Dataset.from_list(rows).save_to_disk(path, num_shards=3)
         case ".json":
-            path.write_text(json.dumps([dict(body=doc) for doc in docs]))
+            path.write_text(json.dumps(rows))
         case suffix:
             path.write_bytes({".gz": gzip.compress, ".zst": zstandard.compress}.get(suffix, bytes)(lines))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.ndjson", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.csv",
                                   "saved"])
-def test_rows_of_every_format_are_the_same_tokens(run, tmp_path, gpt2_tokenizer, name):
+def test_rows_of_every_format_are_the_same_tokens(prepare, tmp_path, gpt2_tokenizer, name):
     docs = texts(210)
     docs[7] = "NA"  # which is text in a .csv too
     save(tmp_path / name, docs)
-    args = [f"--files={name}", "--column=body", "--tokenizer=gpt2", "--dataset=rows", "--val_every=200"]
-    done = run("prepare_owt.py", *args)
-    assert done.code == 0, done.text
+    prepare(f"--files={name}", "--column=body", "--tokenizer=gpt2", "--dataset=rows", "--val_every=200")
     assert tokens("train", "rows") == nanogpt(without_every_200th(docs))
     assert tokens("val", "rows") == nanogpt(docs[::200])
 
 
-def test_few_long_rows_are_cut_at_their_end_as_few_text_files_are(run, tmp_path):
+def test_few_long_rows_are_cut_at_their_end_as_few_text_files_are(prepare, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "%s"}\n{"text": "short"}\n' % ("x" * 1_000_000))
-    assert run("prepare_owt.py", "--files=a.jsonl").code == 0
+    prepare("--files=a.jsonl")
     assert tokens("train", "files") == [*b"x" * 950_001, 256, *b"short", 256]
     assert tokens("val", "files") == [*b"x" * 49_999, 256]
 
@@ -153,43 +161,41 @@ IDS = {
 def test_rows_of_ids_are_documents_or_windows(run, tmp_path, kind, row_type):
     rows, windows, stream = IDS[kind]
     write_parquet(tmp_path / "a.parquet", rows, "input_ids")
-    args = ["--files=a.parquet", "--tokenizer=4096:1", "--dataset=own", "--val_every=1"]
-    done = run("prepare_owt.py", *args, f"--rows={row_type}")
+    done = run("prepare_owt.py", "--files=a.parquet", "--tokenizer=4096:1", "--val_every=1", f"--rows={row_type}")
     windows = windows if row_type == "" else row_type == "windows"
+    if windows is None:
+        assert "--rows=windows" in done.error
+        return
     if windows:
         stream = sum(filter(None, rows), [])
     elif row_type == "documents" and kind not in ("documents", "end-of-text first", "end-of-text at both ends"):
         stream = sum(([*(row or []), 1] for row in rows), [])
-    if windows is None:
-        assert "a.parquet" in done.error
-        assert "--rows=windows" in done.error
-    else:
-        assert done.code == 0, done.text
-        assert tokens("val", "own") == stream
-        meta = read_json("data/own/meta.json")["val"]
-        assert meta["documents"] == len(rows)
-        marked = sum(bool(row) and 1 in (row[0], row[-1]) for row in rows)
-        assert meta["eot_appended"] == (0 if windows else len(rows) - marked)
+    assert done.code == 0, done.text
+    assert tokens("val", "files") == stream
+    meta = read_json("data/files/meta.json")["val"]
+    assert meta["documents"] == len(rows)
+    marked = sum(bool(row) and 1 in (row[0], row[-1]) for row in rows)
+    assert meta["eot_appended"] == (0 if windows else len(rows) - marked)
 
 
-def test_padding_is_left_out_where_a_mask_says_so(run, tmp_path):
+def test_padding_is_left_out_where_a_mask_says_so(prepare, tmp_path):
     rows, masks = [[5, 6, 1, 1], [7, 1, 1, 1]], [[1, 1, 1, 0], [1, 0, 0, 0]]
     write_parquet(tmp_path / "a.parquet", rows, "input_ids", attention_mask=masks)
-    assert run("prepare_owt.py", "--files=a.parquet", "--tokenizer=4096:1", "--val_every=1").code == 0
+    prepare("--files=a.parquet", "--tokenizer=4096:1", "--val_every=1")
     assert tokens("val", "files") == [5, 6, 1, 7, 1]
 
 
-def test_the_share_of_end_of_text_is_said(run, tmp_path):
+def test_the_share_of_end_of_text_is_said(prepare, tmp_path):
     write_parquet(tmp_path / "a.parquet", [[5, 6, 1, 1], [7, 8, 9, 1]] * 5, "input_ids")
-    done = run("prepare_owt.py", "--files=a.parquet", "--tokenizer=4096:1", "--rows=windows", "--val_every=100")
+    done = prepare("--files=a.parquet", "--tokenizer=4096:1", "--rows=windows", "--val_every=100")
     assert f"{13 / 36:.3%}" in done.text
-    assert "4 of 13 doubled" in done.text
+    assert "4 of 13" in done.text
 
 
 @pytest.mark.parametrize("tokenizer, taken", [("bytes", [*b"ab", 256]), ("4096:1", [7, 8, 1])])
-def test_of_text_and_ids_the_tokenizer_takes_what_it_can(run, tmp_path, tokenizer, taken):
+def test_of_text_and_ids_the_tokenizer_takes_what_it_can(prepare, tmp_path, tokenizer, taken):
     write_parquet(tmp_path / "a.parquet", ["x", "ab"], input_ids=[[5], [7, 8]])
-    assert run("prepare_owt.py", "--files=a.parquet", f"--tokenizer={tokenizer}", "--val_every=2").code == 0
+    prepare("--files=a.parquet", f"--tokenizer={tokenizer}", "--val_every=2")
     assert tokens("train", "files") == taken
 
 
@@ -199,6 +205,7 @@ def random_model(run):
     random_hf(vocab_size=50257, n_positions=64, n_embd=16, n_head=2, n_layer=1).save_pretrained("random")
 
 
+@pytest.mark.slow
 def test_eval_prepares_the_pile_by_itself_all_of_it_to_evaluate_on(hub, run, tmp_path, random_model):
     """The tokenized Pile is fetched from the hub once; what is asked for of it is val."""
     sequences = np.random.default_rng(0).integers(0, 50256, (5, 257))
@@ -227,14 +234,13 @@ def test_eval_without_a_network_names_the_repository(tmp_path, gpt2_tokenizer, r
 
 @pytest.mark.parametrize("layout", ["plain_text", "refs-convert-parquet/plain_text/train",
                                     "refs-convert-parquet/plain_text/partial-train"])
-def test_openwebtext_is_found_where_it_is_today(hub, run, tmp_path, layout):
+def test_openwebtext_is_found_where_it_is_today(hub, prepare, tmp_path, layout):
     """Converted on main; or a loading script on main, and the parquet conversion beside it, whole or the first part."""
     docs = texts(250)
     write_parquet(tmp_path / "owt" / layout / "train-00000-of-00001.parquet", docs)
     (tmp_path / "owt/openwebtext.py").write_text("# a script that datasets no longer runs")
     hub.repos["datasets/Skylion007/openwebtext"] = tmp_path / "owt"
-    done = run("prepare_owt.py", "--dataset=owt", "--tokens=1_000_000", "--val_every=200")
-    assert done.code == 0, done.text
+    done = prepare("--dataset=owt", "--tokens=1_000_000", "--val_every=200")
     assert tokens("val", "owt") == nanogpt([docs[0], docs[200]])
     assert "250 of 8,013,769 documents" in done.text
 

@@ -12,14 +12,8 @@ from configurator import configure
 from parts.errors import UserError
 from schedule import describe, learning_rate_at, state_at, timeline
 
-POST = [
-    ("ln_2", 200, 20),
-    ("ln_1qk", 440, 20),
-    ("ln_1v", 680, 30),
-    ("ln_f", 1040, None),
-    ("eot", 1060, None),
-    ("bos", 1160, None),
-]
+POST = [("ln_2", 200, 20), ("ln_1qk", 440, 20), ("ln_1v", 680, 30), ("ln_f", 1040, None), ("eot", 1060, None),
+        ("bos", 1160, None)]
 FOLLOW_UP = [("ln_2", 20, 2), ("ln_1qk", 44, 2), ("ln_1v", 68, 3), ("ln_f", 104, None)]
 XL = [("ln_2", 50, 4), ("ln_1qk", 242, 4), ("ln_1v", 434, 6), ("ln_f", 722, None)]
 FOLLOW_UPS = ("remove_ln_fast", "remove_ln_medium", "remove_ln_large", "remove_ln_xl")
