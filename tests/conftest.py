@@ -40,8 +40,9 @@ device.peak_flops = functools.cache(device.peak_flops)  # half a second of each 
 
 # a removal of 13 LayerNorms and two treatments from the bundled model, in 12 steps of 128 tokens
 SCHEDULE = [("ln_2", 1, 1), ("ln_1qk", 5, 0), ("ln_1v", 6, 1), ("ln_f", 9, None), ("eot", 10, None), ("bos", 10, None)]
-SHORT = [f"--init_from={TINY}", "--max_iters=12", "--batch_size=2", "--gradient_accumulation_steps=2", "--block_size=32",
-         "--warmup_iters=2", "--eval_interval=100", "--eval_iters=2", "--log_interval=1", "--compile=False"]
+SHORT = [f"--init_from={TINY}", "--max_iters=12", "--batch_size=2", "--gradient_accumulation_steps=2",
+         "--block_size=32", "--warmup_iters=2", "--eval_interval=100", "--eval_iters=2", "--log_interval=1",
+         "--compile=False"]
 
 
 def pytest_configure(config):
@@ -114,8 +115,8 @@ def run_alone(script, *args, launcher=(), env=None, **kwargs):
     """The same in a process of its own, in today's folder or `cwd`."""
     script = [os.path.join(REPO, script)] if str(script).endswith(".py") else ["-m", script]
     env = os.environ | dict(PYTHONPATH=REPO) | (env or {})
-    done = subprocess.run([sys.executable, *launcher, *script, *map(str, args)], env=env, capture_output=True, text=True,
-                          **kwargs)
+    command = [sys.executable, *launcher, *script, *map(str, args)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, **kwargs)
     return Result(done.returncode, done.stdout + done.stderr)
 
 

@@ -24,12 +24,13 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPO = os.path.dirname(HERE)
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-SCHEDULE = [("ln_2", 1, 2), ("ln_1qk", 9, 0), ("ln_1v", 10, 2), ("ln_f", 20, None), ("eot", 21, None), ("bos", 22, None)]
+SCHEDULE = [("ln_2", 1, 2), ("ln_1qk", 9, 0), ("ln_1v", 10, 2), ("ln_f", 20, None), ("eot", 21, None),
+            ("bos", 22, None)]
 # a removal of 13 LayerNorms that saves at each step, so that many kills meet it while it saves
-TRAIN = [os.path.join(REPO, "train.py"), f"--init_from={REPO}/assets/tiny", "--dataset=text", f"--ln_schedule={SCHEDULE}",
-         "--batch_size=1", "--gradient_accumulation_steps=2", "--block_size=32", "--warmup_iters=2", "--dropout=0.1",
+TRAIN = [os.path.join(REPO, "train.py"), f"--init_from={REPO}/assets/tiny", f"--ln_schedule={SCHEDULE}",
+         "--dataset=text", "--batch_size=1", "--gradient_accumulation_steps=2", "--block_size=32", "--warmup_iters=2",
          "--eval_interval=1000", "--eval_iters=1", "--checkpoint_interval=1", "--log_interval=1", "--dtype=float32",
-         "--compile=False"]
+         "--dropout=0.1", "--compile=False"]
 ENV = os.environ | dict(OMP_NUM_THREADS="1")
 
 

@@ -60,7 +60,7 @@ def model(run):
 
 
 def test_what_another_program_or_a_user_put_in_a_data_folder_stays(refused, run, text):
-    """Text where its tokens would be, or beside our tokens; nanoGPT's files, which have no meta.json; a link; a file."""
+    """Text where its tokens would be, or beside our tokens; nanoGPT's files, without a meta.json; a link; a file."""
     assert run(*PREPARE, "--dataset=mine").code == 0
     shutil.copy("data/mytext/a.txt", "data/mine")
     os.makedirs("data/other")
@@ -89,7 +89,8 @@ def test_what_a_run_starts_from_stays(run, refused, model):
     """The model, also through a link, and the teacher."""
     shutil.copytree("model", "project/model")
     os.symlink("project", "link")
-    for source, out_dir in (("model", "."), ("model", "model"), ("project/model", "project"), ("project/model", "link")):
+    pairs = [("model", "."), ("model", "model"), ("project/model", "project"), ("project/model", "link")]
+    for source, out_dir in pairs:
         refused(*TRAIN, f"--init_from={source}", f"--out_dir={out_dir}", names=f"init_from {source}")
     assert run(*TRAIN).code == 0
     refused(*TRAIN, "--init_from=model", "--kl_share=0.5", "--teacher=out/run", "--force", names="teacher out/run")

@@ -10,7 +10,6 @@ import shutil
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import prepare_owt
 import pyarrow as pa
 import pyarrow.parquet as pq

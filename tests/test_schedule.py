@@ -120,7 +120,8 @@ def test_a_line_for_each_row_says_before_which_steps():
 
 def test_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():
     """The defaults are the post's: 6e-4 after 100 steps, half way at 1,050, 6e-5 from 2,000."""
-    settings = {name: default_settings()[name] for name in ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")}
+    names = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")
+    settings = {name: default_settings()[name] for name in names}
     rates = {step: learning_rate_at(step, **settings) for step in (0, 49, 100, 1050, 2000, 5000)}
     assert rates[0] == pytest.approx(6e-4 / 101)
     assert rates[49] == pytest.approx(6e-4 * 50 / 101)

@@ -151,9 +151,10 @@ def test_help_lists_the_settings_with_their_defaults_and_meaning(apply, capsys):
     with pytest.raises(SystemExit) as stop:
         apply("--help")
     assert not stop.value.code
-    listed = [line.strip() for line in capsys.readouterr().out.splitlines() if "--" in line]
-    assert [re.split(" {2,}", line)[0] for line in listed] == [f"--{name}={value!r}" for name, value in DEFAULTS.items()]
-    assert re.split(" {2,}", listed[5])[1] == "a few minutes once; then faster"
+    printed = capsys.readouterr().out
+    listed = [re.split(" {2,}", line.strip()) for line in printed.splitlines() if "--" in line]
+    assert [flag for flag, _ in listed] == [f"--{name}={value!r}" for name, value in DEFAULTS.items()]
+    assert listed[5][1] == "a few minutes once; then faster"
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "prepare_owt.py", "tools.sample", "tools.export",
