@@ -83,10 +83,8 @@ def test_a_run_removes_every_layernorm_and_leaves_its_four_files(removal):
     ]
     log = read_log()
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(12))
-    logged = {e["event"]: (e["avg_std"], e["bos_std"]) for e in log if "avg_std" in e}
-    stored = {name: (site.avg_std.item(), site.bos_std.item()) for name, site in model.sites().items()}
-    assert logged == stored
-
+    logged = {entry["event"]: (entry["avg_std"], entry["bos_std"]) for entry in log if "avg_std" in entry}
+    assert logged == {name: (site.avg_std.item(), site.bos_std.item()) for name, site in model.sites().items()}
     settings = read_json("out/run/settings.json")
     assert settings["max_iters"] == 12
     assert settings["ln_schedule"] == [list(row) for row in SCHEDULE]
@@ -114,24 +112,6 @@ def windows_of(step):
     return data.read_windows(tokens, data.train_starts(tokens, 1337, step, 4, 32), 32, "cpu")[0]
 
 
-def test_the_constants_of_an_event_are_those_of_its_batch_and_weights(removal):
-    """An event at step 0 meets the bundled model's own weights: they are measured here on the same
-    windows, without the run's dropout."""
-    schedule = [("ln_2", 0, 0), ("ln_f", 11, None)]
-    assert removal(f"--ln_schedule={schedule}", "--dtype=float32", "--dropout=0.1").code == 0
-    x = windows_of(0)
-    assert not (x == 256).any()  # no end-of-text: so the two micro-batches weigh the same in one
-    model = GPT.from_pretrained(TINY)
-    model.measure_std(x)
-
-    entries = [entry for entry in read_log() if entry.get("event", "").endswith("ln_2")]
-    assert len(entries) == 4
-    for entry in entries:
-        site = model.sites()[entry["event"]]
-        assert entry["avg_std"] == pytest.approx(site.avg_std.item(), rel=1e-4)
-        assert entry["bos_std"] == pytest.approx(site.bos_std.item(), rel=1e-4)
-
-
 def std_before(model, site, x):
     """The std of what a site reads of the windows x, by DESIGN's formula in float64: (windows, T)."""
     seen = []
@@ -142,14 +122,25 @@ def std_before(model, site, x):
     return (seen[0].var(-1, unbiased=False) + 1e-5).sqrt()
 
 
-def test_constants_can_be_over_all_tokens(removal):
-    """As arXiv 2507.02559's: position 0 and end-of-text are tokens like others."""
-    schedule = [("ln_f", 0, None)]
-    assert removal(f"--ln_schedule={schedule}", "--dtype=float32", "--std_over=all", "--max_iters=1").code == 0
-    std = std_before(GPT.from_pretrained(TINY), "ln_f", windows_of(0))
-    (avg_std,) = read_log(key="avg_std")
-    assert avg_std == pytest.approx(std.mean().item(), rel=1e-4)
-    assert avg_std != pytest.approx(std[:, 1:].mean().item(), rel=1e-3)
+@pytest.mark.parametrize("std_over", ["ordinary", "all"])
+def test_the_constants_of_an_event_are_those_of_its_batch_and_weights(removal, std_over):
+    """Events at step 0 meet the bundled model's own weights: their std is measured here on the same windows, without
+    the run's dropout. Over all tokens, as arXiv 2507.02559's, position 0 and end-of-text are tokens like others."""
+    schedule = [("ln_2", 0, 0), ("ln_f", 0, None)]
+    args = ["--dtype=float32", "--dropout=0.1", "--max_iters=1", f"--std_over={std_over}"]
+    assert removal(f"--ln_schedule={schedule}", *args).code == 0
+    x = windows_of(0)
+    assert not (x == 256).any()  # no end-of-text: so the two micro-batches weigh the same in one
+    entries = [entry for entry in read_log() if "avg_std" in entry]
+    assert len(entries) == 5
+    for entry in entries:
+        std = std_before(GPT.from_pretrained(TINY), entry["event"], x)
+        ordinary = std[:, 1:].mean().item()
+        expected = ordinary if std_over == "ordinary" else std.mean().item()
+        assert entry["avg_std"] == pytest.approx(expected, rel=1e-4)
+        assert expected == ordinary or expected != pytest.approx(ordinary, rel=1e-3)
+        if std_over == "ordinary":
+            assert entry["bos_std"] == pytest.approx(std[:, 0].mean().item(), rel=1e-4)
 
 
 def test_constants_can_be_moving_averages_over_steps(removal):
@@ -169,8 +160,7 @@ def test_constants_can_be_moving_averages_over_steps(removal):
 def test_the_control_sees_the_same_batches_and_keeps_its_layernorms(removal):
     assert removal("--max_iters=2", "--ln_schedule=[]", "--out_dir=out/control").code == 0
     assert removal("--max_iters=2", "--ln_schedule=[('ln_2', 1, 0)]").code == 0
-    free = read_log("out/run", "loss")
-    control = read_log("out/control", "loss")
+    free, control = (read_log(f"out/{name}", "loss") for name in ("run", "control"))
     assert free[0] == control[0]
     assert free[1] != control[1]  # the first event is at step 1
     assert set(GPT.from_pretrained("out/control/model").ln_modes().values()) == {"real"}
@@ -205,8 +195,7 @@ def test_evaluation_is_the_mean_loss_of_the_even_windows(removal):
 def assert_same_tensors(path, expected):
     found = load_file(path)
     assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def log_without_speed(folder):
@@ -305,8 +294,7 @@ def test_an_ln_free_model_is_fine_tuned_and_resumed_and_another_schedule_is_refu
 def test_the_models_flops_are_its_matrix_products():
     model = GPT.from_pretrained(TINY)
     c = model.config
-    # the matrices; biases and LNs are 1 % more
-    weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
+    weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd  # biases and LNs are 1 % more
     expected = 6 * weights + 12 * c.n_layer * c.n_embd * 32
     assert flops_per_token(model, 32) == pytest.approx(expected, rel=0.02)
 
