@@ -95,13 +95,10 @@ class Hub(BaseHTTPRequestHandler):
         folder = self.folder(repo, CONVERTED if revision == CONVERTED else "main")
         if folder is None:
             return
-        found = []
-        for path in folder.rglob("*"):
-            elsewhere = revision == "main" and CONVERTED in path.parts
-            if path.is_file() and not elsewhere:
-                name = str(path.relative_to(folder))
-                found.append(dict(type="file", path=name, size=path.stat().st_size, oid="0" * 40))
-        self.send_json(found)
+        elsewhere = revision == "main" and folder / CONVERTED
+        files = [path for path in folder.rglob("*") if path.is_file() and elsewhere not in path.parents]
+        self.send_json([dict(type="file", path=str(path.relative_to(folder)), size=path.stat().st_size, oid="0" * 40)
+                        for path in files])
 
     def send_file(self, folder, name):
         if folder is None:
@@ -136,20 +133,19 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(length)) if length else self.read_chunks()
         if self.headers.get("Authorization") != "Bearer secret":
             return self.send(401)
-        endpoint = self.server.env["HF_ENDPOINT"]
-        path = unquote(self.path)
+        address, path = self.server.env["HF_ENDPOINT"], unquote(self.path)
         reply = {}
         if path == "/api/repos/create":
             wanted = json.loads(body)
-            reply = dict(url=f"{endpoint}/{wanted.get('organization', 'org')}/{wanted['name']}")
+            reply = dict(url=f"{address}/{wanted.get('organization', 'org')}/{wanted['name']}")
         elif "/preupload/" in path:
-            files = json.loads(body)["files"]
-            reply = dict(files=[dict(path=f["path"], uploadMode="regular", shouldIgnore=False) for f in files])
+            names = [file["path"] for file in json.loads(body)["files"]]
+            reply = dict(files=[dict(path=name, uploadMode="regular", shouldIgnore=False) for name in names])
         elif "/commit/" in path:
             repo = path.removeprefix("/api/models/").partition("/commit/")[0]
             lines = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
             self.server.uploaded[repo] = {line["path"]: base64.b64decode(line["content"]) for line in lines}
-            reply = dict(success=True, commitOid=COMMIT, commitUrl=f"{endpoint}/{repo}/commit/{COMMIT}")
+            reply = dict(success=True, commitOid=COMMIT, commitUrl=f"{address}/{repo}/commit/{COMMIT}")
         self.send_json(reply)
 
     def read_chunks(self):
