@@ -4,6 +4,7 @@ models, bundled and random.
 """
 import ast
 import fcntl
+import functools
 import gc
 import hashlib
 import importlib.resources
@@ -31,35 +32,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each
     torch.set_num_threads(1)
 
 from model import std_of  # noqa: E402
+from parts import data, device  # noqa: E402
 from parts.errors import ENDINGS, UserError  # noqa: E402
 from parts.loss import LossInPieces  # noqa: E402
 
+device.peak_flops = functools.cache(device.peak_flops)  # half a second of each run
+
 # a removal of 13 LayerNorms and two treatments from the bundled model, in 12 steps of 128 tokens
-SCHEDULE = [
-    ("ln_2", 1, 1),
-    ("ln_1qk", 5, 0),
-    ("ln_1v", 6, 1),
-    ("ln_f", 9, None),
-    ("eot", 10, None),
-    ("bos", 10, None),
-]
-SHORT = [
-    f"--init_from={TINY}",
-    "--max_iters=12",
-    "--batch_size=2",
-    "--gradient_accumulation_steps=2",
-    "--block_size=32",
-    "--warmup_iters=2",
-    "--eval_interval=100",
-    "--eval_iters=2",
-    "--log_interval=1",
-    "--compile=False",
-]
+SCHEDULE = [("ln_2", 1, 1), ("ln_1qk", 5, 0), ("ln_1v", 6, 1), ("ln_f", 9, None), ("eot", 10, None), ("bos", 10, None)]
+SHORT = [f"--init_from={TINY}", "--max_iters=12", "--batch_size=2", "--gradient_accumulation_steps=2",
+         "--block_size=32", "--warmup_iters=2", "--eval_interval=100", "--eval_iters=2", "--log_interval=1",
+         "--compile=False"]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "device: runs on a CUDA GPU where there is one")
     config.addinivalue_line("markers", "slow: takes some ten seconds or more")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported; else each gc.collect() below takes a quarter of a second
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +114,8 @@ def run(tmp_path, monkeypatch, capsys):
 def run_alone(script, *args, launcher=(), env=None, **kwargs):
     """The same in a process of its own, in today's folder or `cwd`."""
     script = [os.path.join(REPO, script)] if str(script).endswith(".py") else ["-m", script]
-    command = [sys.executable, *launcher, *script, *map(str, args)]
     env = os.environ | dict(PYTHONPATH=REPO) | (env or {})
+    command = [sys.executable, *launcher, *script, *map(str, args)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, **kwargs)
     return Result(done.returncode, done.stdout + done.stderr)
 
@@ -145,6 +137,23 @@ def objective_of(model, teacher=None, compiled=False, **settings):
     exec(compile(tree, "train.py", "exec"), scope)
     scope["in_pieces"] = LossInPieces(scope["of_logits"], model.lm_head, teacher and teacher.lm_head, compiled)
     return scope["objective"]
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(k, f): f is called once, when step k reads its data."""
+
+    def at_step(k, f):
+        train_starts, waiting = data.train_starts, [f]
+
+        def starts(tokens, seed, step, *rest):
+            if step == k and waiting:
+                waiting.pop()()
+            return train_starts(tokens, seed, step, *rest)
+
+        monkeypatch.setattr(data, "train_starts", starts)
+
+    return at_step
 
 
 # --- what they leave

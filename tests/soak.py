@@ -11,37 +11,26 @@ import glob
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPO = os.path.dirname(HERE)
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-SCHEDULE = [("ln_2", 1, 2), ("ln_1qk", 9, 0), ("ln_1v", 10, 2), ("ln_f", 20, None)]
-SCHEDULE += [("eot", 21, None), ("bos", 22, None)]
+SCHEDULE = [("ln_2", 1, 2), ("ln_1qk", 9, 0), ("ln_1v", 10, 2), ("ln_f", 20, None), ("eot", 21, None),
+            ("bos", 22, None)]
 # a removal of 13 LayerNorms that saves at each step, so that many kills meet it while it saves
-TRAIN = [
-    os.path.join(REPO, "train.py"),
-    f"--init_from={REPO}/assets/tiny",
-    "--dataset=text",
-    f"--ln_schedule={SCHEDULE}",
-    "--batch_size=1",
-    "--gradient_accumulation_steps=2",
-    "--block_size=32",
-    "--warmup_iters=2",
-    "--eval_interval=1000",
-    "--eval_iters=1",
-    "--checkpoint_interval=1",
-    "--log_interval=1",
-    "--dtype=float32",
-    "--dropout=0.1",
-    "--compile=False",
-]
+TRAIN = [os.path.join(REPO, "train.py"), f"--init_from={REPO}/assets/tiny", f"--ln_schedule={SCHEDULE}",
+         "--dataset=text", "--batch_size=1", "--gradient_accumulation_steps=2", "--block_size=32", "--warmup_iters=2",
+         "--eval_interval=1000", "--eval_iters=1", "--checkpoint_interval=1", "--log_interval=1", "--dtype=float32",
+         "--dropout=0.1", "--compile=False"]
 ENV = os.environ | dict(OMP_NUM_THREADS="1")
 
 
@@ -60,39 +49,29 @@ def finish(*args):
 
 def wait_for(process, words):
     """Read what it prints up to a line with these words; False: it ended before."""
-    for line in process.stdout:
-        if words in line:
-            return True
-    return False
+    return any(words in line for line in process.stdout)
 
 
 def write_text():
     """Tokens in data/text, of words by chance."""
     words = ["def read(self):\n", "    return self.buffer[:size]\n", "class Reader:\n", "import os\n"]
-    with open("text.txt", "w") as f:
-        f.write("".join(np.random.default_rng(0).choice(words, 5000)))
+    Path("text.txt").write_text("".join(np.random.default_rng(0).choice(words, 5000)))
     finish(os.path.join(REPO, "prepare_owt.py"), "--dataset=text", "--files=text.txt")
 
 
 def contents(folder):
     """{name: bytes} of a folder's files."""
-    found = {}
-    for path in glob.glob(folder + "/**", recursive=True, include_hidden=True):
-        if os.path.isfile(path):
-            with open(path, "rb") as f:
-                found[os.path.relpath(path, folder)] = f.read()
-    return found
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def assert_same_run(found, expected, steps):
     """The same weights to the bit, each step once in the log, no temporary file."""
-    weights = "model/model.safetensors"
-    assert contents(found)[weights] == contents(expected)[weights]
-    with open(f"{found}/log.jsonl") as f:
-        entries = [json.loads(line) for line in f]
+    found = contents(found)
+    assert found["model/model.safetensors"] == contents(expected)["model/model.safetensors"]
+    entries = [json.loads(line) for line in found["log.jsonl"].splitlines()]
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(steps))
     assert len([entry for entry in entries if "event" in entry]) == 15
-    assert not [name for name in contents(found) if "unfinished" in name]
+    assert not [name for name in found if "unfinished" in name]
 
 
 def removal(n, steps, launcher, kill):
@@ -157,14 +136,9 @@ def launcher(n, chance):
 def children(pid):
     """The processes that a process has started."""
     found = []
-    for path in glob.glob("/proc/[0-9]*/stat"):
-        try:
-            with open(path) as f:
-                fields = f.read().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            found.append(int(path.split("/")[2]))
+    for thread in glob.glob(f"/proc/{pid}/task/*/children"):
+        with open(thread) as f:
+            found += map(int, f.read().split())
     return found
 
 
@@ -173,10 +147,8 @@ def preparations(n, chance):
     words = np.random.default_rng(0).choice(["naïve ", "café\n", "read ", "size, ", "value\n"], (20_000, 200))
     documents = ["".join(row) for row in words]
     for i in range(10):
-        with open(f"rows{i}.jsonl", "w") as f:
-            f.writelines(json.dumps(dict(text=document)) + "\n" for document in documents[i::10])
-        with open(f"long{i}.txt", "w") as f:
-            f.write("".join(documents[i::10]))
+        Path(f"long{i}.txt").write_text("".join(documents[i::10]))
+        Path(f"rows{i}.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in documents[i::10]))
     args = [os.path.join(REPO, "prepare_owt.py"), "--files=rows*.jsonl,long*.txt"]
     finish(*args, "--dataset=whole")
     resumed = 0
@@ -189,13 +161,11 @@ def preparations(n, chance):
         process.communicate()
         resumed += len(glob.glob("data/.killed.unfinished/*.npy")) > 0
         if os.path.exists("data/killed"):  # it had finished
-            for path in glob.glob("data/killed/*"):
-                os.remove(path)
-            os.rmdir("data/killed")
+            shutil.rmtree("data/killed")
     finish(*args, "--dataset=killed")
     found, expected = contents("data/killed"), contents("data/whole")
-    assert found.keys() == expected.keys() == {"train.bin", "val.bin", "meta.json"}
-    assert all(found[name] == expected[name] for name in found)
+    assert found == expected
+    assert found.keys() == {"train.bin", "val.bin", "meta.json"}
     assert sorted(os.listdir("data")) == ["killed", "text", "whole"]
     return f"{n} kills of preparations, {resumed} of them with parts to continue from"
 

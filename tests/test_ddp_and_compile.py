@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import soak
 import torch
 from conftest import REPO, SCHEDULE, SHORT, SMALL, TINY, random_hf, read_json, read_log, run_alone
 
@@ -54,11 +55,7 @@ def test_a_run_of_two_processes_is_resumed_by_one(run, torchrun):
     assert run(*args, "--out_dir=out/two", "--init_from=resume").code == 0
     assert run(*args, "--out_dir=out/one").code == 0
     assert read_log("out/two", "loss") == pytest.approx(read_log("out/one", "loss"), rel=1e-4)
-
-    assert run("eval.py", "--models=out/one,out/two", "--tokens=10240", "--json=result.json").code == 0
-    one, two = read_json("result.json")["rows"]
-    assert one["role"] == two["role"] == "ln_free"
-    assert two["loss"] == pytest.approx(one["loss"], abs=0.002)
+    assert read_log("out/two", "val_loss")[-1] == pytest.approx(read_log("out/one", "val_loss")[-1], abs=0.002)
 
 
 @pytest.mark.slow
@@ -81,14 +78,13 @@ def leaves(value):
 def test_two_processes_evaluate_to_the_same_numbers_as_one(run, torchrun, stdlib_data):
     """Windows and examples that two don't divide evenly; cross-entropy, faithfulness, HellaSwag and the residual
     stream."""
-    # data/stdlib, and beside it seven examples of HellaSwag
     os.remove("data")
     os.makedirs("data/hellaswag")
     os.symlink(os.path.join(stdlib_data, "stdlib"), "data/stdlib")
     with open(os.path.join(REPO, "tests", "hellaswag_42.jsonl")) as f:
-        examples = f.readlines()[:7]
+        examples = "".join(f.readlines()[:7])
     with open("data/hellaswag/hellaswag_val.jsonl", "w") as f:
-        f.writelines(examples)
+        f.write(examples)
     random_hf(vocab_size=320, n_positions=256).save_pretrained("other")
 
     args = [f"--models={TINY},other", "--dataset=stdlib,hellaswag,residual"]
@@ -118,12 +114,9 @@ def test_sigterm_stops_all_processes_at_one_step(torchrun):
     command = [sys.executable, *TWO, os.path.join(REPO, "train.py"), *SHORT, "--max_iters=100000"]
     with open("errors.txt", "w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | ONE_THREAD)
-    with process:
-        for line in process.stdout:
-            if "step      5  loss" in line:
-                process.terminate()
-                break
-        text = process.stdout.read()
+    soak.wait_for(process, "step      5  loss")
+    process.terminate()
+    text = process.communicate()[0]
     assert "--init_from=resume" in text
     assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] > 5
 
@@ -141,15 +134,11 @@ def count_graphs():
     return lambda: counters["stats"]["unique_graphs"]
 
 
-# the blocks, and a piece of the loss, in training and in evaluation
-GRAPHS = 4
+GRAPHS = 4  # the blocks, and a piece of the loss, in training and in evaluation
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("losses, graphs", [
-    ([], GRAPHS),
-    (["--kl_share=0.5"], GRAPHS + 1),  # the teacher's own
-])
+@pytest.mark.parametrize("losses, graphs", [([], GRAPHS), (["--kl_share=0.5"], GRAPHS + 1)])  # the teacher's own
 def test_compiled_through_every_event_is_the_eager_run(run, stdlib, count_graphs, losses, graphs):
     """float32; and the number of graphs stays small."""
     args = ["train.py", *SHORT, "--dtype=float32", f"--ln_schedule={SCHEDULE}", *losses]

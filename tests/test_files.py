@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, SHORT, TINY, random_hf, read_json, set_all_fake
+from conftest import REPO, SHORT, TINY, random_hf, read_json, set_all_fake, write_dataset
 
 from model import GPT
 from parts import files
 
-TRAIN = ["train.py", *SHORT, "--max_iters=2", "--checkpoint_interval=1"]
+TRAIN = ["train.py", *SHORT, "--max_iters=2", "--checkpoint_interval=1", "--dataset=mine"]
 PREPARE = ["prepare_owt.py", "--files=data/mytext/*.txt"]
 
 
@@ -50,21 +50,17 @@ def text(run):
 
 
 @pytest.fixture
-def model(run, stdlib):
-    """A model of the user's in model/."""
+def model(run):
+    """A model of the user's in model/, and data/mine."""
     shutil.copytree(TINY, "model")
+    write_dataset()
 
 
 # --- prepare_owt.py
 
 
-@pytest.mark.parametrize("force", [[], ["--force"]])
-def test_text_that_lies_where_its_tokens_would_be_stays(refused, text, force):
-    refused(*PREPARE, "--dataset=mytext", *force, names="data/mytext holds a.txt")
-
-
 def test_what_another_program_or_a_user_put_in_a_data_folder_stays(refused, run, text):
-    """Text beside our tokens; nanoGPT's files, which have no meta.json; a link; a file."""
+    """Text where its tokens would be, or beside our tokens; nanoGPT's files, without a meta.json; a link; a file."""
     assert run(*PREPARE, "--dataset=mine").code == 0
     shutil.copy("data/mytext/a.txt", "data/mine")
     os.makedirs("data/other")
@@ -72,44 +68,32 @@ def test_what_another_program_or_a_user_put_in_a_data_folder_stays(refused, run,
     os.makedirs("elsewhere")
     os.symlink("../elsewhere", "data/linked")
     Path("data/file").write_text("")
-    for name in ("mine", "other", "linked", "file"):
+    refused(*PREPARE, "--dataset=mytext", names="data/mytext")
+    for name in ("mytext", "mine", "other", "linked", "file"):
         refused(*PREPARE, "--force", f"--dataset={name}", names=f"data/{name}")
 
 
-def test_a_data_set_or_folder_whose_name_ends_in_tmp_stays(run, refused, text):
+def test_what_we_wrote_is_replaced_when_asked_and_a_folder_whose_name_ends_in_tmp_stays(run, text):
     for name in ("mine.tmp", "mine"):
         assert run(*PREPARE, f"--dataset={name}").code == 0
+    before = contents("data")
+    assert run(*PREPARE, "--dataset=mine", "--force").code == 0
+    assert contents("data") == before
     assert sorted(os.listdir("data")) == ["mine", "mine.tmp", "mytext"]
-    assert sorted(os.listdir("data/mine.tmp")) == ["meta.json", "train.bin", "val.bin"]
-
-
-def test_what_we_wrote_is_replaced_when_asked(run, text):
-    assert run(*PREPARE, "--dataset=mine", "--force").code == 0
-    before = contents("data/mine")
-    assert run(*PREPARE, "--dataset=mine", "--force").code == 0
-    assert contents("data/mine") == before
-    assert sorted(os.listdir("data")) == ["mine", "mytext"]
 
 
 # --- train.py
 
 
-@pytest.mark.parametrize("init_from, out_dir", [
-    ("model", "."),
-    ("model", "model"),
-    ("project/model", "project"),
-    ("project/model", "link"),
-])
-def test_the_model_that_a_run_starts_from_stays(refused, model, init_from, out_dir):
+def test_what_a_run_starts_from_stays(run, refused, model):
+    """The model, also through a link, and the teacher."""
     shutil.copytree("model", "project/model")
     os.symlink("project", "link")
-    refused(*TRAIN, f"--init_from={init_from}", f"--out_dir={out_dir}", names=f"init_from {init_from}")
-
-
-def test_the_teacher_of_a_run_stays(run, refused, model):
+    pairs = [("model", "."), ("model", "model"), ("project/model", "project"), ("project/model", "link")]
+    for source, out_dir in pairs:
+        refused(*TRAIN, f"--init_from={source}", f"--out_dir={out_dir}", names=f"init_from {source}")
     assert run(*TRAIN).code == 0
-    args = ["--init_from=model", "--kl_share=0.5", "--teacher=out/run", "--force"]
-    refused(*TRAIN, *args, names="teacher out/run")
+    refused(*TRAIN, "--init_from=model", "--kl_share=0.5", "--teacher=out/run", "--force", names="teacher out/run")
 
 
 def test_a_users_folder_and_a_link_in_a_runs_folder_stay(run, refused, model):
@@ -121,7 +105,7 @@ def test_a_users_folder_and_a_link_in_a_runs_folder_stay(run, refused, model):
     assert run(*TRAIN).code == 0
     shutil.rmtree("out/run/model")
     os.symlink("../../model", "out/run/model")
-    refused(*TRAIN, names="out/run/model is a link")
+    refused(*TRAIN, names="out/run/model")
 
 
 def test_what_lies_beside_a_runs_own_files_stays(run, model):
@@ -136,10 +120,18 @@ def test_what_lies_beside_a_runs_own_files_stays(run, model):
         assert sorted(names) == ["ckpt-1.pt", "ckpt-500.pt", "ckpt.pt", "ckpt.pt.tmp"]
 
 
-def test_a_run_is_only_replaced_with_force(run, refused, model):
+def test_a_run_is_only_replaced_with_force_and_by_one_process_at_a_time(run, refused, model):
     """A finished one, and one without model/, which can also be resumed."""
     assert run(*TRAIN).code == 0
     refused(*TRAIN, "--seed=2", names="--force")
+    gc.collect()  # what ran in this process lets go of its folder
+    code = "from parts.files import FolderLock; lock = FolderLock('out/run'); print(flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(PYTHONPATH=REPO), text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    for flag in ("--force", "--init_from=resume"):
+        refused(*TRAIN, flag, names="out/run is in use")
+    holder.communicate("\n")
     assert run(*TRAIN, "--seed=2", "--force").code == 0
     assert read_json("out/run/settings.json")["seed"] == 2
     shutil.rmtree("out/run/model")
@@ -148,49 +140,29 @@ def test_a_run_is_only_replaced_with_force(run, refused, model):
     assert os.path.exists("out/run/model/config.json")
 
 
-# --- two at a time
-
-
-def hold(folder):
-    """A process that holds the folder, as a run or a preparation does."""
-    gc.collect()  # what ran in this process lets go of it
-    code = "import sys; from parts.files import FolderLock; lock = FolderLock(sys.argv[1]); print(flush=True); input()"
-    process = subprocess.Popen([sys.executable, "-c", code, folder], cwd=REPO, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    return process
-
-
-def test_a_second_run_in_one_folder_is_refused(run, refused, model):
-    assert run(*TRAIN).code == 0
-    holder = hold(os.path.abspath("out/run"))
-    for flag in ("--force", "--init_from=resume"):
-        refused(*TRAIN, flag, names="out/run is in use")
-    holder.communicate("\n")
-    assert run(*TRAIN, "--force").code == 0
-
-
 def test_without_fcntl_as_on_windows_folders_are_not_locked(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "fcntl", None)
-    first, second = files.FolderLock(tmp_path), files.FolderLock(tmp_path)
-    del first, second
+    assert len([files.FolderLock(tmp_path) for _ in range(2)]) == 2
 
 
 # --- eval.py and the tools
 
 
-def test_a_table_replaces_only_a_table(run, refused, stdlib):
-    table = ["eval.py", f"--models={TINY}", "--tokens=512"]
+def test_a_table_and_a_picture_replace_only_a_table(run, refused, model):
+    """A second table replaces the first one."""
+    table = ["eval.py", "--models=model", "--tokens=512", "--dataset=residual,mine", "--block_size=64"]
     Path("notes.json").write_text('{"mine": 1}')
     os.symlink("/dev/null", "device.json")
     os.symlink("notes.json", "link.json")
     for path in ("notes.json", "device.json", "link.json", "/dev/null"):
         refused(*table, f"--json={path}", names=path)
     Path("table.json.tmp").write_text("mine")
-    for _ in range(2):  # the second one replaces the first
+    for _ in range(2):
         assert run(*table, "--json=table.json").code == 0
-    assert len(read_json("table.json")["rows"]) == 1
+    assert len(read_json("table.json")["rows"]) == 2
     assert Path("table.json.tmp").read_text() == "mine"
+    Path("table.png").write_text("mine")
+    refused("tools.plot", "table.json", names="table.png")
 
 
 def test_an_export_replaces_nothing(run, refused):
@@ -200,10 +172,3 @@ def test_an_export_replaces_nothing(run, refused):
     os.makedirs(files.unfinished("mine"))  # a kill left it
     assert run("tools.export", "free", "--out=mine").code == 0
     assert not os.path.exists(files.unfinished("mine"))
-
-
-def test_a_picture_replaces_nothing_outside_a_runs_folder(run, refused, stdlib):
-    table = ["--dataset=residual", "--tokens=512", "--json=table.json"]
-    assert run("eval.py", f"--models={TINY}", *table).code == 0
-    Path("table.png").write_text("mine")
-    refused("tools.plot", "table.json", names="table.png")

@@ -10,7 +10,6 @@ import shutil
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import prepare_owt
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -140,15 +139,14 @@ def good(tmp_path_factory, own_model):
 
 # --- what is wrong with them
 
-numbers = st.one_of(st.integers(), st.sampled_from([2**31, 2**63, 10**40, -1, 0, 1]), st.floats())
-scalars = st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=20))
+numbers = st.integers() | st.sampled_from([2**31, 2**63, 10**40, -1, 0, 1]) | st.floats()
+scalars = st.none() | st.booleans() | numbers | st.text(max_size=20)
 values = st.recursive(
     scalars,
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=10,
 )
-tensors = st.sampled_from([torch.zeros(3), torch.zeros(2, dtype=torch.int64), torch.tensor(1.0),
-                           torch.eye(2).to_sparse(), Code()])
+tensors = st.sampled_from([torch.zeros(3), torch.ones(2).long(), torch.tensor(1.0), torch.eye(2).to_sparse(), Code()])
 deep = st.integers(1, 5).map(lambda n: b"[" * 10**n)
 
 

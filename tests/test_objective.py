@@ -3,7 +3,7 @@ train.py's objective: the loss in pieces, KL to a teacher and the auxiliary loss
 """
 import pytest
 import torch
-from conftest import TINY, objective_of, random_hf
+from conftest import TINY, objective_of, random_hf, set_all_fake
 from torch import nn
 
 from model import GPT
@@ -26,11 +26,11 @@ def hf_and_ours(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("rows", [190, 64])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows, compiled", [(190, False), (64, False), pytest.param(64, True, marks=pytest.mark.slow)])
 def test_the_loss_in_pieces_has_the_plain_losss_value_and_gradients(hf_and_ours, monkeypatch, rows, compiled):
+    """Of 2 x 95 tokens: in pieces of 64, the last one is shorter."""
     hf, model = hf_and_ours()
-    monkeypatch.setattr("parts.loss.LOSS_ROWS", rows)  # of 2 x 95 tokens: the last piece is shorter
+    monkeypatch.setattr("parts.loss.LOSS_ROWS", rows)
     idx = torch.randint(0, 300, (2, 96))
     theirs = hf.train()(idx, labels=idx).loss
     theirs.backward()
@@ -39,17 +39,14 @@ def test_the_loss_in_pieces_has_the_plain_losss_value_and_gradients(hf_and_ours,
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     assert terms.keys() == {"loss"}
     assert terms["loss"].item() == ours.item()
-    wte, their_wte = model.transformer.wte.weight, hf.transformer.wte.weight
-    torch.testing.assert_close(wte.grad, their_wte.grad, atol=1e-4, rtol=0)
-    c_fc, their_c_fc = model.transformer.h[0].mlp.c_fc.weight, hf.transformer.h[0].mlp.c_fc.weight
-    torch.testing.assert_close(c_fc.grad.T, their_c_fc.grad, atol=1e-4, rtol=0)
+    same = dict(atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.transformer.wte.weight.grad, hf.transformer.wte.weight.grad, **same)
+    ours, theirs = (m.transformer.h[0].mlp.c_fc.weight.grad for m in (model, hf))
+    torch.testing.assert_close(ours.T, theirs, **same)
 
 
 def test_a_folded_models_unembedding_bias_has_its_gradient(tmp_path):
-    model = GPT.from_pretrained(TINY)
-    for site in model.sites().values():
-        site.ln_mode = "fake"
-    model = model.fold().double()
+    model = set_all_fake(GPT.from_pretrained(TINY)).fold().double()
     idx = torch.randint(0, 257, (2, 33))
     grads = []
     for loss in (objective_of(model)(idx[:, :-1], idx[:, 1:])[0], model(idx[:, :-1], idx[:, 1:])[1]):
@@ -81,11 +78,9 @@ def test_kl_to_a_teacher_against_transformers_in_float64(hf_and_ours, monkeypatc
     assert terms["kl"].item() == pytest.approx(kl.item(), rel=1e-9)
     assert ours.item() == pytest.approx((1 - share) * ce.item() + share * kl.item(), rel=1e-9)
     assert kl.item() > 0.01
-    for mine, theirs in (
-        (model.transformer.wte.weight, hf.transformer.wte.weight),
-        (model.transformer.h[0].mlp.c_fc.bias, hf.transformer.h[0].mlp.c_fc.bias),
-    ):
-        torch.testing.assert_close(mine.grad, 2 * theirs.grad, atol=1e-12, rtol=1e-8)
+    for name in ("wte.weight", "h.0.mlp.c_fc.bias"):
+        mine, theirs = (m.transformer.get_parameter(name).grad for m in (model, hf))
+        torch.testing.assert_close(mine, 2 * theirs, atol=1e-12, rtol=1e-8)
 
 
 def test_under_bfloat16_logits_far_from_zero_keep_their_loss_and_kl(hf_and_ours):
@@ -155,11 +150,7 @@ def test_the_auxiliary_loss_pulls_the_std_before_ln_f_to_its_mean_as_a_constant(
     idx = torch.randint(0, 290, (2, 30))
     idx[1, 9] = 299
     before = []
-
-    def see(module, args):
-        before.append(args[0])
-
-    hf.transformer.ln_f.register_forward_pre_hook(see)
+    hf.transformer.ln_f.register_forward_pre_hook(lambda module, args: before.append(args[0]))
     loss = hf(idx, labels=idx).loss * 0
     std = (before[0].var(-1, unbiased=False) + 1e-5).sqrt()
     ordinary = (idx != 299) & (torch.arange(30) > 0)
@@ -172,8 +163,6 @@ def test_the_auxiliary_loss_pulls_the_std_before_ln_f_to_its_mean_as_a_constant(
     assert (total - plain).item() == pytest.approx(0.3 * spread.item(), rel=1e-9)
     model.zero_grad()
     (total - plain).backward()
-    for ours, theirs in (
-        (model.transformer.wpe.weight, hf.transformer.wpe.weight),
-        (model.transformer.h[0].mlp.c_fc.bias, hf.transformer.h[0].mlp.c_fc.bias),
-    ):
-        torch.testing.assert_close(ours.grad, 0.3 * theirs.grad, atol=1e-9, rtol=1e-7)
+    for name in ("wpe.weight", "h.0.mlp.c_fc.bias"):
+        ours, theirs = (m.transformer.get_parameter(name).grad for m in (model, hf))
+        torch.testing.assert_close(ours, 0.3 * theirs, atol=1e-9, rtol=1e-7)

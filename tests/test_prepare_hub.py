@@ -14,7 +14,7 @@ import pytest
 import tiktoken
 import zstandard
 from conftest import random_hf, read_json, read_tokens, run_alone
-from tiny_hub import serve
+from tiny_hub import point_here, serve
 
 import prepare_owt
 
@@ -44,32 +44,25 @@ def write_parquet(path, docs, column="text", **more):
     pq.write_table(pa.table({column: docs, "url": [""] * len(docs)} | more), path)
 
 
-def json_lines(docs, column="text"):
-    return "".join(json.dumps({column: doc}) + "\n" for doc in docs).encode()
-
-
-def save_random(vocab_size, n_positions):
-    """A model in random/."""
-    hf = random_hf(vocab_size=vocab_size, n_positions=n_positions, n_embd=16, n_head=2, n_layer=1)
-    hf.save_pretrained("random")
-
-
 def tokens(split, dataset):
     return read_tokens(split, dataset).tolist()
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch, gpt2_tokenizer):
-    monkeypatch.chdir(tmp_path)
+def hub(run, tmp_path, monkeypatch, gpt2_tokenizer):
     with serve({}) as server:
-        server.env["HF_HOME"] = str(tmp_path / "cache")
+        point_here(server, monkeypatch, tmp_path / "cache")
         yield server
 
 
 @pytest.fixture
-def prepare(hub):
+def prepare(run):
+    """prepare("--files=a.txt"): prepare_owt.py, which must not fail."""
+
     def prepare(*args):
-        return run_alone("prepare_owt.py", *args, env=hub.env)
+        done = run("prepare_owt.py", *args)
+        assert done.code == 0, done.text
+        return done
 
     return prepare
 
@@ -89,8 +82,7 @@ def test_a_hub_dataset_is_nanogpts_tokens_with_every_200th_document_in_val(hub, 
     write_parquet(tmp_path / "repo/data/test-00000-of-00001.parquet", ["not this"])
     hub.repos["datasets/org/stories"] = tmp_path / "repo"
     for again in ([], ["--force"]):
-        done = prepare("--dataset=org/stories", "--val_every=200", *again)
-        assert done.code == 0, done.text
+        prepare("--dataset=org/stories", "--val_every=200", *again)
         assert tokens("train", "stories") == nanogpt(without_every_200th(docs))
         assert tokens("val", "stories") == nanogpt(docs[::200])
         assert read_json("data/stories/meta.json")["train"]["documents"] == 447
@@ -106,66 +98,45 @@ def test_tokens_stops_at_the_end_of_the_document_that_reaches_them(hub, prepare,
         write_parquet(tmp_path / f"repo/train-{i}.parquet", docs[300 * i : 300 * i + 300])
     hub.repos["datasets/org/stories"] = tmp_path / "repo"
     enough = len(nanogpt(docs[:412])) - 3
-    done = prepare("--dataset=org/stories", f"--tokens={enough}", "--val_every=200")
-    assert done.code == 0, done.text
+    prepare("--dataset=org/stories", f"--tokens={enough}", "--val_every=200")
     assert tokens("train", "stories") == nanogpt(without_every_200th(docs[:412]))
     assert tokens("val", "stories") == nanogpt(docs[:412:200])
     assert sorted(fetched(hub)) == ["train-0.parquet", "train-1.parquet"]
 
 
-ROWS = {
-    "a.parquet": None,
-    "a.jsonl": lambda docs: json_lines(docs, "body"),
-    "a.ndjson": lambda docs: json_lines(docs, "body"),
-    "a.jsonl.gz": lambda docs: gzip.compress(json_lines(docs, "body")),
-    "a.jsonl.zst": lambda docs: zstandard.compress(json_lines(docs, "body")),
-    "a.json": lambda docs: json.dumps([dict(body=doc) for doc in docs]).encode(),
-    "a.csv": None,
-    "saved": None,
-}
+def save(path, docs):
+    """Rows with the documents in the column `body`, in the format that the path's ending says."""
+    rows = [dict(body=doc) for doc in docs]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    match path.suffix:
+        case ".parquet":
+            write_parquet(path, docs, "body")
+        case ".csv":
+            datasets.Dataset.from_list(rows).to_csv(path)
+        case "":
+            datasets.Dataset.from_list(rows).save_to_disk(path, num_shards=3)
+        case ".json":
+            path.write_text(json.dumps(rows))
+        case suffix:
+            path.write_bytes({".gz": gzip.compress, ".zst": zstandard.compress}.get(suffix, bytes)(lines))
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_rows_of_every_format_are_the_same_tokens(run, tmp_path, gpt2_tokenizer, name):
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.ndjson", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.csv",
+                                  "saved"])
+def test_rows_of_every_format_are_the_same_tokens(prepare, tmp_path, gpt2_tokenizer, name):
     docs = texts(210)
-    if ROWS[name]:
-        (tmp_path / name).write_bytes(ROWS[name](docs))
-    elif name == "a.parquet":
-        write_parquet(tmp_path / name, docs, "body")
-    elif name == "a.csv":
-        docs[7] = "NA"
-        datasets.Dataset.from_dict(dict(body=docs)).to_csv(tmp_path / name)
-    else:
-        datasets.Dataset.from_dict(dict(body=docs)).save_to_disk(tmp_path / name, num_shards=3)
-    args = [f"--files={name}", "--column=body", "--tokenizer=gpt2", "--dataset=rows", "--val_every=200"]
-    done = run("prepare_owt.py", *args)
-    assert done.code == 0, done.text
+    docs[7] = "NA"  # which is text in a .csv too
+    save(tmp_path / name, docs)
+    prepare(f"--files={name}", "--column=body", "--tokenizer=gpt2", "--dataset=rows", "--val_every=200")
     assert tokens("train", "rows") == nanogpt(without_every_200th(docs))
     assert tokens("val", "rows") == nanogpt(docs[::200])
 
 
-def test_few_long_rows_are_cut_at_their_end_as_few_text_files_are(run, tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(json_lines(["x" * 1_000_000, "short"]))
-    assert run("prepare_owt.py", "--files=a.jsonl").code == 0
+def test_few_long_rows_are_cut_at_their_end_as_few_text_files_are(prepare, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "%s"}\n{"text": "short"}\n' % ("x" * 1_000_000))
+    prepare("--files=a.jsonl")
     assert tokens("train", "files") == [*b"x" * 950_001, 256, *b"short", 256]
     assert tokens("val", "files") == [*b"x" * 49_999, 256]
-
-
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_subsets_of_the_pile_are_left_out_by_name(prepare, tmp_path, kind):
-    docs = texts(400)
-    metas = [dict(pile_set_name=name) for name in ["Pile-CC", "Books3", "Github", "OpenWebText2"] * 100]
-    if kind == "jsonl":
-        lines = [json.dumps(dict(text=doc, meta=meta)) for doc, meta in zip(docs, metas)]
-        (tmp_path / "pile.jsonl").write_text("\n".join(lines))
-    else:
-        write_parquet(tmp_path / "pile.parquet", docs, meta=list(map(json.dumps, metas)))
-    args = ["--dataset=pile_text", f"--files=pile.{kind}", "--tokenizer=gpt2", "--val_every=200"]
-    done = prepare(*args, "--without=OpenWebText2,Books3,BookCorpus2")
-    assert done.code == 0, done.text
-    kept = docs[::2]
-    assert tokens("val", "pile_text") == nanogpt(kept[::200])
-    assert tokens("train", "pile_text") == nanogpt(without_every_200th(kept))
 
 
 # --- rows of token ids
@@ -190,86 +161,86 @@ IDS = {
 def test_rows_of_ids_are_documents_or_windows(run, tmp_path, kind, row_type):
     rows, windows, stream = IDS[kind]
     write_parquet(tmp_path / "a.parquet", rows, "input_ids")
-    args = ["--files=a.parquet", "--tokenizer=4096:1", "--dataset=own", "--val_every=1"]
-    done = run("prepare_owt.py", *args, f"--rows={row_type}")
+    done = run("prepare_owt.py", "--files=a.parquet", "--tokenizer=4096:1", "--val_every=1", f"--rows={row_type}")
     windows = windows if row_type == "" else row_type == "windows"
+    if windows is None:
+        assert "--rows=windows" in done.error
+        return
     if windows:
         stream = sum(filter(None, rows), [])
     elif row_type == "documents" and kind not in ("documents", "end-of-text first", "end-of-text at both ends"):
         stream = sum(([*(row or []), 1] for row in rows), [])
-    if windows is None:
-        assert "a.parquet" in done.error
-        assert "--rows=windows" in done.error
-    else:
-        assert done.code == 0, done.text
-        assert tokens("val", "own") == stream
-        meta = read_json("data/own/meta.json")["val"]
-        assert meta["documents"] == len(rows)
-        marked = sum(bool(row) and 1 in (row[0], row[-1]) for row in rows)
-        assert meta["eot_appended"] == (0 if windows else len(rows) - marked)
+    assert done.code == 0, done.text
+    assert tokens("val", "files") == stream
+    meta = read_json("data/files/meta.json")["val"]
+    assert meta["documents"] == len(rows)
+    marked = sum(bool(row) and 1 in (row[0], row[-1]) for row in rows)
+    assert meta["eot_appended"] == (0 if windows else len(rows) - marked)
 
 
-def test_padding_is_left_out_where_a_mask_says_so(run, tmp_path):
+def test_padding_is_left_out_where_a_mask_says_so(prepare, tmp_path):
     rows, masks = [[5, 6, 1, 1], [7, 1, 1, 1]], [[1, 1, 1, 0], [1, 0, 0, 0]]
     write_parquet(tmp_path / "a.parquet", rows, "input_ids", attention_mask=masks)
-    args = ["--files=a.parquet", "--tokenizer=4096:1", "--dataset=own", "--val_every=1"]
-    done = run("prepare_owt.py", *args)
-    assert done.code == 0, done.text
-    assert tokens("val", "own") == [5, 6, 1, 7, 1]
+    prepare("--files=a.parquet", "--tokenizer=4096:1", "--val_every=1")
+    assert tokens("val", "files") == [5, 6, 1, 7, 1]
 
 
-def test_the_share_of_end_of_text_is_said(run, tmp_path):
+def test_the_share_of_end_of_text_is_said(prepare, tmp_path):
     write_parquet(tmp_path / "a.parquet", [[5, 6, 1, 1], [7, 8, 9, 1]] * 5, "input_ids")
-    done = run("prepare_owt.py", "--files=a.parquet", "--tokenizer=4096:1", "--rows=windows", "--val_every=100")
+    done = prepare("--files=a.parquet", "--tokenizer=4096:1", "--rows=windows", "--val_every=100")
     assert f"{13 / 36:.3%}" in done.text
-    assert "4 of 13 doubled" in done.text
+    assert "4 of 13" in done.text
 
 
 @pytest.mark.parametrize("tokenizer, taken", [("bytes", [*b"ab", 256]), ("4096:1", [7, 8, 1])])
-def test_of_text_and_ids_the_tokenizer_takes_what_it_can(run, tmp_path, tokenizer, taken):
-    pq.write_table(pa.table({"text": ["x", "ab"], "input_ids": [[5], [7, 8]]}), tmp_path / "a.parquet")
-    done = run("prepare_owt.py", "--files=a.parquet", f"--tokenizer={tokenizer}", "--dataset=own", "--val_every=2")
-    assert done.code == 0, done.text
-    assert tokens("train", "own") == taken
+def test_of_text_and_ids_the_tokenizer_takes_what_it_can(prepare, tmp_path, tokenizer, taken):
+    write_parquet(tmp_path / "a.parquet", ["x", "ab"], input_ids=[[5], [7, 8]])
+    prepare("--files=a.parquet", f"--tokenizer={tokenizer}", "--val_every=2")
+    assert tokens("train", "files") == taken
 
 
-def test_eval_prepares_the_pile_by_itself_all_of_it_to_evaluate_on(hub, tmp_path):
+@pytest.fixture
+def random_model(run):
+    """A model of GPT-2's vocabulary in random/."""
+    random_hf(vocab_size=50257, n_positions=64, n_embd=16, n_head=2, n_layer=1).save_pretrained("random")
+
+
+@pytest.mark.slow
+def test_eval_prepares_the_pile_by_itself_all_of_it_to_evaluate_on(hub, run, tmp_path, random_model):
     """The tokenized Pile is fetched from the hub once; what is asked for of it is val."""
-    rng = np.random.default_rng(0)
-    sequences = [[50256 if i == 9 else int(t) for i, t in enumerate(rng.integers(0, 50256, 512))] for _ in range(10)]
-    write_parquet(tmp_path / "repo/data/train-00000-of-00001.parquet", sequences, "input_ids")
+    sequences = np.random.default_rng(0).integers(0, 50256, (5, 257))
+    sequences[:, 9] = 50256
+    write_parquet(tmp_path / "repo/data/train-00000-of-00001.parquet", sequences.tolist(), "input_ids")
     hub.repos["datasets/apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2"] = tmp_path / "repo"
-    save_random(vocab_size=50257, n_positions=64)
     for _ in range(2):
-        done = run_alone("eval.py", "--models=random", "--dataset=pile", "--json=r.json", env=hub.env)
+        done = run("eval.py", "--models=random", "--dataset=pile", "--json=r.json")
         assert done.code == 0, done.text
-    assert tokens("val", "pile") == sum(sequences, [])
+    assert tokens("val", "pile") == sequences.flatten().tolist()
     assert tokens("train", "pile") == []
     (row,) = read_json("r.json")["rows"]
-    assert row["windows"] == (10 * 512 - 1) // 64
+    assert row["windows"] == (5 * 257 - 1) // 64
     assert 10 < row["loss"] < 13
     assert len(fetched(hub)) == 1
+
+
+def test_eval_without_a_network_names_the_repository(tmp_path, gpt2_tokenizer, random_model):
+    """That of owt, the default of models of GPT-2's vocabulary."""
+    done = run_alone("eval.py", "--models=random", env={"HF_HOME": str(tmp_path / "cache")})
+    assert "Skylion007/openwebtext" in done.error
 
 
 # --- OpenWebText
 
 
-@pytest.mark.parametrize("layout", [
-    "main",
-    "refs-convert-parquet/plain_text/train",
-    "refs-convert-parquet/plain_text/partial-train",
-])
+@pytest.mark.parametrize("layout", ["plain_text", "refs-convert-parquet/plain_text/train",
+                                    "refs-convert-parquet/plain_text/partial-train"])
 def test_openwebtext_is_found_where_it_is_today(hub, prepare, tmp_path, layout):
     """Converted on main; or a loading script on main, and the parquet conversion beside it, whole or the first part."""
     docs = texts(250)
-    if layout == "main":
-        write_parquet(tmp_path / "owt/plain_text/train-00000-of-00001.parquet", docs)
-    else:
-        write_parquet(tmp_path / "owt" / layout / "0000.parquet", docs)
-        (tmp_path / "owt/openwebtext.py").write_text("# a script that datasets no longer runs")
+    write_parquet(tmp_path / "owt" / layout / "train-00000-of-00001.parquet", docs)
+    (tmp_path / "owt/openwebtext.py").write_text("# a script that datasets no longer runs")
     hub.repos["datasets/Skylion007/openwebtext"] = tmp_path / "owt"
     done = prepare("--dataset=owt", "--tokens=1_000_000", "--val_every=200")
-    assert done.code == 0, done.text
     assert tokens("val", "owt") == nanogpt([docs[0], docs[200]])
     assert "250 of 8,013,769 documents" in done.text
 
@@ -301,45 +272,25 @@ def test_val_is_put_into_nanogpts_order(tmp_path, monkeypatch):
 # --- what goes wrong
 
 
-@pytest.fixture
-def wrong(hub, tmp_path):
-    """Repositories of a hub with which something is wrong."""
-    (tmp_path / "script/refs-convert-parquet").mkdir(parents=True)
-    (tmp_path / "script/script.py").write_text("")
+def test_what_goes_wrong_is_one_line(hub, run, tmp_path):
     write_parquet(tmp_path / "two/a/train-0.parquet", ["x"])
     write_parquet(tmp_path / "two/b/train-0.parquet", ["x"])
     write_parquet(tmp_path / "other/train.parquet", ["x"], "story")
     write_parquet(tmp_path / "large/train.parquet", [[70_000]], "input_ids")
-    (tmp_path / "cut").mkdir()
+    for name in ("script/refs-convert-parquet", "cut", "data"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "script/script.py").write_text("")
     (tmp_path / "cut/train.parquet").write_bytes(b"PAR1 and no more")
-    for name in ("script", "two", "other", "cut", "large"):
-        hub.repos[f"datasets/org/{name}"] = tmp_path / name
-
-
-@pytest.mark.parametrize("args, named", [
-    (["--dataset=org/nothing"], "org/nothing"),
-    (["--dataset=org/script"], "org/script"),
-    (["--dataset=org/two"], "--folder=a (or b)"),
-    (["--dataset=org/other"], "story, url with --column"),
-    (["--dataset=org/other", "--without=Books3", "--column=story"], "--without"),
-    (["--dataset=org/other", "--split=test"], "'test'"),
-    (["--dataset=org/cut"], "train.parquet"),
-    (["--dataset=org/large"], "70000"),
-])
-def test_what_goes_wrong_is_one_line(wrong, prepare, args, named):
-    assert named in prepare(*args).error
-    assert not os.path.exists("data") or os.listdir("data") == []
-
-
-def test_one_of_several_folders_with_the_split_is_taken_when_it_is_named(wrong, prepare):
-    assert prepare("--dataset=org/two", "--folder=b").code == 0
-
-
-@pytest.mark.parametrize("args, repo", [  # owt is the default of models of GPT-2's vocabulary
-    (["--dataset=pile"], "monology-pile-uncopyrighted-tokenizer-gpt2"),
-    ([], "Skylion007/openwebtext"),
-])
-def test_eval_without_a_network_names_the_repository(tmp_path, monkeypatch, gpt2_tokenizer, args, repo):
-    monkeypatch.chdir(tmp_path)
-    save_random(vocab_size=50257, n_positions=64)
-    assert repo in run_alone("eval.py", "--models=random", *args, env={"HF_HOME": str(tmp_path / "cache")}).error
+    hub.repos |= {f"datasets/org/{name}": tmp_path / name for name in ("script", "two", "other", "cut", "large")}
+    for args, named in [
+        (["--dataset=org/nothing"], "org/nothing"),
+        (["--dataset=org/script"], "org/script"),
+        (["--dataset=org/two"], "--folder=a"),
+        (["--dataset=org/other"], "--column"),
+        (["--dataset=org/other", "--split=test"], "test"),
+        (["--dataset=org/cut"], "train.parquet"),
+        (["--dataset=org/large"], "70000"),
+    ]:
+        assert named in run("prepare_owt.py", *args).error
+        assert os.listdir("data") == [], args
+    assert run("prepare_owt.py", "--dataset=org/two", "--folder=b").code == 0

@@ -12,20 +12,10 @@ from configurator import configure
 from parts.errors import UserError
 from schedule import describe, learning_rate_at, state_at, timeline
 
-POST = [
-    ("ln_2", 200, 20),
-    ("ln_1qk", 440, 20),
-    ("ln_1v", 680, 30),
-    ("ln_f", 1040, None),
-    ("eot", 1060, None),
-    ("bos", 1160, None),
-]
-FOLLOW_UP = [
-    ("ln_2", 20, 2),
-    ("ln_1qk", 44, 2),
-    ("ln_1v", 68, 3),
-    ("ln_f", 104, None),
-]
+POST = [("ln_2", 200, 20), ("ln_1qk", 440, 20), ("ln_1v", 680, 30), ("ln_f", 1040, None), ("eot", 1060, None),
+        ("bos", 1160, None)]
+FOLLOW_UP = [("ln_2", 20, 2), ("ln_1qk", 44, 2), ("ln_1v", 68, 3), ("ln_f", 104, None)]
+XL = [("ln_2", 50, 4), ("ln_1qk", 242, 4), ("ln_1v", 434, 6), ("ln_f", 722, None)]
 FOLLOW_UPS = ("remove_ln_fast", "remove_ln_medium", "remove_ln_large", "remove_ln_xl")
 
 
@@ -37,7 +27,7 @@ def sites_of(n_layer):
 # --- rows to events
 
 
-def test_the_posts_schedule_gives_its_events():
+def test_the_published_schedules_give_their_events():
     events = timeline(POST, 12, 1200)
     assert events[:12] == [(200 + 20 * i, "ln_2", i) for i in range(12)]
     assert events[12:24] == [(440 + 20 * i, "ln_1qk", i) for i in range(12)]
@@ -45,13 +35,11 @@ def test_the_posts_schedule_gives_its_events():
     assert events[36:] == [(1040, "ln_f", None), (1060, "eot", None), (1160, "bos", None)]
     assert [events[i][0] for i in (11, 23, 35)] == [420, 660, 1010]
 
-
-def test_the_follow_ups_schedule_gives_its_events():
     events = timeline(FOLLOW_UP, 12, 300)
-    steps = {kind: [k for k, name, _ in events if name == kind] for kind in ("ln_2", "ln_1qk", "ln_1v")}
-    assert steps["ln_2"] == [20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42]
-    assert steps["ln_1qk"] == [44, 46, 48, 50, 52, 54, 56, 58, 60, 62, 64, 66]
-    assert steps["ln_1v"] == [68, 71, 74, 77, 80, 83, 86, 89, 92, 95, 98, 101]
+    assert [step for step, _, _ in events[:12]] == [20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42]
+    assert [step for step, _, _ in events[12:24]] == [44, 46, 48, 50, 52, 54, 56, 58, 60, 62, 64, 66]
+    assert [step for step, _, _ in events[24:36]] == [68, 71, 74, 77, 80, 83, 86, 89, 92, 95, 98, 101]
+    assert [kind for _, kind, _ in events[:36]] == [*["ln_2"] * 12, *["ln_1qk"] * 12, *["ln_1v"] * 12]
     assert events[36:] == [(104, "ln_f", None)]
 
 
@@ -79,49 +67,24 @@ def test_rows_give_these_events(rows, n_layer, max_iters, events):
     assert timeline(rows, n_layer, max_iters) == events
 
 
-# a model of 4 layers, a run of 100 steps
-@pytest.mark.parametrize("row, names", [
-    # not a row
-    ("bos", "'bos'"),  # three letters, as a row has three columns
-    (5, "5"),
-    (("ln_2", 1), "('ln_2', 1)"),
-    (("ln_2", 1, 2, "up"), "('ln_2', 1, 2, 'up')"),
-    # no site of the model
-    (("ln_3", 5, 1), "'ln_3'"),
-    (("h.4.ln_2", 5, None), "'h.4.ln_2'"),  # the model has layers 0 to 3
-    (("h.-1.ln_2", 5, None), "'h.-1.ln_2'"),
-    (("h.0.ln_f", 5, None), "'h.0.ln_f'"),
-    # no step
-    (("ln_2", -1, 2), "-1"),
-    (("bos", True, None), "True"),
-    (("ln_2", "5", 2), "'5'"),
-    (("ln_f", None, None), "ln_f"),
-    (("ln_2", 1.5, 2), "1.5"),
-    (("ln_f", float("nan"), None), "nan"),
-    # no pair of steps
-    (("ln_2", (0.3, 0.1), None), "(0.3, 0.1)"),
-    (("ln_2", (0.1, 1), None), "(0.1, 1)"),
-    (("ln_2", (0.5, 1.5), None), "(0.5, 1.5)"),
-    (("ln_2", (0.1, 0.2, 0.3), None), "(0.1, 0.2, 0.3)"),
-    (("ln_2", (0.1, 0.3), 2), "(0.1, 0.3)"),
-    (("ln_f", (0.1, 0.3), None), "(0.1, 0.3)"),
-    # no steps between layers
-    (("ln_2", 1, None), "ln_2"),
-    (("ln_2", 1, -1), "ln_2"),
-    (("ln_2", 1, 0.5), "ln_2"),
-    (("ln_f", 1, 2), "ln_f"),
-    (("h.2.ln_2", 1, 2), "h.2.ln_2"),
-    # beyond the run: the last event is named, so that one reading tells how many steps are needed
-    (("ln_2", 98, 1), "h.3.ln_2 at step 101"),
-    (("bos", 100, None), "bos at step 100"),
-    (("ln_f", 1.0, None), "ln_f at step 100"),
-    # twice
-    (("ln_1qk", 50, 1), "h.0.ln_1qk"),
-    (("h.3.ln_1qk", 50, None), "h.3.ln_1qk"),
+# with a row that removes all ln_1qk, of a model of 4 layers, in a run of 100 steps
+@pytest.mark.parametrize("rows", [
+    ["bos", 5, ("ln_2", 1), ("ln_2", 1, 2, "up")],  # no row: "bos" has three letters, as a row has three columns
+    [("ln_3", 5, 1), ("h.4.ln_2", 5, None), ("h.-1.ln_2", 5, None), ("h.0.ln_f", 5, None)],  # no site of the model
+    [("ln_2", -1, 2), ("bos", True, None), ("ln_2", "5", 2), ("ln_f", None, None)],  # no step
+    [("ln_2", 1.5, 2), ("ln_f", float("nan"), None)],
+    [("ln_2", (0.3, 0.1), None), ("ln_2", (0.1, 1), None), ("ln_2", (0.5, 1.5), None)],  # no pair of steps
+    [("ln_2", (0.1, 0.2, 0.3), None), ("ln_2", (0.1, 0.3), 2), ("ln_f", (0.1, 0.3), None)],
+    [("ln_2", 1, None), ("ln_2", 1, -1), ("ln_2", 1, 0.5)],  # no steps between layers
+    [("ln_f", 1, 2), ("h.2.ln_2", 1, 2)],
+    [("ln_2", 98, 1), ("bos", 100, None), ("ln_f", 1.0, None)],  # beyond the run
+    [("ln_1qk", 50, 1), ("h.3.ln_1qk", 50, None)],  # twice
 ])
-def test_a_row_that_can_not_run_is_refused_by_name(row, names):
-    with pytest.raises(UserError, match="ln_schedule: .*" + re.escape(names)):
-        timeline([("ln_1qk", 0, 0), row], 4, 100)
+def test_a_row_that_can_not_run_is_refused(rows):
+    timeline([("ln_1qk", 0, 0), ("ln_2", 1, 2)], 4, 100)
+    for row in rows:
+        with pytest.raises(UserError, match="ln_schedule: "):
+            timeline([("ln_1qk", 0, 0), row], 4, 100)
 
 
 # --- the state at a step
@@ -135,14 +98,10 @@ def test_state_is_a_function_of_the_step_and_an_event_comes_before_its_step():
     assert states[1060][1] == {"bos": True, "eot": True}
     assert states[1061][1] == {"bos": True, "eot": False}
     assert states[1161][1] == {"bos": False, "eot": False}
-
-
-def test_a_treatment_without_a_row_is_never_on():
+    # a treatment without a row is never on
     assert state_at(timeline([("ln_2", 0, 1)], 12, 100), 0, sites_of(12))[1] == {"bos": False, "eot": False}
     assert state_at(timeline([("eot", 3, None)], 12, 100), 0, sites_of(12))[1] == {"bos": False, "eot": True}
-
-
-def test_state_follows_rows_in_any_order():
+    # rows in any order
     rows = [("h.1.ln_2", 4, None), ("h.0.ln_2", 6, None), ("h.0.ln_1v", 5, None)]
     modes, _ = state_at(timeline(rows, 2, 10), 6, sites_of(2))
     assert {name for name, mode in modes.items() if mode == "fake"} == {"h.1.ln_2", "h.0.ln_1v"}
@@ -161,8 +120,8 @@ def test_a_line_for_each_row_says_before_which_steps():
 
 def test_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():
     """The defaults are the post's: 6e-4 after 100 steps, half way at 1,050, 6e-5 from 2,000."""
-    defaults = default_settings()
-    settings = {name: defaults[name] for name in ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")}
+    names = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")
+    settings = {name: default_settings()[name] for name in names}
     rates = {step: learning_rate_at(step, **settings) for step in (0, 49, 100, 1050, 2000, 5000)}
     assert rates[0] == pytest.approx(6e-4 / 101)
     assert rates[49] == pytest.approx(6e-4 * 50 / 101)
@@ -180,15 +139,11 @@ def read_configs(*names):
     return configure(default_settings(), paths, "", configs=True)
 
 
-@pytest.mark.parametrize("name, n_layer", [
-    ("remove_ln", 12),
-    ("remove_ln_fast", 12),
-    ("remove_ln_medium", 24),
-    ("remove_ln_large", 36),
-    ("remove_ln_xl", 48),
-    ("remove_ln_tiny", 4),
-    ("remove_ln_mine", 6),
-])
+DEPTHS = dict(remove_ln=12, remove_ln_fast=12, remove_ln_medium=24, remove_ln_large=36, remove_ln_xl=48,
+              remove_ln_tiny=4, remove_ln_mine=6)
+
+
+@pytest.mark.parametrize("name, n_layer", DEPTHS.items())
 def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
     removal = read_configs(name)
     events = timeline(removal["ln_schedule"], n_layer, removal["max_iters"])
@@ -224,12 +179,7 @@ def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
 def test_the_published_schedules_are_in_the_configs():
     assert read_configs("remove_ln")["ln_schedule"] == POST
     assert read_configs("remove_ln_fast")["ln_schedule"] == FOLLOW_UP
-    assert read_configs("remove_ln_xl")["ln_schedule"] == [
-        ("ln_2", 50, 4),
-        ("ln_1qk", 242, 4),
-        ("ln_1v", 434, 6),
-        ("ln_f", 722, None),
-    ]
+    assert read_configs("remove_ln_xl")["ln_schedule"] == XL
 
 
 @pytest.mark.parametrize("max_iters", [100, 200, 600])

@@ -40,9 +40,7 @@ def test_windows_are_inputs_and_the_next_tokens():
     x, y = data.read_windows(np.arange(100, dtype=np.uint16), [3, 50], 4, "cpu")
     assert x.tolist() == [[3, 4, 5, 6], [50, 51, 52, 53]]
     assert y.tolist() == [[4, 5, 6, 7], [51, 52, 53, 54]]
-
-
-def test_val_windows_are_spread_evenly_and_never_overlap():
+    # those of val are spread evenly and never overlap
     tokens = np.zeros(1001, dtype=np.uint16)
     assert data.val_starts(tokens, 4, 100).tolist() == [0, 250, 500, 750]
     assert data.val_starts(tokens, 50, 100).tolist() == [100 * i for i in range(10)]
@@ -77,33 +75,16 @@ def test_a_run_removes_every_layernorm_and_leaves_its_four_files(removal):
     with torch.no_grad():
         torch.testing.assert_close(model.fold()(x)[0], model(x)[0], atol=1e-4, rtol=0)
 
-    # the timeline comes before the first step
-    assert "ln_2   fake before step 1, 2, 3, 4\n" in done.text
-    assert done.text.index("ln_2   fake") < done.text.index("step      0")
-
     assert events_in_log() == [
-        (1, "h.0.ln_2"),
-        (2, "h.1.ln_2"),
-        (3, "h.2.ln_2"),
-        (4, "h.3.ln_2"),
-        (5, "h.0.ln_1qk"),
-        (5, "h.1.ln_1qk"),
-        (5, "h.2.ln_1qk"),
-        (5, "h.3.ln_1qk"),
-        (6, "h.0.ln_1v"),
-        (7, "h.1.ln_1v"),
-        (8, "h.2.ln_1v"),
-        (9, "h.3.ln_1v"),
-        (9, "ln_f"),
-        (10, "eot"),
-        (10, "bos"),
+        *[(1 + i, f"h.{i}.ln_2") for i in range(4)],
+        *[(5, f"h.{i}.ln_1qk") for i in range(4)],
+        *[(6 + i, f"h.{i}.ln_1v") for i in range(4)],
+        *[(9, "ln_f"), (10, "eot"), (10, "bos")],
     ]
     log = read_log()
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(12))
-    logged = {e["event"]: (e["avg_std"], e["bos_std"]) for e in log if "avg_std" in e}
-    stored = {name: (site.avg_std.item(), site.bos_std.item()) for name, site in model.sites().items()}
-    assert logged == stored
-
+    logged = {entry["event"]: (entry["avg_std"], entry["bos_std"]) for entry in log if "avg_std" in entry}
+    assert logged == {name: (site.avg_std.item(), site.bos_std.item()) for name, site in model.sites().items()}
     settings = read_json("out/run/settings.json")
     assert settings["max_iters"] == 12
     assert settings["ln_schedule"] == [list(row) for row in SCHEDULE]
@@ -112,76 +93,54 @@ def test_a_run_removes_every_layernorm_and_leaves_its_four_files(removal):
 
 def test_a_run_in_another_order_has_its_events_in_that_order(removal):
     """Sites by their names: the log, the printed lines and the model agree."""
-    schedule = [
-        *[(f"h.{i}.ln_2", step, None) for i, step in ((3, 1), (2, 3), (1, 5), (0, 7))],
-        ("ln_1v", 8, 0),
-        ("h.2.ln_1qk", 3, None),
-    ]
+    schedule = [("h.3.ln_2", 1, None), ("h.2.ln_2", 3, None), ("h.1.ln_2", 5, None), ("h.0.ln_2", 7, None)]
+    schedule += [("ln_1v", 8, 0), ("h.2.ln_1qk", 3, None)]
     done = removal(f"--ln_schedule={schedule}")
     assert done.code == 0, done.text
-
-    expected = [
-        (1, "h.3.ln_2"),
-        (3, "h.2.ln_2"),
-        (3, "h.2.ln_1qk"),
-        (5, "h.1.ln_2"),
-        (7, "h.0.ln_2"),
-        *[(8, f"h.{i}.ln_1v") for i in range(4)],
-    ]
+    expected = [(1, "h.3.ln_2"), (3, "h.2.ln_2"), (3, "h.2.ln_1qk"), (5, "h.1.ln_2"), (7, "h.0.ln_2")]
+    expected += [(8, f"h.{i}.ln_1v") for i in range(4)]
     assert events_in_log() == expected
-    assert "  ln_1v  fake before step 8, 8, 8, 8\n" in done.text
-    assert "  h.2.ln_1qk fake before step 3\n" in done.text
     said = [line for line in done.text.splitlines() if " fake, std " in line]
     assert [line.split(" fake")[0] for line in said] == [f"step {step:>6}  {name}" for step, name in expected]
-
     modes = GPT.from_pretrained("out/run/model").ln_modes()
     assert {name for name, mode in modes.items() if mode == "fake"} == {name for _, name in expected}
 
 
-def test_the_constants_of_an_event_are_those_of_its_batch_and_weights(removal):
-    """An event at step 0 meets the bundled model's own weights: they are measured here on the same
-    windows, without the run's dropout."""
-    schedule = [("ln_2", 0, 0), ("ln_f", 11, None)]
-    assert removal(f"--ln_schedule={schedule}", "--dtype=float32", "--dropout=0.1").code == 0
+def windows_of(step):
+    """What a run reads at a step, cut from data/stdlib by the tested functions above: (4, 32)."""
     tokens = read_tokens("train", "stdlib")
-    starts = data.train_starts(tokens, 1337, 0, 4, 32)
-    x, _ = data.read_windows(tokens, starts, 32, "cpu")
-    assert not (x == 256).any()  # no end-of-text: so the two micro-batches weigh the same in one
-    model = GPT.from_pretrained(TINY)
-    model.measure_std(x)
-
-    entries = [entry for entry in read_log() if entry.get("event", "").endswith("ln_2")]
-    assert len(entries) == 4
-    for entry in entries:
-        site = model.sites()[entry["event"]]
-        assert entry["avg_std"] == pytest.approx(site.avg_std.item(), rel=1e-4)
-        assert entry["bos_std"] == pytest.approx(site.bos_std.item(), rel=1e-4)
+    return data.read_windows(tokens, data.train_starts(tokens, 1337, step, 4, 32), 32, "cpu")[0]
 
 
 def std_before(model, site, x):
     """The std of what a site reads of the windows x, by DESIGN's formula in float64: (windows, T)."""
     seen = []
-
-    def see(module, args):
-        seen.append(args[0].double())
-
-    hook = model.sites()[site].register_forward_pre_hook(see)
+    hook = model.sites()[site].register_forward_pre_hook(lambda module, args: seen.append(args[0].double()))
     with torch.no_grad():
         model.eval()(x)
     hook.remove()
     return (seen[0].var(-1, unbiased=False) + 1e-5).sqrt()
 
 
-def test_constants_can_be_over_all_tokens(removal):
-    """As arXiv 2507.02559's: position 0 and end-of-text are tokens like others."""
-    schedule = [("ln_f", 0, None)]
-    assert removal(f"--ln_schedule={schedule}", "--dtype=float32", "--std_over=all", "--max_iters=1").code == 0
-    tokens = read_tokens("train", "stdlib")
-    x, _ = data.read_windows(tokens, data.train_starts(tokens, 1337, 0, 4, 32), 32, "cpu")
-    std = std_before(GPT.from_pretrained(TINY), "ln_f", x)
-    (avg_std,) = read_log(key="avg_std")
-    assert avg_std == pytest.approx(std.mean().item(), rel=1e-4)
-    assert avg_std != pytest.approx(std[:, 1:].mean().item(), rel=1e-3)
+@pytest.mark.parametrize("std_over", ["ordinary", "all"])
+def test_the_constants_of_an_event_are_those_of_its_batch_and_weights(removal, std_over):
+    """Events at step 0 meet the bundled model's own weights: their std is measured here on the same windows, without
+    the run's dropout. Over all tokens, as arXiv 2507.02559's, position 0 and end-of-text are tokens like others."""
+    schedule = [("ln_2", 0, 0), ("ln_f", 0, None)]
+    args = ["--dtype=float32", "--dropout=0.1", "--max_iters=1", f"--std_over={std_over}"]
+    assert removal(f"--ln_schedule={schedule}", *args).code == 0
+    x = windows_of(0)
+    assert not (x == 256).any()  # no end-of-text: so the two micro-batches weigh the same in one
+    entries = [entry for entry in read_log() if "avg_std" in entry]
+    assert len(entries) == 5
+    for entry in entries:
+        std = std_before(GPT.from_pretrained(TINY), entry["event"], x)
+        ordinary = std[:, 1:].mean().item()
+        expected = ordinary if std_over == "ordinary" else std.mean().item()
+        assert entry["avg_std"] == pytest.approx(expected, rel=1e-4)
+        assert expected == ordinary or expected != pytest.approx(ordinary, rel=1e-3)
+        if std_over == "ordinary":
+            assert entry["bos_std"] == pytest.approx(std[:, 0].mean().item(), rel=1e-4)
 
 
 def test_constants_can_be_moving_averages_over_steps(removal):
@@ -190,28 +149,25 @@ def test_constants_can_be_moving_averages_over_steps(removal):
     still = ["--learning_rate=0", "--min_lr=0", "--weight_decay=0"]
     args = [f"--ln_schedule={schedule}", "--dtype=float32", "--std_momentum=0.7", "--max_iters=4"]
     assert removal(*args, *still).code == 0
-    tokens = read_tokens("train", "stdlib")
     model = GPT.from_pretrained(TINY)
     expected = None
     for step in range(4):
-        x, _ = data.read_windows(tokens, data.train_starts(tokens, 1337, step, 4, 32), 32, "cpu")
-        std = std_before(model, "ln_f", x)[:, 1:].mean().item()
+        std = std_before(model, "ln_f", windows_of(step))[:, 1:].mean().item()
         expected = std if expected is None else 0.7 * expected + 0.3 * std
     assert read_log(key="avg_std") == pytest.approx([expected], rel=1e-4)
 
 
 def test_the_control_sees_the_same_batches_and_keeps_its_layernorms(removal):
-    assert removal("--ln_schedule=[]", "--out_dir=out/control").code == 0
-    assert removal().code == 0
-    free = read_log("out/run", "loss")
-    control = read_log("out/control", "loss")
+    assert removal("--max_iters=2", "--ln_schedule=[]", "--out_dir=out/control").code == 0
+    assert removal("--max_iters=2", "--ln_schedule=[('ln_2', 1, 0)]").code == 0
+    free, control = (read_log(f"out/{name}", "loss") for name in ("run", "control"))
     assert free[0] == control[0]
     assert free[1] != control[1]  # the first event is at step 1
     assert set(GPT.from_pretrained("out/control/model").ln_modes().values()) == {"real"}
 
 
 def test_gradient_accumulation_is_one_large_batch(removal):
-    args = ["--ln_schedule=[]", "--dtype=float32", "--eval_iters=1"]
+    args = ["--ln_schedule=[]", "--dtype=float32", "--eval_iters=1", "--max_iters=4"]
     one = ["--gradient_accumulation_steps=1", "--batch_size=4", "--out_dir=out/one"]
     four = ["--gradient_accumulation_steps=4", "--batch_size=1", "--out_dir=out/four"]
     assert removal(*args, *one).code == 0
@@ -239,40 +195,26 @@ def test_evaluation_is_the_mean_loss_of_the_even_windows(removal):
 def assert_same_tensors(path, expected):
     found = load_file(path)
     assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def log_without_speed(folder):
-    kept = []
-    for entry in read_log(folder):
-        kept.append({key: value for key, value in entry.items() if key not in ("tokens_per_s", "mfu")})
-    return kept
+    return [{key: entry[key] for key in entry if key not in ("tokens_per_s", "mfu")} for entry in read_log(folder)]
 
 
 @pytest.mark.parametrize("step", [
-    1,  # the first event's
+    pytest.param(1, marks=pytest.mark.slow),  # the first event's
     5,  # in the midst of the events
-    11,  # the last
+    pytest.param(11, marks=pytest.mark.slow),  # the last
 ])
-def test_an_interrupted_run_ends_with_the_same_bits(removal, monkeypatch, step):
+def test_an_interrupted_run_ends_with_the_same_bits(removal, at_step, step):
     """SIGTERM arrives while a step reads its data. Dropout and the std's average go on as they were, and
     what it learns from is the same original."""
     args = ["--dropout=0.1", "--std_momentum=0.5", "--kl_share=0.5"]
     whole = removal(*args, "--out_dir=out/whole")
     assert whole.code == 0, whole.text
-    train_starts = data.train_starts
-    sent = []
-
-    def interrupted(tokens, seed, k, *rest):
-        if k == step and not sent:
-            sent.append(k)
-            signal.raise_signal(signal.SIGTERM)
-        return train_starts(tokens, seed, k, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "train_starts", interrupted)
-        cut = removal(*args)
+    at_step(step, lambda: signal.raise_signal(signal.SIGTERM))
+    cut = removal(*args)
     assert cut.code == 128 + signal.SIGTERM
     assert "--init_from=resume" in cut.text
     assert not os.path.exists("out/run/model")
@@ -286,19 +228,16 @@ def test_an_interrupted_run_ends_with_the_same_bits(removal, monkeypatch, step):
 
 def test_the_log_has_every_term_of_the_objective_by_its_name(run, stdlib):
     """In float32, before any event, the model is its own teacher; then it leaves it."""
-    short = ["--kl_share=0.5", "--aux_loss_weight=0.1", "--dtype=float32", "--ln_schedule=[('ln_2', 3, 0)]", "--learning_rate=1e-3"]
-    assert run("train.py", *SHORT, *short).code == 0
+    terms = ["--kl_share=0.5", "--aux_loss_weight=0.1", "--learning_rate=1e-3", "--dtype=float32", "--max_iters=4"]
+    assert run("train.py", *SHORT, *terms, "--ln_schedule=[('ln_2', 3, 0)]").code == 0
     kl = read_log("out/run", "kl")
-    assert len(kl) == 12
+    assert len(kl) == 4
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert 1e-4 < kl[2] < kl[3]  # at step 3 the four ln_2 go
-    assert run("train.py", *SHORT, "--out_dir=out/plain").code == 0
+    assert run("train.py", *SHORT, "--max_iters=1", "--out_dir=out/plain").code == 0
     assert read_log("out/plain", "kl") == read_log("out/plain", "spread") == []
     # the spread of the first step, on the same windows by hand
-    tokens = read_tokens("train", "stdlib")
-    x, _ = data.read_windows(tokens, data.train_starts(tokens, 1337, 0, 4, 32), 32, "cpu")
-    assert not (x == 256).any()
-    std = std_before(GPT.from_pretrained(TINY), "ln_f", x)
+    std = std_before(GPT.from_pretrained(TINY), "ln_f", windows_of(0))
     each = [(part - part[:, 1:].mean()).square().mean().item() for part in std.split(2)]  # two micro-batches
     assert read_log(key="spread")[0] == pytest.approx(np.mean(each), rel=1e-4)
 
@@ -307,22 +246,18 @@ class Killed(BaseException):
     """Raised where a kill would end the process."""
 
 
-def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(removal, monkeypatch):
+def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(removal, at_step):
     """What a kill at step 10 leaves: a checkpoint of step 8, and a log that goes further, with half a
     line at its end."""
     assert removal("--checkpoint_interval=8").code == 0
     whole = load_file(MODEL)
-    train_starts = data.train_starts
 
-    def killed(tokens, seed, k, *rest):
-        if k == 10:
-            raise Killed
-        return train_starts(tokens, seed, k, *rest)
+    def kill():
+        raise Killed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "train_starts", killed)
-        with pytest.raises(Killed):
-            removal("--checkpoint_interval=8", "--force")
+    at_step(10, kill)
+    with pytest.raises(Killed):
+        removal("--checkpoint_interval=8", "--force")
     with open("out/run/log.jsonl", "a") as f:
         f.write('{"step": 11, "lo')
     assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 8
@@ -343,19 +278,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
-def test_fine_tuning_of_an_ln_free_model_resumes(run, removal):
+def test_an_ln_free_model_is_fine_tuned_and_resumed_and_another_schedule_is_refused(run, removal):
     assert removal().code == 0
+    assert "h.0" in removal("--init_from=resume", "--max_iters=14", "--ln_schedule=[]").error
     args = [*SHORT, "--init_from=out/run/model", "--out_dir=out/more", "--max_iters=2"]
     assert run("train.py", *args).code == 0
     resumed = run("train.py", *args, "--init_from=resume", "--max_iters=4")
     assert resumed.code == 0, resumed.text
     assert GPT.from_pretrained("out/more/model").ln_free()
-
-
-def test_a_resume_under_another_schedule_is_refused(removal):
-    assert removal().code == 0
-    again = removal("--init_from=resume", "--max_iters=14", "--ln_schedule=[]")
-    assert "is fake at step 12" in again.error
 
 
 # --- what is logged
@@ -364,8 +294,7 @@ def test_a_resume_under_another_schedule_is_refused(removal):
 def test_the_models_flops_are_its_matrix_products():
     model = GPT.from_pretrained(TINY)
     c = model.config
-    # the matrices; biases and LNs are 1 % more
-    weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
+    weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd  # biases and LNs are 1 % more
     expected = 6 * weights + 12 * c.n_layer * c.n_embd * 32
     assert flops_per_token(model, 32) == pytest.approx(expected, rel=0.02)
 
@@ -374,17 +303,13 @@ def test_wandb_gets_what_the_log_gets(removal, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     assert "wandb" in removal("--wandb_log").error
 
-    logged = []
-    started = []
+    logged, started = [], []
 
     def log(entry, step):
         assert step == entry["step"]
         logged.append(entry)
 
-    def init(**settings):
-        started.append(settings)
-
-    wandb = types.SimpleNamespace(init=init, log=log)
+    wandb = types.SimpleNamespace(init=lambda **settings: started.append(settings), log=log)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     assert removal("--wandb_log", "--wandb_project=mine").code == 0
     assert logged == read_log()

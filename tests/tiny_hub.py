@@ -5,6 +5,7 @@ cut, and an upload. Some repositories answer as no hub should: see `mischief`.
 import base64
 import hashlib
 import json
+import multiprocessing
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,6 +38,21 @@ def serve(repos):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def point_here(server, monkeypatch, cache):
+    """This process and those that it starts take the server for their hub, with a cache of their own."""
+    from huggingface_hub import constants
+
+    for name, value in (server.env | {"HF_HOME": str(cache)}).items():
+        monkeypatch.setenv(name, value)
+    address = server.env["HF_ENDPOINT"]
+    changes = dict(ENDPOINT=address, HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}",
+                   HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True, HF_HUB_CACHE=str(cache))
+    for name, value in changes.items():
+        monkeypatch.setattr(constants, name, value)
+    fork = multiprocessing.get_context("fork")  # so that workers have these changes
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: fork)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -79,13 +95,10 @@ class Hub(BaseHTTPRequestHandler):
         folder = self.folder(repo, CONVERTED if revision == CONVERTED else "main")
         if folder is None:
             return
-        found = []
-        for path in folder.rglob("*"):
-            elsewhere = revision == "main" and CONVERTED in path.parts
-            if path.is_file() and not elsewhere:
-                name = str(path.relative_to(folder))
-                found.append(dict(type="file", path=name, size=path.stat().st_size, oid="0" * 40))
-        self.send_json(found)
+        elsewhere = revision == "main" and folder / CONVERTED
+        files = [path for path in folder.rglob("*") if path.is_file() and elsewhere not in path.parents]
+        self.send_json([dict(type="file", path=str(path.relative_to(folder)), size=path.stat().st_size, oid="0" * 40)
+                        for path in files])
 
     def send_file(self, folder, name):
         if folder is None:
@@ -120,20 +133,19 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(length)) if length else self.read_chunks()
         if self.headers.get("Authorization") != "Bearer secret":
             return self.send(401)
-        endpoint = self.server.env["HF_ENDPOINT"]
-        path = unquote(self.path)
+        address, path = self.server.env["HF_ENDPOINT"], unquote(self.path)
         reply = {}
         if path == "/api/repos/create":
             wanted = json.loads(body)
-            reply = dict(url=f"{endpoint}/{wanted.get('organization', 'org')}/{wanted['name']}")
+            reply = dict(url=f"{address}/{wanted.get('organization', 'org')}/{wanted['name']}")
         elif "/preupload/" in path:
-            files = json.loads(body)["files"]
-            reply = dict(files=[dict(path=f["path"], uploadMode="regular", shouldIgnore=False) for f in files])
+            names = [file["path"] for file in json.loads(body)["files"]]
+            reply = dict(files=[dict(path=name, uploadMode="regular", shouldIgnore=False) for name in names])
         elif "/commit/" in path:
             repo = path.removeprefix("/api/models/").partition("/commit/")[0]
             lines = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
             self.server.uploaded[repo] = {line["path"]: base64.b64decode(line["content"]) for line in lines}
-            reply = dict(success=True, commitOid=COMMIT, commitUrl=f"{endpoint}/{repo}/commit/{COMMIT}")
+            reply = dict(success=True, commitOid=COMMIT, commitUrl=f"{address}/{repo}/commit/{COMMIT}")
         self.send_json(reply)
 
     def read_chunks(self):
