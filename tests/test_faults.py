@@ -367,37 +367,6 @@ def test_auto_begins_goes_on_and_is_done(run, stdlib, tmp_path, at_step):
     assert run(*REMOVAL, "--seed=7", "--init_from=resume").code == 0  # asked for all the same
 
 
-@pytest.mark.slow
-def test_what_is_left_of_two_runs_is_not_mixed(run, stdlib):
-    """The settings of a run that was killed before it saved do not go with the checkpoint of the run before."""
-    assert run(*REMOVAL).code == 0
-    assert run(*REMOVAL, "--seed=7", "--out_dir=out/other").code == 0
-    runs = [read_json(f"out/{name}/settings.json")["run"] for name in ("run", "other")]
-    assert runs[0] != runs[1]
-    assert [read_log(f"out/{name}", "run") for name in ("run", "other")] == [[runs[0]], [runs[1]]]
-    for name in ("settings.json", "log.jsonl"):
-        os.rename(f"out/run/{name}", "kept")
-        shutil.copy(f"out/other/{name}", "out/run")
-        error = run(*REMOVAL, "--init_from=resume").error
-        assert f"out/run/{name}" in error and runs[0] in error and runs[1] in error
-        os.replace("kept", f"out/run/{name}")
-    assert run(*REMOVAL, "--init_from=resume").code == 0
-
-
-@pytest.mark.slow
-def test_a_run_has_the_same_name_however_it_is_watched_and_another_one_with_other_data(run, mine):
-    def name_of(*args):
-        assert run("train.py", *SHORT, "--dataset=mine", "--max_iters=1", "--force", *args).code == 0
-        return read_json("out/run/settings.json")["run"]
-
-    first = name_of()
-    assert name_of("--log_interval=5", "--eval_interval=1") == first
-    assert name_of("--learning_rate=1e-5") != first
-    Path("a.txt").write_bytes(bytes(range(1, 256)) * 21)
-    assert run("prepare_owt.py", "--files=a.txt", "--dataset=mine", "--force").code == 0
-    assert name_of() != first
-
-
 # --- data
 
 
