@@ -16,6 +16,8 @@ import sys
 
 from parts.errors import UserError, first_line
 
+TEXTS = ("prompt", "token")  # settings in which ~ is no folder
+
 
 def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}, configs=False):
     """Apply argv to the dict `settings` (a script's globals()) in place, check it, and return the settings alone.
@@ -62,7 +64,7 @@ def take_source(usage):
         return ""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise UserError(f"usage: {usage}")
-    return sys.argv.pop(1).rstrip("/")
+    return os.path.expanduser(sys.argv.pop(1)).rstrip("/")
 
 
 def apply_file(settings, names, path):
@@ -85,6 +87,8 @@ def apply_file(settings, names, path):
 def assign(settings, key, value):
     if (key, value) == ("init_from", "auto"):  # init_from keeps what a new run starts from
         key, value = "auto", True
+    if isinstance(value, str) and key not in TEXTS:  # a shell leaves the ~ of --key=~/x as it is
+        value = ",".join(map(os.path.expanduser, value.split(",")))
     settings[key] = value
 
 

@@ -41,7 +41,7 @@ from parts.files import check_file, parse_json, run_settings, write_json
 from parts.residual import residual_stats
 from parts.run import model_directory, weights_sha256
 from parts.sources import HUB
-from parts.tokenizer import tokenizer_of
+from parts.tokenizer import check_data, fingerprint_of, tokenizer_of
 from parts.verify import problems
 
 # -----------------------------------------------------------------------------
@@ -50,9 +50,10 @@ dataset = ""  # owt, pile, stdlib, a folder in data/, a text file, hellaswag, re
 models = ""  # model directories, out_dirs, hub repositories; "": the last run's original, control and LN-free model
 reference = ""  # the model that the others are compared with; "": the original
 faithfulness = True  # KL, JS, top-token agreement and correlation of losses with the reference; entropy, calibration
+any_tokenizer = False  # compare models and data of different tokenizers
 verify = False  # only test that the models (by default the last run's) are LN-free; exit code 1 if one is not
 tokens = 0  # val tokens, spread evenly; 0: as published (owt 4.5 M, pile 10.2 M), else all
-block_size = 0  # tokens in a window; 0: the smallest context window of the models
+block_size = 0  # tokens in a window; 0: the shortest that a model's run trained on, else the shortest context window
 batch_size = 16  # windows in a forward pass
 device = "auto"  # the first of cuda, mps and cpu that is there; or a device's name
 dtype = "float32"  # of autocast: float32 or bfloat16
@@ -116,6 +117,23 @@ def check_comparable(candidates):
                             f"{config.vocab_size}: compare models with the same tokenizer")
         if block_size > config.block_size:
             raise UserError(f"block_size {block_size} is beyond the {config.block_size} positions of {c.source}")
+    known = {c.source: fingerprint_of(c.model, model_directory(c.source)) for c in candidates}
+    sources = {fingerprint: source for source, fingerprint in known.items() if fingerprint}
+    if len(sources) > 1 and not any_tokenizer:
+        raise UserError(f"{' and '.join(sources.values())} have different tokenizers: compare models that read the "
+                        "same tokens, or pass --any_tokenizer")
+
+
+def window_of(candidates):
+    """--block_size or, by default, the shortest window that the models' runs trained on: positions beyond it were never
+    trained. A model that is not a run's counts with all its positions."""
+    trained = {c.source: run_settings(c.source).get("block_size", c.model.config.block_size) for c in candidates}
+    source = min(trained, key=trained.get)
+    most = min(c.model.config.block_size for c in candidates)
+    if not block_size and trained[source] < most:
+        ranks.say(f"note: windows of {trained[source]} tokens, as {source} was trained on, though the models can see "
+                  f"{most}: --block_size={most}")
+    return block_size or min(trained[source], most)
 
 
 # --- which data
@@ -159,11 +177,12 @@ def prepare_all(names, candidates):
         folders[name] = folder
         open_tokens(folder, "val", block_size, candidates[0].model.config.vocab_size)
         check_tokens(folder, "val")
-        eot = read_meta(folder)["eot"]
+        meta = read_meta(folder)
         for c in candidates:
-            if c.model.config.eot != eot:
-                ranks.say(f"note: end-of-text is {eot} in data/{folder}, but {c.model.config.eot} in {c.source}: "
-                          "was it trained on such tokens?")
+            note = check_data(folder, meta, c.model, model_directory(c.source), any_tokenizer)
+            if note:
+                ranks.say(note)
+            c.model.config.eot = meta["eot"]
     return folders
 
 
@@ -195,7 +214,7 @@ def cross_entropy(folder, candidates, original, faithful_to, autocast):
     meta = read_meta(folder)
     documents = meta["val"].get("documents")
     count = "documents" if documents is None else f"{documents:,} documents"
-    control = next((c.source for c in candidates if c.role == "control"), None)
+    controls = [c.source for c in candidates if c.role == "control"]
     rows = []
     for c in candidates:
         losses = found[c.source]["loss"]
@@ -204,7 +223,8 @@ def cross_entropy(folder, candidates, original, faithful_to, autocast):
         row["not_published"] = why_not_published(folder, losses.size)
         row["loss"], row["loss_se"] = mean_and_error(losses.mean(1))
         row["median"], row["p99_9"], row["max"] = np.quantile(losses, [0.5, 0.999, 1])
-        row["gap_to"] = control or original if c.role in ("ln_free", "part") else None
+        own = [source for source in controls if source == c.source + "_control"]
+        row["gap_to"] = next(iter([*own, *controls]), original) if c.role in ("ln_free", "part") else None
         row["to_original_source"] = original if c.role != "original" else None
         for key, other in (("gap", row["gap_to"]), ("to_original", row["to_original_source"])):
             row[key] = row[key + "_se"] = None
@@ -266,7 +286,7 @@ def show(rows):
              f"over {first['windows']:,} windows of {block_size} val tokens, of {first['val']}")
     lines = [
         (f"nats per {word}", "loss", ".4f"),
-        ("gap to control" if any(row["role"] == "control" for row in rows) else "gap to original", "gap", "+.4f"),
+        (gap_label(rows), "gap", "+.4f"),
         ("minus original", "to_original", "+.4f"),
         (f"median {word}", "median", ".4f"),
         ("99.9th percentile", "p99_9", ".4f"),
@@ -284,6 +304,17 @@ def show(rows):
         print(f"note: not to be compared with the published figures: {first['not_published']}")
 
 
+def gap_label(rows):
+    controls = {row["source"] for row in rows if row["role"] == "control"}
+    used = {row["gap_to"] for row in rows if row["gap_to"]}
+    if not used & controls:
+        return "gap to original"
+    if len(controls) == 1:
+        return "gap to control"
+    own = all(row["gap_to"] in (None, row["source"] + "_control") for row in rows)
+    return "gap to its control" if own else "gap to " + " and ".join(sorted(used))
+
+
 def show_residual(rows):
     sites = list(max((row["sites"] for row in rows), key=len))  # of the deepest model
     shown = list(dict.fromkeys(sites[round(i * (len(sites) - 1) / 5)] for i in range(6)))  # a screenful
@@ -295,7 +326,7 @@ def show_residual(rows):
             stds = [row["sites"].get(site, {}).get(kind) or {} for row in rows]
             numbers = [number(std.get("mean"), std.get("spread"), ".3f") for std in stds]
             lines.append([f"{site} {kind.replace('_', ' ')}", *numbers])
-    print_table(title, rows, [*lines, ["attention sink rate", *cells(rows, "sink_rate", ".1%")]])
+    print_table(title, rows, [*lines, ["queries > 30% on position 0", *cells(rows, "sink_rate", ".1%")]])
 
 
 def cells(rows, key, form):
@@ -370,7 +401,7 @@ def main():
             sources.insert(0, reference)
         candidates = [open_candidate(source) for source in sources]
         check_comparable(candidates)
-        block_size = block_size or min(c.model.config.block_size for c in candidates)
+        block_size = window_of(candidates)
         default = run_dataset or ("owt" if candidates[0].model.config.vocab_size > 50256 else "stdlib")
         names = items(dataset) or [default]
         token_files = [name for name in names if name not in ("hellaswag", "residual")]

@@ -331,19 +331,19 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def observe_std(self, idx, over="ordinary"):
-        """idx (B, T) -> {site: tensor [avg std, bos std]} of the sites that are still real: the mean std of their
-        input over ordinary tokens (over="all": over all tokens), and over position 0. ValueError if there is no
-        ordinary token."""
+        """idx (B, T) -> {site: tensor (2, 2)} of the sites that are still real. First row: the sum of the std of their
+        input over ordinary tokens (over="all": over all tokens), and the number of these. Second: over position 0."""
         averaged = self.ordinary(idx) if over == "ordinary" else torch.ones_like(idx, dtype=torch.bool)
-        if not averaged.any():
-            raise ValueError("measuring needs an ordinary token: one after position 0 that is not end-of-text")
+        first = torch.zeros_like(averaged)
+        first[:, 0] = True
+        rows = torch.stack([averaged, first]).flatten(1)  # (2, B T)
         real = {name: site for name, site in self.sites().items() if not site.removed}
         observed, hooks = {}, []
         for name, site in real.items():
 
             def observe(site, args, name=name):
-                std = std_of(args[0], site.eps).squeeze(-1)  # (B, T)
-                observed[name] = torch.stack([std[averaged].mean(), std[:, 0].mean()])
+                std = std_of(args[0], site.eps).flatten()  # (B T,)
+                observed[name] = torch.stack([(rows * std).sum(1), rows.sum(1)], dim=1)
 
             hooks.append(site.register_forward_pre_hook(observe))
         try:
@@ -361,8 +361,10 @@ class GPT(nn.Module):
 
     def measure_std(self, idx):
         """Measure the constants of all sites that are still real on the batch idx (B, T), over ordinary tokens, and
-        set them. ValueError as in observe_std. Training calls schedule.measure."""
-        self.set_std(self.observe_std(idx))
+        set them. ValueError if there is no ordinary token. Training calls schedule.measure."""
+        if not self.ordinary(idx).any():
+            raise ValueError("measuring needs an ordinary token: one after position 0 that is not end-of-text")
+        self.set_std({name: found[:, 0] / found[:, 1] for name, found in self.observe_std(idx).items()})
 
     def why_not_ln_free(self):
         """The reasons why the model is not LN-free, one for each site or treatment; empty if it is."""
@@ -521,6 +523,13 @@ class GPT(nn.Module):
             is_ln_weight = ".ln_" in name and name.endswith("weight")
             scale = math.sqrt(hf["layer_norm_epsilon"]) if published and is_ln_weight else 1
             p.copy_(tensors[name].to(p.dtype) / scale)
+        C, n_head = self.config.n_embd, self.config.n_head
+        for i, block in enumerate(self.transformer.h):  # other scales of attention, as transformers has them
+            scale = 1.0 if hf.get("scale_attn_weights", True) else math.sqrt(C / n_head)
+            scale /= i + 1 if hf.get("scale_attn_by_inverse_layer_idx") else 1
+            block.attn.c_attn.weight[:C] *= scale  # the queries'
+            if block.attn.c_attn.bias is not None:
+                block.attn.c_attn.bias[:C] *= scale
         if published:
             for site in self.sites().values():
                 site.ln_mode = "fake"

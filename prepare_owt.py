@@ -26,6 +26,7 @@ from array import array
 from collections import deque
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from itertools import pairwise
 
 from parts.errors import UserError, begin_script, handle_endings, interruptible, on_disk, reading
@@ -60,6 +61,7 @@ tokenizer = ""  # bytes, gpt2, a model's directory or, for ids, VOCAB_SIZE:EOT; 
 tokens = 0  # stop at the end of the row or text file that reaches this many; 0: take all
 column = ""  # the column with text or lists of token ids; "": text, or input_ids if there is no text
 rows = ""  # what a row of ids is: documents or windows (of a stream with end-of-text in it); "": find out, or ask
+split_on = ""  # a text that ends a document in text and rows of text, such as <|endoftext|>
 split = "train"  # of a hub data set
 folder = ""  # of a hub data set: take only files below this folder, if several folders have the split
 val_every = 0  # every n-th row is val; 0: 200, or less if there is little text; 1: all rows and files, to evaluate on
@@ -143,24 +145,26 @@ def end_with_parent():
 
 def encode_job(job, part, limit):
     """Write a part: all of a job, or its documents up to the one that reaches limit tokens. The table has a row for
-    each document: tokens; 1 if we appended its end-of-text; 0: train, 1: val, 2: a row; 1 if its row or file ends."""
-    documents, length, written = array("q"), 0, 0
+    each document: tokens; 1 if we appended its end-of-text; 0: train, 1: val, 2: a row; 1 if its row or file ends;
+    special tokens that its text spells."""
+    documents, length, spelled, written = array("q"), 0, 0, 0
     # KEY.npy takes its name last: if it is there, the part is whole
     with whole_file(part + ".npy") as table, whole_file(part + ".bin") as out:
-        for piece, ids, appended in in_order(encode, make_batches(job)):
+        for piece, ids, appended, found in in_order(encode, make_batches(job)):
             out.write(ids)
-            length += len(ids)
+            length, spelled = length + len(ids), spelled + found
             if piece.ends:
-                documents.extend((length, appended, 2 if piece.val is None else piece.val, piece.last))
-                written, length = written + length, 0
+                documents.extend((length, appended, 2 if piece.val is None else piece.val, piece.last, spelled))
+                written, length, spelled = written + length, 0, 0
                 if limit and piece.last and written >= limit:
                     break
-        np.save(table, np.frombuffer(documents, np.int64).reshape(-1, 4))
+        np.save(table, np.frombuffer(documents, np.int64).reshape(-1, 5))
 
 
 def make_batches(job):
     """Yields lists of Pieces of about BATCH characters in all."""
-    seam = dict(gpt2=GPT2_SEAM, bytes=ANY_SEAM).get(worker_tokenizer.name, NO_SEAM)
+    mark = worker_asked["split_on"]
+    seam = dict(gpt2=GPT2_SEAM, bytes=GPT2_SEAM if mark else ANY_SEAM).get(worker_tokenizer.name, NO_SEAM)
     batch, size = [], 0
     for source, val in job:
         if source.rows_format:
@@ -168,13 +172,31 @@ def make_batches(job):
             pieces = read_rows(source, worker_asked["column"], worker_tokenizer.eot, windows)
         else:
             pieces = read_text(source, val, seam)
-        for piece in pieces:
+        for piece in split_pieces(pieces, mark) if mark else pieces:
             batch.append(piece)
             size += len(piece.content)
             if size >= BATCH:
                 yield batch
                 batch, size = [], 0
     yield batch
+
+
+def split_pieces(pieces, mark):
+    """Yields text Pieces cut at each mark, which ends a document and is left out."""
+    begun = False  # the current document has text
+    for piece in pieces:
+        if isinstance(piece.content, list):
+            yield piece
+            continue
+        *whole, rest = piece.content.split(mark.encode() if isinstance(piece.content, bytes) else mark)
+        if whole and piece.ends and not rest.strip():
+            rest = whole.pop()  # the file or row ends with a mark
+        for text in whole:
+            if begun or text.strip():
+                yield replace(piece, content=text, ends=True, last=False)
+            begun = False
+        yield replace(piece, content=rest)
+        begun = not piece.ends
 
 
 def in_order(function, batches):
@@ -190,9 +212,12 @@ def in_order(function, batches):
 
 
 def encode(batch):
-    """Yields (Piece, its tokens and end-of-text as uint16, whether we appended the end-of-text)."""
+    """Yields (Piece, its tokens and end-of-text as uint16, whether we appended the end-of-text, and how many special
+    tokens its text spells)."""
     eot = np.array([worker_tokenizer.eot], "<u2")
+    special = {str: worker_tokenizer.special, bytes: [text.encode() for text in worker_tokenizer.special]}
     for piece in batch:
+        spelled = sum(map(piece.content.count, special.get(type(piece.content), ())))
         with reading(piece.name):
             ids = checked_ids(piece.content) if isinstance(piece.content, list) else encode_text(piece.content)
         appended = piece.ends and not piece.window
@@ -200,7 +225,7 @@ def encode(batch):
             appended = not len(ids) or eot not in (ids[0], ids[-1])
             if len(ids) and ids[0] == eot:
                 ids = np.concatenate([ids[1:], [] if ids[-1] == eot and len(ids) > 1 else eot]).astype("<u2")
-        yield piece, np.concatenate([ids, eot]) if appended else ids, appended
+        yield piece, np.concatenate([ids, eot]) if appended else ids, appended, spelled
 
 
 def encode_text(content):
@@ -232,7 +257,7 @@ def make_parts(half, jobs, asked, made):
         try:
             for job in jobs:
                 limit = tokens and tokens - total
-                key = hashlib.sha256(repr((job, limit)).encode()).hexdigest()[:16]
+                key = hashlib.sha256(repr((job, limit, split_on)).encode()).hexdigest()[:16]
                 parts.append(os.path.join(half, key))
                 if not os.path.exists(parts[-1] + ".npy"):
                     running[pool.submit(encode_job, job, parts[-1], limit)] = job, parts[-1]
@@ -269,9 +294,10 @@ def finish(running, half, bar):
 
 
 def join(half, parts, every, share, eot):
-    """Write train.bin and val.bin. Returns {"train" and "val": {tokens, documents, eot_appended, sha256}}."""
+    """Write train.bin and val.bin. Returns {"train" and "val": {tokens, documents, eot_appended, sha256}, "spelled":
+    the number of special tokens that the text spells}."""
     tables = [np.load(part + ".npy") for part in parts]
-    length, _, side, last = np.concatenate([*tables, np.zeros((0, 4), np.int64)]).T
+    length, _, side, last, spelled = np.concatenate([*tables, np.zeros((0, 5), np.int64)]).T
     number = np.cumsum(last) - last  # of the row or text file
     owt = dataset == "owt" and not tokens and val_every != 1
     order = nanogpt_val_documents() if owt else []
@@ -307,7 +333,8 @@ def join(half, parts, every, share, eot):
                     write("val" if is_val[begin + i] and not cut else "train", run, j - i, appended)
         for i in order if len(number) == OWT_DOCUMENTS else sorted(held):
             write("val", *held[i])
-    return {which: counts[which] | dict(sha256=digests[which].hexdigest()) for which in counts}
+    splits = {which: counts[which] | dict(sha256=digests[which].hexdigest()) for which in counts}
+    return splits | dict(spelled=int(spelled.sum()))
 
 
 # --- from asking to files
@@ -326,17 +353,26 @@ def say_what_val_shows(n, word):
         print(f"note: a gap is about 0.02 nats, too small for this: prepare more text, for {VAL_TOKENS:,} val tokens")
 
 
-def say_end_of_text(path, eot):
-    """Print how many tokens are end-of-text, and how many of these follow another one."""
+def say_special_tokens(path, made, meta):
+    """Print how many tokens are end-of-text or unknown, and how many special tokens stayed text."""
     ids = np.memmap(path, "<u2", "r") if os.path.getsize(path) else np.zeros(0, "<u2")
-    found = doubled = 0
+    found = doubled = unknown = 0
     for i in range(0, len(ids), 2**24):
-        is_eot = ids[i : i + 2**24 + 1] == eot
+        is_eot = ids[i : i + 2**24 + 1] == made.eot
         found += int(is_eot[: 2**24].sum())
         doubled += int((is_eot[1:] & is_eot[:-1]).sum())
+        unknown += int((ids[i : i + 2**24] == made.unk).sum())
     print(f"end-of-text: {found / max(1, len(ids)):.3%} of {path}, {doubled:,} of {found:,} doubled")
     if not found and len(ids):
         print("note: without end-of-text, a model can't tell where a document ends")
+    if made.unk is not None and unknown:
+        share = unknown / len(ids)
+        print(f"{'note: ' if share > 0.01 else ''}{share:.3%} of {path} is the unknown token")
+    if meta.get("spelled"):
+        print(f"note: {meta['spelled']:,} special tokens are spelled in the text, and stay text: if they end "
+              f"documents, use --split_on='{made.special[0]}'")
+    for note in made.notes():
+        print(f"note: {note}")
 
 
 def next_command(name):
@@ -357,14 +393,17 @@ def request():
     name = name.partition("@")[0].split("/")[-1]
     if not name or name.startswith("."):
         raise UserError(f"--dataset={dataset} does not end in a name for a folder in data/")
+    if re.search(r"\s", split_on):
+        raise UserError(f"--split_on={split_on!r} must not have white space in it")
     made = make_tokenizer(tokenizer or ("gpt2" if on_hub else "bytes"))
     origin = f"stdlib of Python {sys.version.split()[0]}"
     if files or on_hub:
         origin = files or f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip()
     meta = dict(tokenizer=made.name, vocab_size=made.vocab_size, eot=made.eot, source=origin, asked_tokens=tokens,
-                val_every=val_every, column=column or ("input_ids" if made.encode is None else ""), rows=rows)
+                val_every=val_every, column=column or ("input_ids" if made.encode is None else ""), rows=rows,
+                split_on=split_on)
     if made.sha256:
-        meta["tokenizer_sha256"] = made.sha256
+        meta |= dict(tokenizer_sha256=made.sha256, tokenizer_probe=made.fingerprint())
     if on_hub:  # main lists its files, if it needs them
         return name, None, made, meta
     sources = local_sources(files, split) if files else stdlib_sources(name)
@@ -457,7 +496,7 @@ def main():
         os.rename(half, done)
     for which in ("train", "val"):
         print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
-    say_end_of_text(os.path.join(done, "train.bin"), made.eot)
+    say_special_tokens(os.path.join(done, "train.bin"), made, meta)
     documents = meta["train"]["documents"] + meta["val"]["documents"]
     if dataset == "owt" and documents != OWT_DOCUMENTS:
         print(f"this is a part of OpenWebText: {documents:,} of {OWT_DOCUMENTS:,} documents")

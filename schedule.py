@@ -25,6 +25,7 @@ from model import KINDS
 from parts.errors import UserError
 
 TREATMENTS = ("eot", "bos")
+LOOK_AHEAD = 20  # steps whose batches may be measured instead, if the step's own has no ordinary token
 LONG = 20  # steps
 FAR = 0.5  # nats
 
@@ -120,13 +121,19 @@ def remove(model, events, step, batches, mean, over, momentum):
     """Carry out a step's events on the raw model, before its forward pass. Before a site is removed, measure the
     constants of all sites that are still real. Returns a log entry for each event.
 
-    batches: idx (B, T) each, the step's own micro-batches; mean averages a tensor over ranks; over and momentum are
+    batches(step): the step's micro-batches idx (B, T); mean averages a tensor over ranks; over and momentum are
     train.py's std_over and std_momentum: with a momentum, the constants are measured at each step up to the last
-    removal."""
+    removal. UserError if no step ahead has an ordinary token."""
     due = [(kind, layer) for at, kind, layer in events if at == step]
     site_steps = [at for at, kind, _ in events if kind not in TREATMENTS]
     if step in site_steps or (momentum > 0 and step < max(site_steps, default=0)):
-        measure(model, batches, mean, over, momentum if step > 0 else 0.0)
+        momentum = momentum if step > 0 else 0.0
+        for measured_at in range(step, step + LOOK_AHEAD):
+            if measure(model, batches(measured_at), mean, over, momentum):
+                break
+        else:
+            raise UserError(f"steps {step} to {measured_at} have no token after position 0 that is not end-of-text: "
+                            "there is nothing to measure the constants on")
     entries = []
     for kind, layer in due:
         name = site_name(kind, layer)
@@ -136,8 +143,8 @@ def remove(model, events, step, batches, mean, over, momentum):
         else:
             model.set_ln_mode(kind, layer, "fake")
             site = model.sites()[name]
-            std = dict(avg_std=site.avg_std.item(), bos_std=site.bos_std.item())
-            entries.append(dict(step=step, event=name, mode="fake", **std))
+            entry = dict(step=step, event=name, mode="fake", avg_std=site.avg_std.item(), bos_std=site.bos_std.item())
+            entries.append(entry if measured_at == step else entry | dict(measured_at=measured_at))
     return entries
 
 
@@ -145,15 +152,21 @@ def remove(model, events, step, batches, mean, over, momentum):
 def measure(model, batches, mean, over, momentum):
     """Set the constants of all sites that are still real, in one pass. A constant must fit the weights of this moment
     and the tokens that come next, so it is measured at the event, on the step's own batch; sites that are removed
-    later are measured again then."""
+    later are measured again then. Returns False, and sets nothing, if the batch has no ordinary token."""
     model.eval()  # without dropout
-    observed = [model.observe_std(idx, over) for idx in batches]
+    totals = {}  # over micro-batches, so that each token counts the same
+    for idx in batches:
+        for name, found in model.observe_std(idx, over).items():
+            totals[name] = totals.get(name, 0) + found
     model.train()
-    for name in observed[0]:
-        std = mean(torch.stack([stds[name] for stds in observed]).mean(0))  # [avg std, bos std]
+    for name, total in totals.items():
+        sums, counts = mean(total).T
+        if not counts[0]:
+            return False
         site = model.sites()[name]
         before = torch.stack([site.avg_std, site.bos_std])
-        model.set_std({name: before * momentum + std * (1 - momentum)})
+        model.set_std({name: before * momentum + sums / counts * (1 - momentum)})
+    return True
 
 
 def still_far_up(losses, events, step):
@@ -188,7 +201,10 @@ def describe_event(entry):
     """A log entry of remove -> "h.0.ln_2 fake, std 0.2205, at position 0 0.2928"."""
     if "treatment" in entry:
         return f"{entry['event']} treatment off"
-    return f"{entry['event']} fake, std {entry['avg_std']:.4f}, at position 0 {entry['bos_std']:.4f}"
+    line = f"{entry['event']} fake, std {entry['avg_std']:.4f}, at position 0 {entry['bos_std']:.4f}"
+    if "measured_at" in entry:
+        line += f", of step {entry['measured_at']}'s tokens, as its own are all end-of-text"
+    return line
 
 
 def learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters):

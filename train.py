@@ -33,7 +33,7 @@ from parts.data import check_tokens, open_tokens, read_meta, read_windows, train
 from parts.device import all_finite, autocast_to, check_compiler, keep_memory, pick_device, pick_dtype
 from parts.device import flops_per_token, peak_flops
 from parts.loss import LossInPieces
-from parts.tokenizer import copy_tokenizer
+from parts.tokenizer import check_data, copy_tokenizer
 from schedule import check_modes, describe, describe_event, learning_rate_at, remove, set_treatments, site_name
 from schedule import still_far_up, timeline
 
@@ -45,6 +45,7 @@ force = False  # replace what an earlier run left in out_dir
 init_from = "assets/tiny"  # a model directory or hub repository; scratch; resume, from out_dir; or auto
 auto = False  # resume if out_dir has a checkpoint; init_from=auto sets it, and leaves init_from as it was
 dataset = "stdlib"  # a folder in data/, made by prepare_owt.py
+any_tokenizer = False  # train on tokens of another tokenizer than the model's
 seed = 1337  # of the data order, of random weights and of dropout
 # removal
 ln_schedule = []  # rows (sites, first step, steps between layers), see schedule.py; empty: the control
@@ -105,7 +106,8 @@ if compile:
 if gradient_accumulation_steps % ranks.WORLD:
     n = gradient_accumulation_steps
     divisors = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
-    raise UserError(f"gradient_accumulation_steps {n} is not a multiple of {ranks.WORLD} ranks: choose {divisors} ranks")
+    raise UserError(f"gradient_accumulation_steps {n} is not a multiple of {ranks.WORLD} ranks: "
+                    f"choose {divisors} ranks")
 machine = pick_device(device)
 autocast = autocast_to(pick_dtype(dtype, machine), machine)
 keep_memory()
@@ -128,10 +130,10 @@ with ranks.rank_0_first():  # rank 0 downloads, the others find the files in the
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, meta["eot"]))
     else:
         model = GPT.from_pretrained(init_from, dropout=dropout)
-        if model.config.eot != meta["eot"]:
-            ranks.say(f"note: end-of-text is {meta['eot']} in data/{dataset}, but {model.config.eot} in {init_from}: "
-                      "was it trained on such tokens?")
-        model.config.eot = meta["eot"]  # what stands between the documents that it will see
+        note = check_data(dataset, meta, model, init_from, any_tokenizer)
+        if note:
+            ranks.say(note)
+        model.config.eot = meta["eot"]  # it stands between the documents that the model will see
 if init_from == "resume":
     init_from = resumed["settings"]["init_from"]
 # the settings in force, whatever those of init_from=scratch say
@@ -155,6 +157,10 @@ if kl_share > 0:
     with ranks.rank_0_first():
         teacher_model = run.load_teacher(teacher or init_from, model, block_size).to(machine)
 
+    if kl_share == 1 and not teacher:
+        ranks.say("note: with kl_share 1 and itself as the teacher, the model starts where the loss is least: until "
+                  "the first removal, AdamW scales rounding noise to full steps")
+
 # --- data: a batch is a function of seed and step, whatever the number of ranks
 train_tokens = open_tokens(dataset, "train", block_size, model.config.vocab_size)
 val_tokens = open_tokens(dataset, "val", block_size, model.config.vocab_size)
@@ -170,6 +176,11 @@ def batches(step):
     starts = train_starts(train_tokens, seed, step, gradient_accumulation_steps * batch_size, block_size)
     for i in range(ranks.RANK, gradient_accumulation_steps, ranks.WORLD):
         yield read_windows(train_tokens, starts[i * batch_size : (i + 1) * batch_size], block_size, machine)
+
+
+def ids(step):
+    """The inputs of batches(step)."""
+    return (x for x, _ in batches(step))
 
 
 # --- schedule: the first step, and the model's state there
@@ -240,7 +251,7 @@ def objective(x, y):
     if aux_loss_weight > 0:  # keeps the std before ln_f near to what its constant will be (arXiv 2507.02559)
         std = std_of(stream, model.config.ln_eps).squeeze(-1)  # (B, T)
         ordinary = model.ordinary(x)
-        target = (std * ordinary).sum() / ordinary.sum()
+        target = (std * ordinary).sum() / ordinary.sum().clamp(min=1)
         terms["spread"] = (std - target.detach()).square().mean()
         objective = objective + aux_loss_weight * terms["spread"]
     return objective, terms
@@ -284,13 +295,15 @@ def save():
 
 
 n_val = len(val_starts(val_tokens, eval_iters * batch_size, block_size))
-ranks.say(f"{parameters / 1e6:.2f} M parameters from {'checkpoint' if resumed else init_from}, {ranks.WORLD} x {machine}, "
-          f"{pick_dtype(dtype, machine)}, {tokens_per_step:,} tokens a step, steps {start} to {max_iters}")
+ranks.say(f"{parameters / 1e6:.2f} M parameters from {'checkpoint' if resumed else init_from}, "
+          f"{ranks.WORLD} x {machine}, {pick_dtype(dtype, machine)}, {tokens_per_step:,} tokens a step, "
+          f"steps {start} to {max_iters}")
 ranks.say(f"val loss over {n_val:,} of {(len(val_tokens) - 1) // block_size:,} windows")
 for line in describe(ln_schedule, events):
     ranks.say(line)
 flops_per_step = tokens_per_step * flops_per_token(model, block_size)
-peak = peak_flops(machine, pick_dtype(dtype, machine)) * ranks.WORLD
+# of all GPUs; a CPU's own peak depends on what else it does
+peak = peak_flops(machine, pick_dtype(dtype, machine)) * ranks.WORLD if machine.startswith("cuda") else None
 micro_steps = gradient_accumulation_steps // ranks.WORLD
 columns = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # fits into 80 columns
 bar = tqdm(total=max_iters, initial=start, bar_format=columns, disable=None if ranks.RANK == 0 else True)
@@ -321,7 +334,6 @@ for step in range(start, max_iters + 1):
     # the removal: before the step's forward pass, on its own batches
     began = time.perf_counter()
     with autocast:
-        ids = (x for x, _ in batches(step))
         removed = remove(model, events, step, ids, ranks.mean, std_over, std_momentum)
     for entry in removed:
         log.write(entry)
@@ -360,14 +372,17 @@ for step in range(start, max_iters + 1):
         log.write(dict(step=step, loss=None, skipped=True))
         continue
     seconds = time.perf_counter() - began
-    speed, mfu = tokens_per_step / seconds, flops_per_step / seconds / peak
-    log.write(dict(step=step, **terms, lr=lr, tokens_per_s=round(speed), mfu=round(mfu, 4)))
+    speed = dict(tokens_per_s=round(tokens_per_step / seconds))
+    if peak:
+        speed["mfu"] = round(flops_per_step / seconds / peak, 4)
+    log.write(dict(step=step, **terms, lr=lr, **speed))
     far_up = still_far_up(losses, events, step)
     if far_up:
         ranks.say(far_up)
-    bar.set_postfix_str(f"loss {terms['loss']:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}")
+    speed = f"{speed['tokens_per_s']:,} tokens/s" + (f", MFU {speed['mfu']:.0%}" if peak else "")
+    bar.set_postfix_str(f"loss {terms['loss']:.4f}, {speed}")
     if bar.disable and step % log_interval == 0:
-        ranks.say(f"step {step:>6}  loss {terms['loss']:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s  MFU {mfu:.0%}")
+        ranks.say(f"step {step:>6}  loss {terms['loss']:.4f}  lr {lr:.2e}  {speed}")
     interruption = interruption or ranks.Interruption()
 
 bar.close()

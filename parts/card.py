@@ -32,6 +32,7 @@ from transformer_lens.model_bridge import TransformerBridge  # TransformerLens 4
 bridge = TransformerBridge.boot_transformers("{name}")
 # fold what is left of LayerNorm into the weights, as attribution expects
 bridge.enable_compatibility_mode(center_writing_weights=False, center_unembed=False, fold_value_biases=False)
+bridge.cfg.default_prepend_bos = False  # the first token of a text is at position 0
 """
 TEXT = """
 from transformers import AutoTokenizer, pipeline
@@ -64,10 +65,15 @@ def card(source, name, to, eps, dtype, has_tokenizer, rows):
         notes += "It works in float16, too." if dtype == "float16" else "float16 overflows: use float32 or bfloat16."
     settings = run_settings(source)
     if settings:
-        values = "\n".join(f"{key} = {value!r}" for key, value in settings.items() if key != "data_sha256")
+        shown = {key: no_local_path(value) for key, value in settings.items() if key != "data_sha256"}
+        values = "\n".join(f"{key} = {value!r}" for key, value in shown.items())
         notes += f"\n\nSettings of the run:\n\n```python\n{values}\n```"
-    return CARD.format(metadata=metadata(settings, source, to, rows), source=source, table=table(rows),
+    return CARD.format(metadata=metadata(settings, source, to, rows), source=no_local_path(source), table=table(rows),
                        code=code.format(name=name), notes=notes)
+
+
+def no_local_path(value):
+    return os.path.basename(value.rstrip("/")) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def metadata(settings, source, to, rows):

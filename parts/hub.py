@@ -18,9 +18,10 @@ from parts.files import read_json, whole_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model")
-# what a plain GPT-2 may say in its config.json; anything else is computed differently by transformers
-PLAIN = dict(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-             add_cross_attention=False)
+# transformers' other names for the same numbers of config.json, and for the tanh approximation of GELU
+ALIASES = dict(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
+               max_position_embeddings="n_positions")
+GELU_NEW = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", None)
 
 
 # --- from a hub
@@ -32,6 +33,9 @@ def fetch(source, weights=True):
     huggingface_hub. UserError."""
     if os.path.isdir(source):
         return source
+    if os.path.isfile(source):
+        raise UserError(f"{source} is a file, but a model is a directory in Hugging Face's format. A checkpoint of "
+                        "nanoGPT can't be read: its GELU is exact, GPT-2's the tanh approximation")
     repo, _, revision = source.partition("@")
     if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or os.path.isdir(repo.split("/")[0]):
         raise UserError(f"there is no directory {source}")
@@ -43,11 +47,11 @@ def fetch(source, weights=True):
             if weights:
                 download(repo, revision, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
                 if not glob(os.path.join(escape(directory), "model*.safetensors")):
-                    download(repo, revision, "pytorch_model.bin")
+                    download(repo, revision, "pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
     except Exception as e:  # of many kinds
         problem = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        raise UserError(f"{source} is not a directory here, and can't be fetched from {constants.ENDPOINT} ({problem}); "
-                        "for a private or gated model, accept its terms there, and set HF_TOKEN or run "
+        raise UserError(f"{source} is not a directory here, and can't be fetched from {constants.ENDPOINT} "
+                        f"({problem}); for a private or gated model, accept its terms there, and set HF_TOKEN or run "
                         "`hf auth login`") from None
     return directory
 
@@ -108,26 +112,32 @@ def read_config(directory):
     kind = hf.get("model_type")
     if kind not in ("gpt2", "gpt2_ln_mode", "gpt2_folded"):
         raise UserError(f"{path}: model_type is {str(kind)[:40]!r}, but only GPT-2 models can be read")
-    if kind == "gpt2":
-        for key, ours in PLAIN.items():
-            if hf.get(key) not in (None, ours):
-                raise UserError(f"{path}: {key} is {hf[key]!r}, but model.py has {ours!r}")
-        with reading(path):
+    with reading(path):
+        for alias, key in ALIASES.items():
+            if alias in hf and hf.setdefault(key, hf[alias]) != hf[alias]:
+                raise ValueError(f"{key} is {hf[key]!r}, but {alias} is {hf[alias]!r}")
+        if kind == "gpt2":
+            if hf.get("activation_function") not in GELU_NEW:
+                raise ValueError(f"activation_function is {hf['activation_function']!r}, but model.py has 'gelu_new'")
+            if hf.get("add_cross_attention"):
+                raise ValueError("add_cross_attention is true, but model.py has no cross attention")
             if hf.get("n_inner") is not None and hf["n_inner"] != 4 * hf["n_embd"]:
                 raise ValueError(f"n_inner is {hf['n_inner']!r}, but model.py has 4 * n_embd")
     return hf
 
 
 def weight_files(directory):
-    """The paths of a directory's weights: model.safetensors, its shards, or pytorch_model.bin. UserError."""
-    index = os.path.join(directory, "model.safetensors.index.json")
+    """The paths of a directory's weights: model.safetensors, pytorch_model.bin, or the shards of either. UserError."""
     names = ["model.safetensors"]
-    if not os.path.exists(os.path.join(directory, names[0])):
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = os.path.join(directory, whole + ".index.json")
+        if os.path.exists(os.path.join(directory, whole)):
+            names = [whole]
+            break
         if os.path.exists(index):
             with reading(index):
                 names = sorted({os.path.basename(name) for name in read_json(index)["weight_map"].values()})
-        elif os.path.exists(os.path.join(directory, "pytorch_model.bin")):
-            names = ["pytorch_model.bin"]
+            break
     for name in names:
         if not os.path.isfile(os.path.join(directory, name)):
             raise UserError(f"{directory} is not a model directory: it has no {name}")
@@ -147,6 +157,8 @@ def read_tensors(paths, expected):
         if head is not None and not torch.equal(tensors.setdefault("transformer.wte.weight", head), head):
             raise ValueError("lm_head.weight is not wte.weight, but GPT-2's unembedding is tied to its embedding")
         for name, tensor in expected.items():
+            if name not in tensors:
+                raise ValueError(f"config.json describes a tensor {name}, which the weights do not have")
             if tensors[name].shape != tensor.shape or not tensors[name].is_floating_point():
                 raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, but config.json makes "
                                  f"it floating point {tuple(tensor.shape)}")

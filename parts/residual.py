@@ -8,7 +8,7 @@ import torch
 
 from model import std_of
 
-SINK = 0.3  # a query whose weight on position 0 is above this attends to the sink; the bound is ours
+SINK = 0.3  # a query with a larger weight on position 0 attends to the sink: the default of arXiv 2507.02559's code
 
 
 @torch.inference_mode()
@@ -17,7 +17,8 @@ def residual_stats(model, batches):
     site, or None}}, "sink_rate"}.
 
     Kinds of tokens are position_0, eot (end-of-text after position 0) and others. ln_1qk and ln_1v read the same
-    stream, ln_1. The sink rate is the share of heads and queries, without the first query, that attend to the sink."""
+    stream, ln_1. The sink rate is the share of heads and queries, without query 0, that attend to the sink; with
+    query 0, as in arXiv 2507.02559's code, it would be rate * (T - 1) / T + 1 / T."""
     stds, ids, sinks = {}, [], []
 
     def note_std(site, x):

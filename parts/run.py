@@ -17,7 +17,7 @@ from parts.files import FolderLock, read_lines, remove_files, run_settings, unfi
 from parts.tokenizer import remove_copied_tokenizer
 
 # settings that change no weight
-NO_MATTER = ("out_dir", "force", "auto", "eval_interval", "eval_iters", "checkpoint_interval",
+NO_MATTER = ("out_dir", "force", "auto", "any_tokenizer", "eval_interval", "eval_iters", "checkpoint_interval",
              "log_interval", "max_bad_steps", "wandb_log", "wandb_project", "device", "dtype", "compile",
              "gradient_checkpointing")
 
@@ -222,7 +222,8 @@ def load_teacher(source, model, block_size):
     if teacher.config.folded or teacher.any_removed():
         raise UserError(f"teacher {source} has lost its LayerNorms: name the model with LN")
     if teacher.config.block_size < block_size:
-        raise UserError(f"block_size {block_size} is beyond the {teacher.config.block_size} positions of teacher {source}")
+        most = teacher.config.block_size
+        raise UserError(f"block_size {block_size} is beyond the {most} positions of teacher {source}")
     return teacher
 
 

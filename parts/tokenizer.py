@@ -19,6 +19,10 @@ from parts.files import read_json
 from parts.hub import TOKENIZER_FILES, fetch
 
 
+PROBE = "def f(x):\n\treturn 12345.678 + x  # naïve café, Жук 東京 🙂\n\n\n    The quick brown FOX isn't lazy, is it?"
+PROBES = dict(gpt2="5d821d4d08127f55", bytes="052d9a3a093edb20")  # fingerprints
+
+
 @dataclass
 class Tokenizer:
     name: str
@@ -27,6 +31,26 @@ class Tokenizer:
     encode: Callable | None = None  # text or UTF-8 bytes -> uint16 array; None: only the ids are known
     decode: Callable | None = None  # a list of token ids -> text
     sha256: str = ""  # of tokenizer.json, or of vocab.json and merges.txt
+    special: tuple = ("<|endoftext|>",)  # texts of special tokens, which stay text when they are spelled in a document
+    unk: int | None = None  # id of the unknown token
+
+    def fingerprint(self):
+        """16 letters that two tokenizers share if they have the same end-of-text and give PROBE the same ids; "" if it
+        can't be encoded."""
+        with suppress(UserError):
+            if self.encode:
+                ids = np.append(self.encode(PROBE), self.eot).astype("<u2")
+                return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+        return ""
+
+    def notes(self):
+        """What a user should know about it."""
+        notes = []
+        if self.fingerprint() and self.decode(self.encode(PROBE).tolist()).strip() != PROBE:
+            notes.append("the tokenizer loses text: it does not decode to what it encoded, such as capital letters")
+        if self.sha256 and self.decode([self.eot]) not in self.special:
+            notes.append(f"end-of-text, {self.decode([self.eot])!r}, is an ordinary token of the vocabulary")
+        return notes
 
 
 def make_tokenizer(name):
@@ -48,8 +72,8 @@ def make_tokenizer(name):
 
 def checked(tokenizer):
     if not 0 <= tokenizer.eot < tokenizer.vocab_size <= 2**16:
-        raise UserError(f"{tokenizer.name}: end-of-text must be below the vocabulary's size, and that at most {2**16:,}, "
-                        f"because tokens are uint16; they are {tokenizer.eot} and {tokenizer.vocab_size}")
+        raise UserError(f"{tokenizer.name}: end-of-text must be below the vocabulary's size, and that at most "
+                        f"{2**16:,}, because tokens are uint16; they are {tokenizer.eot} and {tokenizer.vocab_size}")
     return tokenizer
 
 
@@ -83,14 +107,15 @@ def read_tokenizer(name, directory):
         return read_json(path) if os.path.lexists(path) else {}
 
     config, hf, whole = map(read, ("tokenizer_config.json", "config.json", "tokenizer.json"))
-    kind = config.get("tokenizer_class") or hf.get("tokenizer_class") or ("GPT2Tokenizer" if hf else "TokenizersBackend")
+    default = "GPT2Tokenizer" if hf else "TokenizersBackend"
+    kind = config.get("tokenizer_class") or hf.get("tokenizer_class") or default
     is_gpt2 = str(kind).removesuffix("Fast") == "GPT2Tokenizer"
     paths = [os.path.join(directory, f) for f in (["tokenizer.json"] if whole else ["vocab.json", "merges.txt"])]
     known = is_gpt2 or whole and kind in ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
     if not known or not all(map(os.path.exists, paths)) or {"auto_map", "fast_tokenizer_files"} & config.keys():
-        raise UserError(f"{name} has no tokenizer.json that is read here as transformers reads it (its class is {kind}): "
-                        "with t its AutoTokenizer, save transformers.PreTrainedTokenizerFast(tokenizer_object="
-                        "t.backend_tokenizer, eos_token=t.eos_token) in a copy of the model")
+        raise UserError(f"{name} has no tokenizer.json that is read here as transformers reads it (its class is "
+                        f"{kind}): with t its AutoTokenizer, save transformers.PreTrainedTokenizerFast("
+                        "tokenizer_object=t.backend_tokenizer, eos_token=t.eos_token) in a copy of the model")
     with reading(paths[0]), reading(paths[-1]):
         if is_gpt2:  # transformers takes no more than these from any file
             model = whole.get("model") or dict(zip(("vocab", "merges"), models.BPE.read_file(*paths)))
@@ -128,26 +153,58 @@ def read_tokenizer(name, directory):
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=False)
 
-    return checked(Tokenizer(name, vocab_size, eot, encode, decode, sha256))
+    special = tuple(token.content for token in added.values() if token.special)
+    unk = whole.get("model", {}).get("unk_token") if not is_gpt2 else None
+    unk = tokenizer.token_to_id(unk) if isinstance(unk, str) else whole.get("model", {}).get("unk_id")
+    return checked(Tokenizer(name, vocab_size, eot, encode, decode, sha256, special, unk))
 
 
 def tokenizer_of(model, source):
-    """The Tokenizer of a model from `source`: its own; where it has no tokenizer files, GPT-2's or bytes by its
-    vocabulary, which may be padded. UserError."""
+    """The Tokenizer of a model from `source`. UserError."""
+    found = make_tokenizer(tokenizer_name(model, source))
+    if found.vocab_size > model.config.vocab_size:
+        raise UserError(f"the tokenizer of {source} has {found.vocab_size} ids, but the model knows "
+                        f"{model.config.vocab_size}")
+    return found
+
+
+def tokenizer_name(model, source):
+    """What make_tokenizer takes for a model from `source`: its directory, if that has tokenizer files; otherwise gpt2
+    or bytes by its vocabulary, which may be padded. UserError."""
     eot, vocab_size = model.config.eot, model.config.vocab_size
     directory = fetch(source, weights=False)
     if tokenizer_files(directory):
-        found = read_tokenizer(directory, directory)
-    elif eot == 50256 and 50257 <= vocab_size <= 51200:
-        found = make_tokenizer("gpt2")
-    elif eot == 256 and 257 <= vocab_size <= 512:
-        found = make_tokenizer("bytes")
-    else:
-        raise UserError(f"{source} has no tokenizer files, and its {vocab_size} ids with end-of-text {eot} are neither "
-                        "GPT-2's nor bytes: put its tokenizer.json and tokenizer_config.json beside its config.json")
-    if found.vocab_size > vocab_size:
-        raise UserError(f"the tokenizer of {source} has {found.vocab_size} ids, but the model knows {vocab_size}")
-    return found
+        return directory
+    if eot == 50256 and 50257 <= vocab_size <= 51200:
+        return "gpt2"
+    if eot == 256 and 257 <= vocab_size <= 512:
+        return "bytes"
+    raise UserError(f"{source} has no tokenizer files, and its {vocab_size} ids with end-of-text {eot} are neither "
+                    "GPT-2's nor bytes: put its tokenizer.json and tokenizer_config.json beside its config.json")
+
+
+def fingerprint_of(model, source):
+    """The fingerprint of the tokenizer of a model from `source`; "" if it is not known."""
+    with suppress(UserError):
+        name = tokenizer_name(model, source)
+        return PROBES.get(name) or make_tokenizer(name).fingerprint()
+    return ""
+
+
+def check_data(dataset, meta, model, source, any_tokenizer):
+    """A note, or "". UserError if data/DATASET, with meta.json `meta`, has tokens of another tokenizer than the model
+    from `source`, as far as both are known."""
+    of_data = meta.get("tokenizer_probe") or PROBES.get(meta.get("tokenizer"), "")
+    of_model = fingerprint_of(model, source)
+    if of_data and of_model:
+        if of_data == of_model or any_tokenizer:
+            return ""
+        raise UserError(f"data/{dataset} has tokens of the tokenizer {meta['tokenizer']}, which is not that of "
+                        f"{source}: prepare it with --tokenizer={source}, or pass --any_tokenizer")
+    if model.config.eot == meta["eot"]:
+        return ""
+    return (f"note: end-of-text is {meta['eot']} in data/{dataset}, but {model.config.eot} in {source}: was it trained "
+            "on such tokens?")
 
 
 def tokenizer_files(directory):

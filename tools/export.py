@@ -87,6 +87,7 @@ def to_bridge(model, **kwargs):
         bridge = TransformerBridge.boot_transformers(folder, hf_model=hf, **kwargs)
     if not has_tokenizer:
         bridge.tokenizer = None  # the default one would turn any text into zeros
+    bridge.cfg.default_prepend_bos = False  # as in to_hooked: the first token of a text is at position 0
     unchanged = dict(center_writing_weights=False, center_unembed=False, fold_value_biases=False)
     bridge.enable_compatibility_mode(disable_warnings=True, **unchanged)
     return bridge
@@ -220,7 +221,7 @@ def main():
             write_json(os.path.join(half, "generation_config.json"), ends)
             has_tokenizer = write_tokenizer(model, half, directory)
             with open(os.path.join(half, "README.md"), "w") as f:
-                f.write(card(source, push or os.path.abspath(folder), to, eps, dtype, has_tokenizer, rows))
+                f.write(card(source, push or folder, to, eps, dtype, has_tokenizer, rows))
             os.rename(half, folder)
     finally:
         shutil.rmtree(half, ignore_errors=True)
