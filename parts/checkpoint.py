@@ -48,9 +48,10 @@ def write(path, checkpoint):
 
 def found(out_dir):
     """The paths of a folder's checkpoints, the newest first. A kill between the two changes of names in `write` leaves
-    a whole one under its unfinished name."""
+    a whole one under its unfinished name; alone, it is what a kill in the first save left."""
     last, before = (os.path.join(out_dir, name) for name in NAMES)
-    return [path for path in (last, unfinished(last), before) if os.path.lexists(path)]
+    there = [path for path in (last, unfinished(last), before) if os.path.lexists(path)]
+    return there if there != [unfinished(last)] else []
 
 
 def load(out_dir, dropout=0.0):

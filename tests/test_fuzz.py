@@ -69,7 +69,7 @@ def read_evaluation():
 
 
 def read_rows(path):
-    return lambda: list(sources.read_rows(sources.Source(path, path, 1, ""), "", "", 0, None))
+    return lambda: list(sources.read_rows(sources.Source(path, path, 1, ""), "", 0, None))
 
 
 FILES = {
