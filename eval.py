@@ -127,7 +127,10 @@ def check_comparable(candidates):
 def window_of(candidates):
     """--block_size or, by default, the shortest window that the models' runs trained on: positions beyond it were never
     trained. A model that is not a run's counts with all its positions."""
-    trained = {c.source: run_settings(c.source).get("block_size", c.model.config.block_size) for c in candidates}
+    trained = {}
+    for c in candidates:
+        window = run_settings(c.source).get("block_size")
+        trained[c.source] = window if isinstance(window, int) else c.model.config.block_size
     source = min(trained, key=trained.get)
     most = min(c.model.config.block_size for c in candidates)
     if not block_size and trained[source] < most:
@@ -326,7 +329,7 @@ def show_residual(rows):
             stds = [row["sites"].get(site, {}).get(kind) or {} for row in rows]
             numbers = [number(std.get("mean"), std.get("spread"), ".3f") for std in stds]
             lines.append([f"{site} {kind.replace('_', ' ')}", *numbers])
-    print_table(title, rows, [*lines, ["queries > 30% on position 0", *cells(rows, "sink_rate", ".1%")]])
+    print_table(title, rows, [*lines, ["attention sink > 0.3", *cells(rows, "sink_rate", ".1%")]])
 
 
 def cells(rows, key, form):

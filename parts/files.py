@@ -55,7 +55,7 @@ def read_lines(path, advice=""):
 def run_settings(folder):
     """The settings.json of a folder that train.py wrote; {} for any other folder."""
     settings = read_dict(os.path.join(folder, "settings.json"))
-    kinds = dict(init_from=str, ln_schedule=list, dataset=str, block_size=int)
+    kinds = dict(init_from=str, ln_schedule=list, dataset=str)
     return settings if all(isinstance(settings.get(key), kind) for key, kind in kinds.items()) else {}
 
 

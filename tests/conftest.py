@@ -4,7 +4,6 @@ models, bundled and random.
 """
 import ast
 import fcntl
-import functools
 import gc
 import hashlib
 import importlib.resources
@@ -32,11 +31,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each
     torch.set_num_threads(1)
 
 from model import std_of  # noqa: E402
-from parts import data, device  # noqa: E402
+from parts import data  # noqa: E402
 from parts.errors import ENDINGS, UserError  # noqa: E402
 from parts.loss import LossInPieces  # noqa: E402
-
-device.peak_flops = functools.cache(device.peak_flops)  # half a second of each run
 
 # a removal of 13 LayerNorms and two treatments from the bundled model, in 12 steps of 128 tokens
 SCHEDULE = [("ln_2", 1, 1), ("ln_1qk", 5, 0), ("ln_1v", 6, 1), ("ln_f", 9, None), ("eot", 10, None), ("bos", 10, None)]

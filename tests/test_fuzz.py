@@ -57,6 +57,10 @@ def read_data():
     data.check_tokens("mine", "val")
 
 
+def read_prepared():
+    prepare_owt.check_prepared("prepared", prepare_owt.earlier("prepared", ASKED), ASKED)
+
+
 def read_run():
     found = files.run_settings("run")
     assert found == {} or isinstance(found["init_from"], str)
@@ -75,8 +79,7 @@ def read_rows(path):
 FILES = {
     "data/mine/meta.json": read_data,
     "data/mine/val.bin": read_data,
-    "prepared/meta.json": lambda: prepare_owt.is_prepared("prepared", ASKED),
-    "begun/meta.json": lambda: prepare_owt.begun("begun", ASKED),
+    "prepared/meta.json": read_prepared,
     "run/settings.json": read_run,
     "run/log.jsonl": lambda: (list(run.log_entries("run/log.jsonl")), plot.read_log("run")),
     "run/eval.json": read_evaluation,
@@ -101,8 +104,7 @@ def good(tmp_path_factory, own_model):
     os.chdir(tmp_path_factory.mktemp("fuzz"))
     write_dataset()
     meta = json.loads(Path("data/mine/meta.json").read_text())
-    for name in ("prepared", "begun"):
-        shutil.copytree("data/mine", name)
+    shutil.copytree("data/mine", "prepared")
     hf = random_hf(n_layer=1, n_embd=8, n_head=2, vocab_size=257, n_positions=16)
     hf.save_pretrained("real")
     hf.save_pretrained("shards", max_shard_size="4KB")
@@ -122,7 +124,6 @@ def good(tmp_path_factory, own_model):
              dict(dataset="residual", role="ln_free", source="a", sink_rate=0.1, sites=dict(ln_f=dict(others=std)))]
     texts = {
         "prepared/meta.json": [meta | ASKED],
-        "begun/meta.json": [meta | ASKED],
         "run/settings.json": [asked],
         "run/eval.json": [dict(weights_sha256=dict(a="0" * 64), rows=table)],
         "run/log.jsonl": [dict(step=0, run="0" * 16), dict(step=0, val_loss=3.0), dict(step=0, loss=3.0),

@@ -113,13 +113,17 @@ def test_each_ordinary_token_counts_the_same_however_they_are_spread_over_micro_
 
 def test_a_step_of_end_of_text_alone_takes_the_next_ones_tokens_and_says_so():
     eot, text = torch.full((2, 20), 256), torch.randint(256, (2, 20))
-    models = GPT.from_pretrained(TINY), GPT.from_pretrained(TINY)
-    (entry,) = remove(models[0], [(5, "ln_2", 0)], 5, lambda step: [text if step == 7 else eot], lambda t: t, "ordinary", 0)
-    models[1].eval().measure_std(text)
+    first, second = GPT.from_pretrained(TINY), GPT.from_pretrained(TINY)
+
+    def batches(step):
+        return [text if step == 7 else eot]
+
+    (entry,) = remove(first, [(5, "ln_2", 0)], 5, batches, lambda t: t, "ordinary", 0)
+    second.eval().measure_std(text)
     assert entry["measured_at"] == 7
-    assert entry["avg_std"] == pytest.approx(models[1].sites()["h.0.ln_2"].avg_std.item(), rel=1e-5)
+    assert entry["avg_std"] == pytest.approx(second.sites()["h.0.ln_2"].avg_std.item(), rel=1e-5)
     with pytest.raises(UserError, match="steps 5 to 24"):
-        remove(models[0], [(5, "ln_2", 1)], 5, lambda step: [eot], lambda t: t, "ordinary", 0)
+        remove(first, [(5, "ln_2", 1)], 5, lambda step: [eot], lambda t: t, "ordinary", 0)
 
 
 # --- tokenizers
@@ -184,7 +188,8 @@ def test_spelled_special_tokens_are_counted_and_end_documents_if_asked(run, tmp_
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run("prepare_owt.py", "--files=a.txt,b.jsonl", "--dataset=spelled", "--val_every=1")
     assert "note: 24 special tokens are spelled" in done.text
-    done = run("prepare_owt.py", "--files=a.txt,b.jsonl", "--dataset=split", "--val_every=1", "--split_on=<|endoftext|>")
+    mark = "--split_on=<|endoftext|>"
+    done = run("prepare_owt.py", "--files=a.txt,b.jsonl", "--dataset=split", "--val_every=1", mark)
     assert "spelled" not in done.text
     found = bytes(id if id < 256 else 0 for id in read_tokens("val", "split").tolist())
     expected = [*("\n" + story for story in stories), *["a", "b", "c"] * 20]
@@ -223,14 +228,14 @@ def runs(run):
 
 
 def test_eval_takes_the_window_that_was_trained_on(run, runs):
-    for models, flags, window in (
+    for sources, flags, window in (
         ("out/a", [], 64),
         ("out/a,out/b", [], 32),
         (f"{TINY},out/a", [], 64),
         (TINY, [], 256),
         ("out/a,out/b", ["--block_size=128"], 128),
     ):
-        done = run("eval.py", f"--models={models}", "--dataset=mine", *flags)
+        done = run("eval.py", f"--models={sources}", "--dataset=mine", *flags)
         assert f"windows of {window} val tokens" in done.text
         assert ("--block_size=256" in done.text) == (window in (32, 64))
 

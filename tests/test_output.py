@@ -41,8 +41,7 @@ def test_the_bar_shows_loss_and_speed_at_80_columns(run, stdlib):
     assert len(bars) > 2
     for bar in bars:
         assert len(bar.split("\x1b")[0]) <= 80
-        assert "tokens/s, MFU " in bar
-        assert bar.split("MFU ")[1].rstrip("\x1b[A").rstrip().endswith("%")
+        assert bar.rstrip("\x1b[A").rstrip().endswith(" tokens/s")
 
 
 @pytest.mark.slow
@@ -72,7 +71,7 @@ def test_each_command_says_the_next_one(run, stdlib, tmp_path):
         f"train.py config/remove_ln_mine.py --init_from=path/to/model --dataset={tmp_path.name}",
         shlex.join(["train.py", "config/control.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine",
                     "--out_dir=out/mine_control", "--ln_schedule=[]"]),
-        "eval.py",
+        f"eval.py --models={TINY},out/mine_control,out/mine --dataset=stdlib",
         "tools.plot out/mine",
         "tools.lens out/mine --prompt=TEXT",
         "tools.export out/mine --to=hf",

@@ -262,7 +262,7 @@ def test_val_is_put_into_nanogpts_order(tmp_path, monkeypatch):
     assert wanted != sorted(wanted)
     for part, begin, end in (("a", 0, 3000), ("b", 3000, 5000)):
         np.array([[i, 50256] for i in range(begin, end)], "<u2").tofile(tmp_path / f"{part}.bin")
-        np.save(tmp_path / f"{part}.npy", np.array([[2, 1, 2, 1]] * (end - begin)))
+        np.save(tmp_path / f"{part}.npy", np.array([[2, 1, 2, 1, 0]] * (end - begin)))
     counts = prepare_owt.join(tmp_path, [str(tmp_path / part) for part in "ab"], 200, 0.05, 50256)
     assert np.fromfile(tmp_path / "val.bin", "<u2")[::2].tolist() == wanted
     assert np.fromfile(tmp_path / "train.bin", "<u2")[::2].tolist() == sorted({*range(5000)} - {*wanted})
