@@ -20,7 +20,7 @@ TOY = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=300, batch_size=2, steps=1
 def test_a_part_of_the_report(part, expected, tmp_path):
     done = run_alone("dev.gpu", "--small", f"--part={part}", cwd=tmp_path)
     assert done.code == 0, done.text
-    report = (tmp_path / "out/gpu/report.md").read_text()
+    report = (tmp_path / f"out/gpu/{part}.md").read_text()
     for words in (f"## {part}", *expected):
         assert words in report
 
