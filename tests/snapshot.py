@@ -105,7 +105,7 @@ removal = [f"{repo}/config/remove_ln_tiny.py", f"--init_from={repo}/assets/tiny"
 for dtype in ("float32", "bfloat16"):
     train(*removal, f"--dtype={dtype}", f"--out_dir=out/{dtype}")
     show_log(f"out/{dtype}")
-train(*removal, f"{repo}/config/control.py", "--dtype=float32", "--out_dir=out/float32_control")
+train(removal[0], f"{repo}/config/control.py", *removal[1:], "--dtype=float32", "--out_dir=out/float32_control")
 train(*removal, "--dtype=float32", "--out_dir=out/extras", "--max_iters=90", "--aux_loss_weight=0.1", "--dropout=0.1",
       "--gradient_checkpointing", "--gradient_accumulation_steps=2", "--batch_size=4")
 show_log("out/extras")
