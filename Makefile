@@ -15,7 +15,7 @@ demo: $(RUN)/done
 
 # both at a time, a thread each: together they are faster than one after the other with two
 $(RUN)/done: $(CODE) data/stdlib/meta.json
-	@echo "2 of 3: the LayerNorms go, one at a time, and beside it the control, which keeps them: about two and a half minutes"
+	@echo "2 of 3: the LayerNorms go, one at a time, and beside it the control, which keeps them: one to three minutes"
 	OMP_NUM_THREADS=1 .venv/bin/python train.py config/remove_ln_tiny.py config/control.py --force > $(RUN)_control.txt & \
 	OMP_NUM_THREADS=1 .venv/bin/python train.py config/remove_ln_tiny.py --force && wait $$!
 	touch $@

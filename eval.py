@@ -46,13 +46,13 @@ from parts.verify import problems
 
 # -----------------------------------------------------------------------------
 # settings: a default, and what it means; lists are separated by commas
-dataset = ""  # owt, pile, stdlib, a folder in data/, a text file, hellaswag, residual; "": the last run's
+dataset = ""  # owt, pile, stdlib, a folder in data/, a text file, hellaswag, residual; "": the last run's, or owt
 models = ""  # model directories, out_dirs, hub repositories; "": the last run's original, control and LN-free model
 reference = ""  # the model that the others are compared with; "": the original
 faithfulness = True  # KL, JS, top-token agreement and correlation of losses with the reference; entropy, calibration
 any_tokenizer = False  # compare models and data of different tokenizers
 verify = False  # only test that the models (by default the last run's) are LN-free; exit code 1 if one is not
-tokens = 0  # val tokens, spread evenly; 0: as published (owt 4.5 M, pile 10.2 M), else all
+tokens = 0  # val tokens, spread evenly; 0: as published (owt 4.5 M, pile 10.2 M), residual 100,000, else all
 block_size = 0  # tokens in a window; 0: the shortest that a model's run trained on, else the shortest context window
 batch_size = 16  # windows in a forward pass
 device = "auto"  # the first of cuda, mps and cpu that is there; or a device's name
@@ -185,7 +185,6 @@ def prepare_all(names, candidates):
             note = check_data(folder, meta, c.model, model_directory(c.source), any_tokenizer)
             if note:
                 ranks.say(note)
-            c.model.config.eot = meta["eot"]
     return folders
 
 
@@ -254,6 +253,7 @@ def residual(folder, candidates, autocast):
     starts = val_starts(data, max(1, min(tokens or 100_000, len(data)) // block_size), block_size)
     rows = []
     for c in candidates:
+        c.model.config.eot = read_meta(folder)["eot"]
         bar = tqdm(range(0, len(starts), batch_size), c.source, unit="batch", leave=False, disable=None)
         batches = (read_windows(data, starts[i : i + batch_size], block_size, device)[0] for i in bar)
         with autocast:

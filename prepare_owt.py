@@ -38,20 +38,10 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from parts.files import FolderLock, check_folder, read_json, remove_files, unfinished, whole_file, write_json
-from parts.sources import (
-    ANY_SEAM,
-    GPT2_SEAM,
-    HUB,
-    NO_SEAM,
-    STDLIB_SHARES,
-    hub_sources,
-    local_sources,
-    place,
-    read_rows,
-    read_text,
-    stdlib_sources,
-)
+from parts.files import FolderLock, check_folder, read_json, remove_empty, remove_files
+from parts.files import unfinished, whole_file, write_json
+from parts.sources import ANY_SEAM, GPT2_SEAM, HUB, NO_SEAM, STDLIB_SHARES
+from parts.sources import hub_sources, local_sources, place, read_rows, read_text, stdlib_sources
 from parts.tokenizer import make_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -440,6 +430,7 @@ def clear(half, keep=()):
     """Remove our files from an unfinished folder, its mark last, and the folder if it is empty then."""
     ours = [name for name in os.listdir(half) if OURS.fullmatch(name) and name not in keep]
     remove_files(half, sorted(ours, key="meta.json".__eq__))
+    remove_empty(half)
 
 
 def prepare(half, sources, made, meta):
@@ -493,6 +484,7 @@ def main():
     with on_disk(f"can't write {done}"):
         clear(half, TOKEN_FILES)
         remove_files(done, TOKEN_FILES)  # meta.json last: until then it is ours
+        remove_empty(done)
         os.rename(half, done)
     for which in ("train", "val"):
         print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")

@@ -8,7 +8,7 @@ and the learning rate.
         ("h.4.ln_1v", 50, None),         # a single site
         *[(f"h.{i}.ln_1v", 60 + i, None) for i in (3, 2, 1, 0)],    # any other order, in Python
         ("ln_f", 90, None),
-        ("eot", 95, None),               # a treatment ends; one without a row is never on
+        ("eot", 95, None),               # this treatment is off from step 95; one without a row is never on
         ("bos", 99, None),
     ]                                    # for a model of 5 layers
 
@@ -25,7 +25,7 @@ from model import KINDS
 from parts.errors import UserError
 
 TREATMENTS = ("eot", "bos")
-LOOK_AHEAD = 20  # steps whose batches may be measured instead, if the step's own has no ordinary token
+LOOK_AHEAD = 20  # steps whose batches are tried, if the event's own has no ordinary token
 LONG = 20  # steps
 FAR = 0.5  # nats
 
@@ -111,7 +111,7 @@ def check_modes(model, events, step):
 
 
 def set_treatments(model, events, step):
-    """Switch the treatments on that the schedule ends at `step` or later, and the others off."""
+    """Switch on the treatments that the schedule ends at `step` or later, and the others off."""
     _, treatments = state_at(events, step, model.sites())
     for kind, on in treatments.items():
         model.set_treatment(kind, on)
@@ -180,7 +180,7 @@ def still_far_up(losses, events, step):
     up = median(now) - median(before)
     if not up > FAR:
         return ""
-    return (f"note: {LONG} steps after the removal of {names[-1]}, the loss is still {up:.2f} nats above its value "
+    return (f"note: {LONG} steps after the event of {names[-1]}, the loss is still {up:.2f} nats above its value "
             "before: a lower learning_rate, or more steps between events, may help")
 
 
@@ -189,10 +189,7 @@ def describe(ln_schedule, events):
     lines = []
     names = list(dict.fromkeys(row[0] for row in ln_schedule))
     for name in names:
-        own = [event for event in events if name == site_name(*event[1:])]
-        if name in KINDS:
-            own = [event for event in events if name == event[1] and site_name(*event[1:]) not in names]
-        steps = ", ".join(str(step) for step, _, _ in own)
+        steps = ", ".join(str(step) for step, kind, layer in events if name in (kind, site_name(kind, layer)))
         lines.append(f"  {name:<6} {'off' if name in TREATMENTS else 'fake'} before step {steps}")
     return lines
 

@@ -50,7 +50,7 @@ seed = 1337  # of the data order, of random weights and of dropout
 # removal
 ln_schedule = []  # rows (sites, first step, steps between layers), see schedule.py; empty: the control
 std_over = "ordinary"  # tokens whose mean std is the constant: ordinary (not position 0, not end-of-text) or all
-std_momentum = 0.0  # of a moving average of the std over steps; 0: the mean of the event's own step
+std_momentum = 0.0  # of a moving average of the std over steps; 0: only the event's own step
 # steps
 max_iters = 300  # steps of the optimizer
 batch_size = 16  # sequences in a micro-batch
@@ -65,7 +65,7 @@ bias = True  # in LayerNorms and linear maps, as GPT-2 has
 dropout = 0.0  # in fine-tuning too
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
 aux_loss_weight = 0.0  # of the squared spread of the std before ln_f (arXiv 2507.02559)
-kl_share = 0.0  # share of KL(teacher || model) in the loss, at most 1; the rest is the cross-entropy
+kl_share = 0.0  # weight of KL(teacher || model) in the loss, 0 to 1; the cross-entropy has 1 - kl_share
 teacher = ""  # the model with LN for kl_share; "": the model that the run starts from
 # AdamW
 learning_rate = 6e-4  # after warmup_iters; then a cosine to min_lr at lr_decay_iters
@@ -87,7 +87,7 @@ wandb_project = "remove-layernorm"  # its name there
 # machine
 device = "auto"  # the first of cuda, mps and cpu that is there; or a device's name
 dtype = "auto"  # of autocast: float32, bfloat16, or auto: bfloat16 where the machine computes with it
-compile = True  # torch.compile: some minutes once, then faster steps; on a CPU it needs a C++ compiler
+compile = True  # torch.compile: some minutes once, then faster steps; it needs a C++ compiler
 # -----------------------------------------------------------------------------
 at_least_1 = dict.fromkeys(("max_iters", "batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head",
                             "n_embd", "eval_interval", "eval_iters", "checkpoint_interval", "log_interval"), 1)
@@ -229,7 +229,8 @@ if ranks.WORLD > 1:
 
 def of_logits(logits, targets, teacher_logits):
     """Losses of the logits: logits and, with a teacher, teacher_logits (rows, vocab), targets (rows,) -> the loss, and
-    the named terms for the log; sums over the rows, in nats. LossInPieces calls it for some rows at a time."""
+    the named terms for the log; sums over the rows, in nats. LossInPieces calls it for some rows at a time, and finds
+    its gradient by autograd. In bfloat16 each row of logits is shifted by a constant: use only their softmax."""
     log_p = logits.log_softmax(-1)
     loss = F.nll_loss(log_p, targets, ignore_index=-1, reduction="sum")  # the cross-entropy
     if teacher_logits is None:
@@ -243,12 +244,12 @@ in_pieces = LossInPieces(of_logits, model.lm_head, teacher_model and teacher_mod
 
 
 def objective(x, y):
-    """Inputs and targets (B, T) -> the scalar that is learned from, in nats per token, and its terms by name. Add a
+    """Inputs and targets (B, T) -> the scalar to minimize, in nats per token, and its terms by name. Add a
     loss on the residual stream or on weights here, and one on logits in of_logits: log.jsonl has every term, averaged
     over the step. The term "loss" is the cross-entropy."""
     stream, hidden = forward(x, streams=True)  # (B, T, C) each: after the last block, and what the unembedding reads
     objective, terms = in_pieces(hidden, y, teacher_model.hidden(x) if teacher_model else None)
-    if aux_loss_weight > 0:  # keeps the std before ln_f near to what its constant will be (arXiv 2507.02559)
+    if aux_loss_weight > 0:  # penalizes the spread of the std before ln_f around its mean (arXiv 2507.02559)
         std = std_of(stream, model.config.ln_eps).squeeze(-1)  # (B, T)
         ordinary = model.ordinary(x)
         target = (std * ordinary).sum() / ordinary.sum().clamp(min=1)
@@ -282,7 +283,7 @@ def stop(what):
     bar.close()
     ranks.leave()
     past = [(at, site_name(kind, layer)) for at, kind, layer in events if at <= step]
-    last = f"{past[-1][1]} was removed before step {past[-1][0]}" if past else "no LayerNorm was removed yet"
+    last = f"the last event was {past[-1][1]} before step {past[-1][0]}" if past else "no LayerNorm was removed yet"
     raise UserError(f"step {step}: {what}; {last}. {run.what_is_kept(out_dir)}, with a lower learning_rate, "
                     "or more steps between the events of ln_schedule")
 

@@ -1,5 +1,5 @@
 # assets/tiny: a GPT-2 of 1.9 M parameters on bytes of Python's standard library, from random weights. Its data are one
-# half of the library's files; the demo fine-tunes on the other half. About half an hour on two cores.
+# half of the library's files; the demo fine-tunes on the other half. Some 40 minutes on two busy cores.
 out_dir = "out/pretrain_tiny"
 init_from = "scratch"
 dataset = "stdlib_pretrain"

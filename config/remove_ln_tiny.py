@@ -1,4 +1,4 @@
-# All 9 LayerNorms out of assets/tiny, at 13 sites: about three minutes on one core.
+# All 9 LayerNorms out of assets/tiny, at 13 sites: one to three minutes on one core.
 out_dir = "out/remove_ln_tiny"
 init_from = "assets/tiny"
 dataset = "stdlib"  # the half of the standard library's files that assets/tiny has not seen

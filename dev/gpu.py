@@ -84,7 +84,7 @@ def job():
         f"--gradient_accumulation_steps={each}",
         f"{train} {removal} {data} {begin} --out_dir={removed}",
         f"{train} {removal} {REPO}/config/control.py {data} {begin} --out_dir={control}",
-        f"{REPO}/eval.py --models={original},{control},{removed} --dataset={text} --tokens={2000 if small else 2000000}",
+        f"{REPO}/eval.py --models={original},{control},{removed} --dataset={text} --tokens={2000 if small else 2e6:.0f}",
         f"{REPO}/eval.py --verify --models={removed}",
     ]
 

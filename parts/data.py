@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from parts.errors import UserError, reading
-from parts.files import read_json
+from parts.files import read_dict, read_json
 
 CHUNK = 2**25  # tokens that are checked at a time
 
@@ -19,7 +19,8 @@ def read_meta(dataset):
         raise UserError(f"dataset {dataset!r} is not the name of a folder in data/")
     path = os.path.join("data", dataset, "meta.json")
     if not os.path.lexists(path):
-        raise UserError(f"{path} is not there: run `python prepare_owt.py --dataset={dataset}` first")
+        enough = " --tokens=700_000_000" if dataset == "owt" else ""  # for a fine-tune
+        raise UserError(f"{path} is not there: run `python prepare_owt.py --dataset={dataset}{enough}` first")
     meta = read_json(path, again(dataset))
     with reading(path, again(dataset)):
         if not 0 <= meta["eot"] < meta["vocab_size"] <= 2**16:
@@ -31,8 +32,9 @@ def read_meta(dataset):
 
 
 def token_word(dataset):
-    """"byte" or "token": the unit of data/DATASET in tables and figures."""
-    return "byte" if read_meta(dataset).get("tokenizer") == "bytes" else "token"
+    """"byte" or "token", the unit of data/DATASET in tables and figures; "token" if the data set is gone."""
+    meta = read_dict(os.path.join("data", dataset, "meta.json"))
+    return "byte" if meta.get("tokenizer") == "bytes" else "token"
 
 
 def again(dataset):

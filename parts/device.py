@@ -26,6 +26,8 @@ def pick_device(name):
     if name == "cuda":
         name = f"cuda:{LOCAL_RANK}"
     if name.startswith("cuda"):
+        if int(name[5:]) >= torch.cuda.device_count():
+            raise UserError(f"device {name} is not on this machine, which has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(name)
     return name
 

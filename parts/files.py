@@ -121,11 +121,14 @@ def check_file(path, keys):
 
 
 def remove_files(folder, names):
-    """Remove the files of these names, and the folder if nothing else is in it."""
+    """Remove the files of these names."""
     for name in names:
         path = os.path.join(folder, name)
         if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
             os.remove(path)
+
+
+def remove_empty(folder):
     if os.path.isdir(folder) and not os.listdir(folder):
         os.rmdir(folder)
 

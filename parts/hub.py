@@ -1,6 +1,6 @@
 """
-Model directories in the Hugging Face format, here or on a hub: fetched, read and written. What a model is, model.py
-says.
+Model directories in the Hugging Face format, here or on a hub: fetched, read and written. The model itself is
+defined in model.py.
 """
 import json
 import os

@@ -68,7 +68,7 @@ class InPieces(torch.autograd.Function):
     def forward(ctx, in_pieces, names, with_gradient, targets, x_teacher, x, W, b):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        weights = [prepared(t, dtype) for t in (W, b)]  # once a step
+        weights = [prepared(t, dtype) for t in (W, b)]  # once a micro-batch
         W_teacher = None if x_teacher is None else prepared(in_pieces.teacher_head.weight, dtype)
         loss, sums, grad_x, grads = 0, {}, [], []
         rows = piece_rows(x, LOSS_ROWS)
@@ -102,7 +102,7 @@ class InPieces(torch.autograd.Function):
 
 
 def prepared(W, dtype):
-    """An unembedding W (V, C), or its bias (V,), once a step, in dtype. In a lower dtype its mean over V is taken off
+    """An unembedding W (V, C), or its bias (V,), in dtype. In a lower dtype its mean over V is taken off
     first: the same softmax from far smaller logits. GPT-2's lie near -100, where bfloat16 steps by 0.5, a noise in KL
     as large as KL. The gradient by W stays the same, as the gradient by a row's logits sums to zero."""
     return W if W is None or W.dtype == dtype else (W - W.mean(0)).to(dtype)

@@ -1,10 +1,11 @@
 """
-A run's folder: settings.json, checkpoints, log.jsonl with a line for each step and event, and at the end model/. Whose
-folder it is, and what to type next.
+A run's folder: settings.json, checkpoints, log.jsonl with a line for each step and event, and at the end model/. Checks
+who owns the folder, and says what to type next.
 """
 import hashlib
 import json
 import os
+import re
 import shlex
 import sys
 
@@ -13,10 +14,11 @@ import torch
 from model import GPT
 from parts import checkpoint, ranks
 from parts.errors import UserError, on_disk, reading
-from parts.files import FolderLock, read_lines, remove_files, run_settings, unfinished, whole_file, write_json
+from parts.files import FolderLock, read_lines, remove_empty, remove_files, run_settings
+from parts.files import unfinished, whole_file, write_json
 from parts.tokenizer import remove_copied_tokenizer
 
-# settings that change no weight
+# settings that may change when a run continues
 NO_MATTER = ("out_dir", "force", "auto", "any_tokenizer", "eval_interval", "eval_iters", "checkpoint_interval",
              "log_interval", "max_bad_steps", "wandb_log", "wandb_project", "device", "dtype", "compile",
              "gradient_checkpointing")
@@ -68,14 +70,14 @@ def open_run(out_dir, settings, resumed, lock):
         lock = lock or FolderLock(out_dir)
         # eval.py would take an old model/ for a finished run's
         model_directory = os.path.join(out_dir, "model")
-        remove_copied_tokenizer(run_settings(out_dir).get("init_from", ""), model_directory)
+        before = run_settings(out_dir).get("init_from", "")
+        if before not in ("", "scratch"):
+            remove_copied_tokenizer(before, model_directory)
         remove_files(model_directory, ["config.json", "model.safetensors"])
-        halves = [unfinished(name) for name in ("log.jsonl", "settings.json")]
+        remove_empty(model_directory)
+        remove_files(out_dir, [unfinished(name) for name in ("log.jsonl", "settings.json")])
         if resumed is None:
-            remove_files(out_dir, [*halves, unfinished("ckpt.pt"), *checkpoint.NAMES, "log.jsonl"])
-        else:
-            remove_files(out_dir, halves)
-        os.makedirs(out_dir, exist_ok=True)
+            remove_files(out_dir, [unfinished("ckpt.pt"), *checkpoint.NAMES, "log.jsonl"])
     write_json(os.path.join(out_dir, "settings.json"), settings)
     return lock
 
@@ -179,7 +181,7 @@ def resume_command():
 
 def control_command(out_dir):
     """The command of this run's control. Flags come after configs, so those that control.py changes are given again."""
-    args = [arg for arg in sys.argv if arg not in ("--force", "--init_from=resume")]
+    args = [arg for arg in sys.argv if not re.match(r"--force\b|--init_from=(resume|auto)$", arg)]
     first_flag = next((i for i, arg in enumerate(args) if arg.startswith("--")), len(args))
     again = {"--out_dir": f"{out_dir}_control", "--ln_schedule": "[]", "--aux_loss_weight": "0"}
     changed = [f"{key}={value}" for key, value in again.items() if any(arg.startswith(key) for arg in args)]

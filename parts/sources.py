@@ -158,7 +158,7 @@ def hub_rows(repo, revision, folder):
 
     with waiting_for(constants.ENDPOINT):
         tree = list(hub.HfApi().list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset"))
-    files = [f for f in tree if hasattr(f, "size") and f.path.startswith(folder)]
+    files = [f for f in tree if hasattr(f, "size") and f.path.startswith(folder.rstrip("/") + "/" if folder else "")]
     return sorted((f for f in files if Source(f.path, "", 0, "").rows_format), key=lambda f: f.path)
 
 

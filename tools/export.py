@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from configurator import configure, take_source
-from model import GPT
+from model import GPT, LN_FREE_EPS
 from parts.card import card, evaluation
 from parts.files import unfinished, write_json
 from parts.run import model_directory, weights_sha256
@@ -153,8 +153,9 @@ def check_float16(model):
         largest = p.abs().max().item()
         if largest > FLOAT16_MAX:
             fits = 10 ** math.floor(math.log10((FLOAT16_MAX / largest) ** 2 * eps))
-            raise UserError(f"float16 ends at {FLOAT16_MAX}, and {name} reaches {largest:.2g}: use --dtype=bfloat16, "
-                            f"or --eps={fits:.0e}")
+            hint = f", or --eps={fits:.0e}" if to == "hf" and fits >= LN_FREE_EPS else ""
+            raise UserError(f"float16 ends at {FLOAT16_MAX}, and {name} reaches {largest:.2g}: use "
+                            f"--dtype=bfloat16{hint}")
 
 
 def write_tokenizer(model, folder, directory=""):
@@ -195,7 +196,7 @@ def upload(folder):
 def main():
     source = take_source("python -m tools.export OUT_DIR_OR_MODEL --to=hf, or --to=folded")
     forms = dict(to=("hf", "folded"), dtype=("float32", "bfloat16", "float16"))
-    configure(globals(), sys.argv[1:], __doc__, at_least=dict(eps=2), choices=forms)
+    configure(globals(), sys.argv[1:], __doc__, at_least=dict(eps=LN_FREE_EPS), choices=forms)
     directory = model_directory(source)
     folder = out or os.path.join(source, to)
     if not out and directory == source:  # a model, not a run

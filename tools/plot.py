@@ -59,7 +59,7 @@ def plot_run(run):
     if old_loss:
         draw_losses(top, old_loss, old_val, "tab:blue", "control")
     top.legend(**BESIDE)
-    top.set_ylabel(f"loss, nats per {unit_of(run)}")
+    top.set_ylabel(f"loss, nats per {token_word(run_settings(run).get('dataset', ''))}")
     # a removal can throw the loss far up for a step or two: the axis leaves such steps out
     losses = np.array([*loss.values(), *val.values(), *old_loss.values()])
     top.set_ylim(losses.min() - 0.02, min(losses.max(), np.quantile(losses, 0.99) + 0.1) + 0.02)
@@ -79,14 +79,6 @@ def plot_run(run):
     save(fig, os.path.join(run, "loss.png"))
     if events:
         print(f"next: python -m tools.lens {run} --prompt=TEXT; python -m tools.export {run} --to=hf")
-
-
-def unit_of(run):
-    """byte or token; token if the run's data set is gone."""
-    try:
-        return token_word(run_settings(run).get("dataset", ""))
-    except UserError:
-        return "token"
 
 
 def smoothed(values):
