@@ -144,6 +144,8 @@ if auto:
 if block_size > model.config.block_size:
     most = model.config.block_size
     raise UserError(f"block_size {block_size} is beyond the model's {most} positions: --block_size={most}")
+if teacher and kl_share == 0:
+    raise UserError(f"teacher {teacher} does nothing with kl_share 0: give a --kl_share too")
 if ln_schedule and block_size == 1:
     raise UserError("block_size 1 has only position 0, and ln_schedule needs the std of others too")
 parameters = sum(p.numel() for p in model.parameters())

@@ -96,6 +96,8 @@ def show(kind, error, traceback):
         line = text
     elif "Connection closed by peer" in text or "Connection reset by peer" in text:  # gloo's
         line = "another process of this run is gone: see what it said, and continue with --init_from=resume"
+    elif "out of memory" in text or "can't allocate memory" in text:  # torch's, of a GPU and of a CPU
+        line = "out of memory: lower batch_size, or train with --gradient_checkpointing"
     else:
         return sys.__excepthook__(kind, error, traceback)
     if os.environ.get("RANK", "0") != "0":

@@ -26,6 +26,8 @@ RANK = number_in_environment("RANK", "0")
 WORLD = number_in_environment("WORLD_SIZE", "1")
 LOCAL_RANK = number_in_environment("LOCAL_RANK", "0")
 PARENT = os.getppid()  # torchrun, where there are several
+if RANK >= WORLD:
+    raise UserError(f"the environment has RANK={RANK} and WORLD_SIZE={WORLD}: unset both, or let torchrun set them")
 
 
 def join(device):

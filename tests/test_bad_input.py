@@ -66,6 +66,7 @@ def test_a_teacher_that_can_not_teach_is_named(refused):
     for teacher in ("other", "short", "free", "folded", "nowhere/at/all"):
         assert teacher in refused("--kl_share=1", f"--teacher={teacher}")
     assert "teacher" in refused("--kl_share=1", "--init_from=scratch", "--n_layer=1")
+    assert "kl_share" in refused("--teacher=other")
 
 
 def test_a_machine_that_can_not_do_it_is_said_before_the_run(refused, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, SHORT, run_alone, write_dataset
 
-from parts.errors import UserError, reading
+from parts.errors import UserError, reading, show
 
 BUG = "a, b = (1, 2, 3)"  # ValueError: a UserError is one too
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
@@ -107,3 +107,13 @@ def test_a_switch_shows_the_traceback_of_what_went_wrong_in_reading(monkeypatch)
     with pytest.raises(ZeroDivisionError):
         with reading("file"):
             1 / 0
+
+
+@pytest.mark.parametrize("message", [
+    "[enforce fail at alloc_cpu.cpp:132] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+    "CUDA out of memory. Tried to allocate 20.00 GiB.",
+])
+def test_a_batch_that_does_not_fit_is_one_line(capsys, message):
+    error = RuntimeError(message)
+    show(type(error), error, None)
+    assert "batch_size" in capsys.readouterr().err

@@ -198,6 +198,7 @@ def test_a_terminal_without_the_plus_minus_sign_shows_another(tmp_path, stdlib_d
 @pytest.mark.slow
 def test_a_rank_that_is_not_a_number_is_one_line(tmp_path):
     assert "RANK" in run_alone("train.py", cwd=tmp_path, env={"RANK": "abc"}).error
+    assert "RANK" in run_alone("train.py", cwd=tmp_path, env={"RANK": "1"}).error
 
 
 # --- NaN and inf

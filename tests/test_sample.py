@@ -72,6 +72,7 @@ def test_draws_are_of_the_top_k_at_the_temperature():
     draws = [token for _ in range(1500) for token in sample.generate(model, [1, 2], 1, scale, 5, generator)]
     counts = torch.bincount(torch.tensor(draws), minlength=50)[tokens]
     assert counts.sum() == 1500
+    assert list(sample.generate(model, [1, 2], 1, 1e-39, 5, generator)) == [tokens[0]]
     torch.testing.assert_close(counts / 1500, (values / scale).softmax(-1), atol=0.04, rtol=0)
 
 

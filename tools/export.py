@@ -182,7 +182,7 @@ def upload(folder):
     import huggingface_hub as hub
 
     print(f"upload {', '.join(sorted(os.listdir(folder)))} to {hub.constants.ENDPOINT}/{push}? [y/N]")
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if not sys.stdin or sys.stdin.readline().strip().lower() not in ("y", "yes"):
         sys.exit(f"not uploaded; {folder} stays")
     try:
         hub.create_repo(push, exist_ok=True)

@@ -56,7 +56,7 @@ def draw(logits, temperature, top_k, generator):
     if temperature == 0:
         return logits.argmax().item()
     values, tokens = logits.topk(min(top_k or len(logits), len(logits)))
-    chosen = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
+    chosen = torch.multinomial(((values - values[0]) / temperature).softmax(-1), 1, generator=generator)
     return tokens[chosen].item()
 
 
