@@ -351,7 +351,8 @@ def say_special_tokens(path, made, meta):
         is_eot = ids[i : i + 2**24 + 1] == made.eot
         found += int(is_eot[: 2**24].sum())
         doubled += int((is_eot[1:] & is_eot[:-1]).sum())
-        unknown += int((ids[i : i + 2**24] == made.unk).sum())
+        if made.unk is not None:
+            unknown += int((ids[i : i + 2**24] == made.unk).sum())
     print(f"end-of-text: {found / max(1, len(ids)):.3%} of {path}, {doubled:,} of {found:,} doubled")
     if not found and len(ids):
         print("note: without end-of-text, a model can't tell where a document ends")
