@@ -56,14 +56,15 @@ tokens = 0  # val tokens, spread evenly; 0: as published (owt 4.5 M, pile 10.2 M
 block_size = 0  # tokens in a window; 0: the shortest that a model's run trained on, else the shortest context window
 batch_size = 16  # windows in a forward pass
 device = "auto"  # the first of cuda, mps and cpu that is there; or a device's name
-dtype = "float32"  # of autocast: float32 or bfloat16
+dtype = "float32"  # autocast dtype: float32 or bfloat16
 json = ""  # a file for all results
 # -----------------------------------------------------------------------------
 
 PUBLISHED = {"owt": 4_500_000, "pile": 10_200_000, "pile-filtered": 10_200_000}  # tokens behind the published figures
-NANOGPT_VAL_DOCUMENTS = 4007  # of OpenWebText
-WIDTH = 80  # of a table, in columns
-TITLES = dict(original="original", control="control", ln_free="LN-free", part="partly removed")  # of a role
+NANOGPT_VAL_DOCUMENTS = 4007  # documents in nanoGPT's val split of OpenWebText
+WIDTH = 80  # columns of a printed table
+# column heading for each role
+TITLES = dict(original="original", control="control", ln_free="LN-free", part="partly removed")
 
 
 # --- which models
@@ -76,7 +77,7 @@ class Candidate:
     source: str
     role: str  # original, control, ln_free, or part: some sites are removed
     model: GPT
-    sha256: str  # of the weights, before they are folded
+    sha256: str  # hash of the weights before folding
 
 
 def items(text):
@@ -319,7 +320,7 @@ def gap_label(rows):
 
 
 def show_residual(rows):
-    sites = list(max((row["sites"] for row in rows), key=len))  # of the deepest model
+    sites = list(max((row["sites"] for row in rows), key=len))  # the deepest model has the most
     shown = list(dict.fromkeys(sites[round(i * (len(sites) - 1) / 5)] for i in range(6)))  # a screenful
     title = (f"residual: std before {len(shown)} of {len(sites)} sites (--json has all), mean ± spread\n"
              f"over tokens of {rows[0]['windows']:,} windows of {block_size} of data/{rows[0]['data']}")

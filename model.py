@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 KINDS = ("ln_1qk", "ln_1v", "ln_2")  # the sites of a block
-MODES = ("real", "fake")  # of a site
+MODES = ("real", "fake")  # what a site divides by: the token's own std, or a constant
 LN_FREE_EPS = 1e4  # a plain GPT-2 whose layer_norm_epsilon is at least this is one of the published LN-free models
 
 

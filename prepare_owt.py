@@ -52,15 +52,15 @@ tokens = 0  # stop at the end of the row or text file that reaches this many; 0:
 column = ""  # the column with text or lists of token ids; "": text, or input_ids if there is no text
 rows = ""  # what a row of ids is: documents or windows (of a stream with end-of-text in it); "": find out, or ask
 split_on = ""  # a text that ends a document in text and rows of text, such as <|endoftext|>
-split = "train"  # of a hub data set
-folder = ""  # of a hub data set: take only files below this folder, if several folders have the split
+split = "train"  # which split of a hub data set
+folder = ""  # take only files below this folder of a hub data set, if several folders have the split
 val_every = 0  # every n-th row is val; 0: 200, or less if there is little text; 1: all rows and files, to evaluate on
 force = False  # prepare again what is prepared already
 # -----------------------------------------------------------------------------
 
 OWT_DOCUMENTS = 8_013_769
-VAL_SHARE = 0.05  # of text files
-VAL_EVERY = 200  # rows
+VAL_SHARE = 0.05  # share of text files that is val
+VAL_EVERY = 200  # every 200th row is val
 VAL_TOKENS = 20_000  # at least, but at most a fifth of all
 # standard error of a gap x sqrt(val tokens), in nats: measured on assets/tiny and on a model with a BPE of 4,096 tokens
 TOKEN_SD = dict(byte=0.42, token=0.59)
@@ -288,7 +288,7 @@ def join(half, parts, every, share, eot):
     the number of special tokens that the text spells}."""
     tables = [np.load(part + ".npy") for part in parts]
     length, _, side, last, spelled = np.concatenate([*tables, np.zeros((0, 5), np.int64)]).T
-    number = np.cumsum(last) - last  # of the row or text file
+    number = np.cumsum(last) - last  # index of the row or text file
     owt = dataset == "owt" and not tokens and val_every != 1
     order = nanogpt_val_documents() if owt else []
     is_val = np.where(side == 2, np.isin(number, order) if owt else number % every == 0, side == 1)
@@ -398,7 +398,7 @@ def request():
     if on_hub:  # main lists its files, if it needs them
         return name, None, made, meta
     sources = local_sources(files, split) if files else stdlib_sources(name)
-    meta["files_sha256"] = hashlib.sha256(repr(sources).encode()).hexdigest()  # of names, sizes and times
+    meta["files_sha256"] = hashlib.sha256(repr(sources).encode()).hexdigest()  # names, sizes and times
     return name, sources, made, meta
 
 

@@ -46,11 +46,11 @@ init_from = "assets/tiny"  # a model directory or hub repository; scratch; resum
 auto = False  # resume if out_dir has a checkpoint; init_from=auto sets it, and leaves init_from as it was
 dataset = "stdlib"  # a folder in data/, made by prepare_owt.py
 any_tokenizer = False  # train on tokens of another tokenizer than the model's
-seed = 1337  # of the data order, of random weights and of dropout
+seed = 1337  # seeds the data order, random weights and dropout
 # removal
 ln_schedule = []  # rows (sites, first step, steps between layers), see schedule.py; empty: the control
 std_over = "ordinary"  # tokens whose mean std is the constant: ordinary (not position 0, not end-of-text) or all
-std_momentum = 0.0  # of a moving average of the std over steps; 0: only the event's own step
+std_momentum = 0.0  # momentum of a moving average of the std over steps; 0: only the event's own step
 # steps
 max_iters = 300  # steps of the optimizer
 batch_size = 16  # sequences in a micro-batch
@@ -64,7 +64,7 @@ bias = True  # in LayerNorms and linear maps, as GPT-2 has
 # loss and regularisation
 dropout = 0.0  # in fine-tuning too
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
-aux_loss_weight = 0.0  # of the squared spread of the std before ln_f (arXiv 2507.02559)
+aux_loss_weight = 0.0  # weight of the squared spread of the std before ln_f (arXiv 2507.02559)
 kl_share = 0.0  # weight of KL(teacher || model) in the loss, 0 to 1; the cross-entropy has 1 - kl_share
 teacher = ""  # the model with LN for kl_share; "": the model that the run starts from
 # AdamW
@@ -72,7 +72,7 @@ learning_rate = 6e-4  # after warmup_iters; then a cosine to min_lr at lr_decay_
 min_lr = 6e-5  # the cosine's floor
 warmup_iters = 100  # steps
 lr_decay_iters = 2000  # steps, from the beginning; 0: max_iters
-weight_decay = 0.1  # of matrices and embeddings
+weight_decay = 0.1  # applied to matrices and embeddings
 beta1 = 0.9  # decay of the mean of gradients
 beta2 = 0.95  # decay of the mean of squared gradients
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
@@ -86,7 +86,7 @@ wandb_log = False  # log to Weights & Biases too (pip install wandb)
 wandb_project = "remove-layernorm"  # its name there
 # machine
 device = "auto"  # the first of cuda, mps and cpu that is there; or a device's name
-dtype = "auto"  # of autocast: float32, bfloat16, or auto: bfloat16 where the machine computes with it
+dtype = "auto"  # autocast dtype: float32, bfloat16, or auto: bfloat16 where the machine computes with it
 compile = True  # torch.compile: some minutes once, then faster steps; it needs a C++ compiler
 # -----------------------------------------------------------------------------
 at_least_1 = dict.fromkeys(("max_iters", "batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head",
@@ -305,14 +305,14 @@ ranks.say(f"val loss over {n_val:,} of {(len(val_tokens) - 1) // block_size:,} w
 for line in describe(ln_schedule, events):
     ranks.say(line)
 flops_per_step = tokens_per_step * flops_per_token(model, block_size)
-# of all GPUs; a CPU's own peak depends on what else it does
+# peak FLOP/s of all GPUs; on a CPU it depends on what else the machine does
 peak = peak_flops(machine, pick_dtype(dtype, machine)) * ranks.WORLD if machine.startswith("cuda") else None
 micro_steps = gradient_accumulation_steps // ranks.WORLD
 columns = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # fits into 80 columns
 bar = tqdm(total=max_iters, initial=start, bar_format=columns, disable=None if ranks.RANK == 0 else True)
 model.train()
 interruption = None  # until there is a step to save
-losses = {}  # of each step
+losses = {}  # {step: loss}
 bad_steps = 0  # in a row
 
 for step in range(start, max_iters + 1):
@@ -347,7 +347,7 @@ for step in range(start, max_iters + 1):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-    sums = {}  # of each term over micro-batches
+    sums = {}  # {term: its mean over micro-batches so far}
     for i, (x, y) in enumerate(batches(step)):
         if ranks.WORLD > 1:  # gradients are averaged once, with the last micro-batch
             forward.require_backward_grad_sync = i == micro_steps - 1

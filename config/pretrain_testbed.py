@@ -1,5 +1,5 @@
 # The testbed's model: a GPT-2 of 2.6 M parameters on the source code of Python packages. `make testbed`
-# makes its text, of which it sees less than half.
+# makes its text; the run sees less than half of it.
 out_dir = "out/testbed"
 init_from = "scratch"
 dataset = "testbed_pretrain"

@@ -28,7 +28,7 @@ from configurator import configure
 
 # -----------------------------------------------------------------------------
 only = ""  # the runs whose names begin with these, separated by commas; "": all
-tokens = 150_000  # of each val set
+tokens = 150_000  # tokens to evaluate on in each val set
 path = "dev/ablations.csv"  # the results
 show = False  # print the table, run nothing
 # -----------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def rows(*bounds, ln_f, eot, bos):
 RECIPE = rows(0.03, 0.075, 0.12, 0.19, ln_f=0.195, eot=0.21, bos=0.24)  # the config's
 AT_ONCE = [(kind, 0.03, 0 if kind in ("ln_2", "ln_1qk", "ln_1v") else None) for kind, *_ in RECIPE]
 SLOW = rows(0.05, 0.2, 0.35, 0.55, ln_f=0.55, eot=0.6, bos=0.65)
-CHANGES = {  # of one thing in the recipe
+CHANGES = {  # each changes one thing in the recipe
     "kl 0.8 lr 4e-4": "--kl_share=0.8",
     "kl 1 lr 4e-4": "--kl_share=1",
     "beta2 0.999": "--beta2=0.999",

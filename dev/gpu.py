@@ -31,7 +31,7 @@ small = False  # toy sizes, for a CPU
 out_dir = "out/gpu"  # gets report.md, and the runs
 steps = 1500  # the job's pretraining steps of 64 x 1,024 tokens: about four minutes on an H100
 batch_size = 64  # the job's micro-batch; 64 needs 80 GB
-tokenizer = "bytes"  # of the job; or gpt2, where tiktoken has its vocabulary in its cache
+tokenizer = "bytes"  # the job's tokenizer: bytes, or gpt2 if tiktoken has cached its vocabulary
 # -----------------------------------------------------------------------------
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GPUS = torch.cuda.device_count()
@@ -43,7 +43,7 @@ SHAPES = {  # flags; a batch that all ways of dev/bench.py can take; the micro-b
     "--n_layer=48 --n_head=25 --n_embd=1600": (2, 8),
 }
 TOY = "--n_layer=2 --n_head=2 --n_embd=32"
-LAST_LINES = 40  # of a command's output
+LAST_LINES = 40  # lines of a command's output to keep in the report
 
 
 def tests():

@@ -27,7 +27,7 @@ def save(out_dir, step, model, optimizers, settings):
         optimizers=[optimizer.state_dict() for optimizer in optimizers],
         step=step,  # with the seed, it says which tokens come next
         settings=settings,
-        rng=rng,  # of dropout, for each rank
+        rng=rng,  # random state of each rank, which dropout draws from
     ))
 
 

@@ -1,74 +1,23 @@
 """
-Model directories in the Hugging Face format, here or on a hub: fetched, read and written. The model itself is
-defined in model.py.
+Model directories in the Hugging Face format: read and written. The model itself is defined in model.py.
 """
 import json
 import os
 import pickle
 import zipfile
-from contextlib import suppress
-from glob import escape, glob
 
 import torch
 from safetensors.torch import load_file, save
 
 from model import config_from_hf
-from parts.errors import UserError, on_disk, reading, waiting_for
+from parts.errors import UserError, on_disk, reading
+from parts.fetch import fetch
 from parts.files import read_json, whole_file
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model")
 # transformers' other names for the same numbers of config.json, and for the tanh approximation of GELU
 ALIASES = dict(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
                max_position_embeddings="n_positions")
 GELU_NEW = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", None)
-
-
-# --- from a hub
-
-
-def fetch(source, weights=True):
-    """The directory of a model: `source` itself, or the cached files of the hub repository NAME, ORG/NAME or either
-    with @REVISION, if need be without weights. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as in
-    huggingface_hub. UserError."""
-    if os.path.isdir(source):
-        return source
-    if os.path.isfile(source):
-        raise UserError(f"{source} is a file, but a model is a directory in Hugging Face's format. A checkpoint of "
-                        "nanoGPT can't be read: its GELU is exact, GPT-2's the tanh approximation")
-    repo, _, revision = source.partition("@")
-    if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or os.path.isdir(repo.split("/")[0]):
-        raise UserError(f"there is no directory {source}")
-    from huggingface_hub import constants  # only here: a local directory does without
-
-    try:
-        with waiting_for(constants.ENDPOINT):
-            directory = download(repo, revision, "config.json", *TOKENIZER_FILES)
-            if weights:
-                download(repo, revision, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-                if not glob(os.path.join(escape(directory), "model*.safetensors")):
-                    download(repo, revision, "pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
-    except Exception as e:  # of many kinds
-        problem = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        raise UserError(f"{source} is not a directory here, and can't be fetched from {constants.ENDPOINT} "
-                        f"({problem}); for a private or gated model, accept its terms there, and set HF_TOKEN or run "
-                        "`hf auth login`") from None
-    return directory
-
-
-def download(repo, revision, *files):
-    """The cached directory of a repository, with those of the files that it has. A file of another size than the
-    hub's is fetched anew."""
-    from huggingface_hub import errors, get_cached_repo_tree, snapshot_download
-
-    options = dict(revision=revision or None, allow_patterns=list(files), ignore_patterns=["*/*"])
-    directory = snapshot_download(repo, **options)
-    with suppress(errors.CachedRepoTreeNotFoundError):  # another program filled the cache
-        for file in get_cached_repo_tree(repo, revision=os.path.basename(directory)):
-            path = os.path.join(directory, file.path)
-            if os.path.isfile(path) and os.path.getsize(path) != file.size:
-                snapshot_download(repo, force_download=True, **options | dict(allow_patterns=[file.path]))
-    return directory
 
 
 # --- reading

@@ -55,7 +55,7 @@ class LossInPieces:
         Matrix products are in autocast's dtype."""
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.flatten(0, 1)
-        names = []  # of the terms: an autograd.Function returns tensors only
+        names = []  # the terms' names: an autograd.Function returns tensors only
         loss, *means = InPieces.apply(self, names, torch.is_grad_enabled(), targets.flatten(), teacher_hidden,
                                       hidden.flatten(0, 1), self.head.weight, self.head.bias)
         return loss, dict(zip(names, means))

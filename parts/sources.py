@@ -29,8 +29,8 @@ LARGEST_WHOLE = 20_000_000  # bytes of a text that can't be cut; tokenizing take
 # Seams: where a text can be cut without changing its tokens. No token of GPT-2 has white space after another character,
 # except \xa0.
 GPT2_SEAM = re.compile(rb"[^\s\xa0](?=[ \t\n\r])")
-ANY_SEAM = re.compile(b"")  # of bytes
-NO_SEAM = re.compile(b"(?!)")  # of any other tokenizer
+ANY_SEAM = re.compile(b"")  # for the tokenizer `bytes`
+NO_SEAM = re.compile(b"(?!)")  # for any other tokenizer
 BINARY = re.compile(rb"%PDF|BZh|\x28\xb5\x2f\xfd|\xfd7zXZ")  # first bytes of files that may have no zero byte
 
 
@@ -59,7 +59,7 @@ class Source:
 class Piece:
     """A document, or a part of a large one."""
 
-    name: str  # of the source, and its row
+    name: str  # the source's name and the row, for messages
     content: str | bytes | list[int]  # text, UTF-8, or token ids
     ends: bool = True  # a document ends with it
     last: bool = True  # a row or a text file ends with it
@@ -132,7 +132,7 @@ def hub_sources(repo, split, folder):
             revision = "refs/convert/parquet"
             rows = hub_rows(repo, revision, folder)
             found = [f for f in rows if re.search(rf"/(partial-)?{split}/", f.path)]
-    except Exception as e:  # of many kinds
+    except Exception as e:  # huggingface_hub raises many kinds
         raise UserError(f"{repo} can't be listed on {constants.ENDPOINT}: {first_line(e)}; without a network, "
                         "bring its files here and run with --files='*.parquet' --tokenizer=gpt2 "
                         "--dataset=NAME") from None
@@ -172,7 +172,7 @@ def fetch(source):
             with waiting_for(constants.ENDPOINT):
                 path = hub.hf_hub_download(source.repo, source.path, revision=source.revision, repo_type="dataset",
                                            force_download=again)
-        except Exception as e:  # of many kinds
+        except Exception as e:  # huggingface_hub raises many kinds
             raise UserError(f"{source.path} can't be fetched from {constants.ENDPOINT}: {first_line(e)}") from None
         if os.path.getsize(path) == source.size:
             return path

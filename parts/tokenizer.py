@@ -15,8 +15,8 @@ import numpy as np
 import tiktoken
 
 from parts.errors import UserError, on_disk, reading
+from parts.fetch import TOKENIZER_FILES, fetch
 from parts.files import read_json
-from parts.hub import TOKENIZER_FILES, fetch
 
 
 PROBE = "def f(x):\n\treturn 12345.678 + x  # naïve café, Жук 東京 🙂\n\n\n    The quick brown FOX isn't lazy, is it?"
@@ -30,7 +30,7 @@ class Tokenizer:
     eot: int
     encode: Callable | None = None  # text or UTF-8 bytes -> uint16 array; None: only the ids are known
     decode: Callable | None = None  # a list of token ids -> text
-    sha256: str = ""  # of tokenizer.json, or of vocab.json and merges.txt
+    sha256: str = ""  # hash of tokenizer.json, or of vocab.json and merges.txt
     special: tuple = ("<|endoftext|>",)  # texts of special tokens, which stay text when they are spelled in a document
     unk: int | None = None  # id of the unknown token
 

@@ -34,7 +34,7 @@ from parts.tokenizer import copy_tokenizer, make_tokenizer
 # -----------------------------------------------------------------------------
 to = "hf"  # the form: hf or folded
 out = ""  # the new directory; "": hf or folded in a run's out_dir, else NAME_hf or NAME_folded here
-dtype = "float32"  # of the weights: float32, bfloat16 or float16; float16 needs a smaller --eps
+dtype = "float32"  # dtype of the weights: float32, bfloat16 or float16; float16 needs a smaller --eps
 eps = 1e12  # layer_norm_epsilon of the plain form; the smaller it is, the more the std varies again
 push = ""  # ORG/NAME: upload the directory to this hub repository, after asking
 # -----------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def upload(folder):
     try:
         hub.create_repo(push, exist_ok=True)
         hub.upload_folder(repo_id=push, folder_path=folder, commit_message="GPT-2 without LayerNorm")
-    except Exception as e:  # of many kinds
+    except Exception as e:  # huggingface_hub raises many kinds
         raise UserError(f"can't upload to {push}: {first_line(e)}; {folder} stays: log in with `hf auth login`, or "
                         f"upload it with `hf upload {push} {folder}`") from None
     print(f"uploaded to {hub.constants.ENDPOINT}/{push}")

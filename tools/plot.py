@@ -143,7 +143,7 @@ def read_rows(source):
 def plot_residual(source):
     """The std before each site, a line for each model and a picture for each kind of token."""
     rows = read_rows(source)
-    sites = list(max((stds for _, stds in rows), key=len))  # of the deepest model
+    sites = list(max((stds for _, stds in rows), key=len))  # the deepest model has the most
     every = -(-len(sites) // 16)
     kinds = [kind for kind in ("position_0", "eot", "others") if any(kind in stds["ln_f"] for _, stds in rows)]
     fig = Figure(figsize=(5 * len(kinds), 5), layout="constrained")

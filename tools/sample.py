@@ -27,9 +27,9 @@ prompt = "\n"  # the text begins with it
 max_new_tokens = 256  # fewer if the model ends the text
 temperature = 0.8  # 0: always the likeliest token
 top_k = 200  # draw from this many likeliest tokens; 0: from all
-seed = 1337  # of the draws
+seed = 1337  # seeds the draws
 device = "auto"  # cuda, mps or cpu, the first that is there; or one by name
-dtype = "float32"  # of the weights: float32 or bfloat16
+dtype = "float32"  # dtype of the weights: float32 or bfloat16
 # -----------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ def sources(wheel):
 
 
 def unpack(side, requirement, seen):
-    """Write a package's files, but for those seen before. Returns its bytes."""
+    """Write a package's files, except texts that were seen before. Returns the number of bytes written."""
     size = 0
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
