@@ -16,20 +16,17 @@ interruption, or once a bad file is mended, the same command continues.
 """
 import hashlib
 import math
-import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
 from array import array
 from collections import deque
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
-from parts.errors import UserError, begin_script, handle_endings, interruptible, on_disk, reading
+from parts.errors import UserError, begin_script, interruptible, on_disk, reading
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
@@ -64,8 +61,10 @@ VAL_EVERY = 200  # every 200th row is val
 VAL_TOKENS = 20_000  # at least, but at most a fifth of all
 # standard error of a gap x sqrt(val tokens), in nats: measured on assets/tiny and on a model with a BPE of 4,096 tokens
 TOKEN_SD = dict(byte=0.42, token=0.59)
-JOB = 2_000_000  # bytes of small files in a worker's job
+JOB = 2_000_000  # bytes of small files in a job
 BATCH = 250_000  # characters that a thread encodes at a time
+THREADS = os.cpu_count() or 1
+WINDOWS = {"": None, "documents": False, "windows": True}
 TOKEN_FILES = ("train.bin", "val.bin", "meta.json")
 # the names of our files in an unfinished folder; meta.json marks it as ours
 OURS = re.compile(r"\.?([0-9a-f]{16}\.(bin|npy)|train\.bin|val\.bin|meta\.json)(\.unfinished)?")
@@ -118,29 +117,32 @@ def make_jobs(sources, rule):
     return jobs
 
 
-def start_worker(asked, threads, made_name):
-    """Set up a worker process: it leaves Ctrl-C to the main process, and ends when that is gone."""
-    global worker_asked, worker_threads, worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our own threads use all cores
-    worker_asked, worker_threads, worker_tokenizer = asked, threads, make_tokenizer(made_name)
-    handle_endings(signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def make_parts(half, jobs, made):
+    """Encode the jobs that have no part yet, until there are enough tokens. Returns the parts' paths without
+    extension, in order."""
+    parts, left = [], tokens
+    with tqdm(total=tokens or None, unit="token", unit_scale=True, disable=None) as bar:
+        for job in jobs:
+            all_that_matters = job, left, made.name, made.sha256, column, rows, split_on
+            parts.append(os.path.join(half, hashlib.sha256(repr(all_that_matters).encode()).hexdigest()[:16]))
+            if not os.path.exists(parts[-1] + ".npy"):
+                encode_job(job, parts[-1], left, made)
+            found = int(np.load(parts[-1] + ".npy")[:, 0].sum())
+            bar.update(found)
+            if tokens and found >= left:
+                break
+            left -= found if tokens else 0
+    return parts
 
 
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def encode_job(job, part, limit):
+def encode_job(job, part, limit, made):
     """Write a part: all of a job, or its documents up to the one that reaches limit tokens. The table has a row for
     each document: tokens; 1 if we appended its end-of-text; 0: train, 1: val, 2: a row; 1 if its row or file ends;
     special tokens that its text spells."""
     documents, length, spelled, written = array("q"), 0, 0, 0
     # KEY.npy takes its name last: if it is there, the part is whole
     with whole_file(part + ".npy") as table, whole_file(part + ".bin") as out:
-        for piece, ids, appended, found in in_order(encode, make_batches(job)):
+        for piece, ids, appended, found in in_order(partial(encode, made), make_batches(job, made)):
             out.write(ids)
             length, spelled = length + len(ids), spelled + found
             if piece.ends:
@@ -151,18 +153,17 @@ def encode_job(job, part, limit):
         np.save(table, np.frombuffer(documents, np.int64).reshape(-1, 5))
 
 
-def make_batches(job):
+def make_batches(job, made):
     """Yields lists of Pieces of about BATCH characters in all."""
-    mark = worker_asked["split_on"]
-    seam = dict(gpt2=GPT2_SEAM, bytes=GPT2_SEAM if mark else ANY_SEAM).get(worker_tokenizer.name, NO_SEAM)
+    seam = dict(gpt2=GPT2_SEAM, bytes=GPT2_SEAM if split_on else ANY_SEAM).get(made.name, NO_SEAM)
+    name = column or ("input_ids" if made.encode is None else "")
     batch, size = [], 0
     for source, val in job:
         if source.rows_format:
-            windows = dict(documents=False, windows=True).get(worker_asked["rows"])
-            pieces = read_rows(source, worker_asked["column"], worker_tokenizer.eot, windows)
+            pieces = read_rows(source, name, made.eot, WINDOWS[rows])
         else:
             pieces = read_text(source, val, seam)
-        for piece in split_pieces(pieces, mark) if mark else pieces:
+        for piece in split_pieces(pieces) if split_on else pieces:
             batch.append(piece)
             size += len(piece.content)
             if size >= BATCH:
@@ -171,16 +172,16 @@ def make_batches(job):
     yield batch
 
 
-def split_pieces(pieces, mark):
-    """Yields text Pieces cut at each mark, which ends a document and is left out."""
+def split_pieces(pieces):
+    """Yields text Pieces cut at each split_on, which ends a document and is left out."""
     begun = False  # the current document has text
     for piece in pieces:
         if isinstance(piece.content, list):
             yield piece
             continue
-        *whole, rest = piece.content.split(mark.encode() if isinstance(piece.content, bytes) else mark)
+        *whole, rest = piece.content.split(split_on.encode() if isinstance(piece.content, bytes) else split_on)
         if whole and piece.ends and not rest.strip():
-            rest = whole.pop()  # the file or row ends with a mark
+            rest = whole.pop()  # the file or row ends with a split_on
         for text in whole:
             if begun or text.strip():
                 yield replace(piece, content=text, ends=True, last=False)
@@ -190,94 +191,53 @@ def split_pieces(pieces, mark):
 
 
 def in_order(function, batches):
-    """Yields the items of function(batch) for each batch, in order. Threads compute ahead."""
+    """Yields the items of function(batch) for each batch, in order. Threads compute ahead: tokenizers release Python's
+    lock."""
     waiting = deque()
-    with ThreadPoolExecutor(worker_threads) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for batch in batches:
-            waiting.append(pool.submit(lambda batch: list(function(batch)), batch))
-            if len(waiting) > 2 * worker_threads:
+            waiting.append(pool.submit(function, batch))
+            if len(waiting) > 2 * THREADS:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
 
 
-def encode(batch):
-    """Yields (Piece, its tokens and end-of-text as uint16, whether we appended the end-of-text, and how many special
-    tokens its text spells)."""
-    eot = np.array([worker_tokenizer.eot], "<u2")
-    special = {str: worker_tokenizer.special, bytes: [text.encode() for text in worker_tokenizer.special]}
+def encode(made, batch):
+    """[(Piece, its tokens and end-of-text as uint16, whether we appended the end-of-text, how many special tokens its
+    text spells)]."""
+    eot = np.array([made.eot], "<u2")
+    special = {str: made.special, bytes: [text.encode() for text in made.special]}
+    found = []
     for piece in batch:
-        spelled = sum(map(piece.content.count, special.get(type(piece.content), ())))
+        is_ids = isinstance(piece.content, list)
         with reading(piece.name):
-            ids = checked_ids(piece.content) if isinstance(piece.content, list) else encode_text(piece.content)
+            ids = checked_ids(piece.content, made) if is_ids else encode_text(piece.content, made)
         appended = piece.ends and not piece.window
-        if appended and isinstance(piece.content, list):  # ids may have one already, first or last
+        if appended and is_ids:  # ids may have one already, first or last
             appended = not len(ids) or eot not in (ids[0], ids[-1])
             if len(ids) and ids[0] == eot:
                 ids = np.concatenate([ids[1:], [] if ids[-1] == eot and len(ids) > 1 else eot]).astype("<u2")
-        yield piece, np.concatenate([ids, eot]) if appended else ids, appended, spelled
+        spelled = sum(map(piece.content.count, special.get(type(piece.content), ())))
+        found.append((piece, np.concatenate([ids, eot]) if appended else ids, appended, spelled))
+    return found
 
 
-def encode_text(content):
-    if worker_tokenizer.encode is None:
+def encode_text(content, made):
+    if made.encode is None:
         raise ValueError("it holds text, not token ids: tokenize it first, into rows with a column input_ids")
-    return worker_tokenizer.encode(content)
+    return made.encode(content)
 
 
-def checked_ids(ids):
+def checked_ids(ids, made):
     """A list of token ids as uint16. ValueError if it holds anything else, or ids that are too large."""
     found = np.array(ids)
     if found.size and (found.dtype.kind != "i" or found.ndim != 1):
         raise ValueError(f"these are not token ids: {str(ids)[:40]}")
-    if found.size and not 0 <= found.min() <= found.max() < worker_tokenizer.vocab_size:
-        raise ValueError(f"token ids from {found.min()} to {found.max()}, but the tokenizer has "
-                         f"{worker_tokenizer.vocab_size}: give theirs with --tokenizer")
+    if found.size and not 0 <= found.min() <= found.max() < made.vocab_size:
+        raise ValueError(f"token ids from {found.min()} to {found.max()}, but the tokenizer has {made.vocab_size}: "
+                         "give theirs with --tokenizer")
     return found.astype("<u2")
-
-
-def make_parts(half, jobs, asked, made):
-    """Encode the jobs that have no part yet; with `tokens`, one after the other until there are enough. Returns the
-    parts' paths without extension, in order."""
-    cores = os.cpu_count() or 1
-    workers = 1 if tokens else max(1, min(cores, len(jobs)))
-    threads = max(1, min(cores, (4 if workers > 1 else 1) * cores // workers))
-    parts, total, running = [], 0, {}
-    bar = tqdm(total=tokens or None, unit="token", unit_scale=True, disable=None)
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(asked, threads, made.name)) as pool:
-        try:
-            for job in jobs:
-                limit = tokens and tokens - total
-                key = hashlib.sha256(repr((job, limit, split_on)).encode()).hexdigest()[:16]
-                parts.append(os.path.join(half, key))
-                if not os.path.exists(parts[-1] + ".npy"):
-                    running[pool.submit(encode_job, job, parts[-1], limit)] = job, parts[-1]
-                if tokens:
-                    finish(running, half, bar)
-                    total += int(np.load(parts[-1] + ".npy")[:, 0].sum())
-                    if total >= tokens:
-                        break
-            finish(running, half, bar)
-        except BrokenProcessPool:
-            lost = [job for job, part in running.values() if os.path.exists(unfinished(part + ".bin"))]
-            names = ", ".join(job[0][0].name + (", ..." if job[1:] else "") for job in lost) or "its files"
-            raise UserError(f"a worker died while it read {names}: out of memory, killed, or a file that crashes its "
-                            "reader") from None
-        finally:
-            if running:
-                for worker in multiprocessing.active_children():
-                    worker.terminate()
-            bar.close()
-    return parts
-
-
-def finish(running, half, bar):
-    """Wait for the futures in running, and remove them from it."""
-    while running:
-        done, _ = wait(running, 0.5, FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-            del running[future]
-        bar.update(sum(f.stat().st_size for f in os.scandir(half) if ".bin" in f.name) // 2 - bar.n)
 
 
 # --- from parts to token files
@@ -402,29 +362,21 @@ def request():
     return name, sources, made, meta
 
 
-def earlier(folder, meta):
-    """The meta.json of a folder, finished or not, or None. UserError if it was made with other settings."""
-    path = os.path.join(folder, "meta.json")
+def is_prepared(done, meta):
+    """Whether the folder is there, whole, and made with these settings of these files. UserError if with others."""
+    path = os.path.join(done, "meta.json")
     if not os.path.exists(path):
-        return None
-    old = read_json(path, "--force begins anew")
-    changed = [key for key in meta if key in old and old[key] != meta[key] and key != "files_sha256"]
-    if changed:
-        names = ", ".join(f"{key} {old[key]!r}, not {meta[key]!r}" for key in changed)
-        raise UserError(f"{folder} holds {names}: --force begins anew")
-    return old
-
-
-def check_prepared(done, old, meta):
-    """UserError unless the finished folder is whole and was made of these files."""
-    if old.get("files_sha256", meta.get("files_sha256")) != meta.get("files_sha256"):
-        raise UserError(f"{done} was made of other files, or they have changed since: --force begins anew")
-    with reading(os.path.join(done, "meta.json"), "--force begins anew"):
+        return False
+    with reading(path, "--force begins anew"):
+        old = read_json(path)
+        changed = [key for key in meta if key in old and old[key] != meta[key]]
+        if changed:
+            raise UserError(f"{done} was made with other settings or files ({', '.join(changed)}): --force begins anew")
         train, val = old["train"]["tokens"], old["val"]["tokens"]
-        there = [os.path.getsize(os.path.join(done, which)) for which in TOKEN_FILES[:2]]
-        if there != [2 * train, 2 * val]:
+        if [os.path.getsize(os.path.join(done, which)) for which in TOKEN_FILES[:2]] != [2 * train, 2 * val]:
             raise ValueError("the token files have other sizes")
     print(f"{done} is prepared already: {train:,} train and {val:,} val tokens (--force redoes it)")
+    return True
 
 
 def clear(half, keep=()):
@@ -435,10 +387,10 @@ def clear(half, keep=()):
 
 
 def prepare(half, sources, made, meta):
-    """Write the token files and meta.json into the unfinished folder."""
+    """Write the token files and meta.json into the unfinished folder. Returns meta.json."""
     try:
         rule, every, share = val_rule(sources, made.name)
-        parts = make_parts(half, make_jobs(sources, rule), meta, made)
+        parts = make_parts(half, make_jobs(sources, rule), made)
         splits = join(half, parts, every, share, made.eot)
     except UserError as e:
         if any(file.endswith(".npy") and not file.startswith(".") for file in os.listdir(half)):
@@ -451,6 +403,7 @@ def prepare(half, sources, made, meta):
         clear(half)
         raise UserError(f"there is no document in {meta['source']}")
     write_json(os.path.join(half, "meta.json"), meta | splits)
+    return meta | splits
 
 
 def main():
@@ -458,30 +411,18 @@ def main():
     name, sources, made, meta = request()
     done = os.path.join("data", name)
     half = unfinished(done)
-    mark = os.path.join(half, "meta.json")
-    old = None if force else earlier(done, meta)
-    if old is not None:
-        return check_prepared(done, old, meta)
+    if not force and is_prepared(done, meta):
+        return
     check_folder(done, TOKEN_FILES, ["meta.json"])
     if sources is None:
         sources = hub_sources(HUB.get(dataset, dataset), split, folder)
     with on_disk(f"can't write {half}"):
         os.makedirs(half, exist_ok=True)
     lock = FolderLock(half)  # noqa: F841  held to the end: two preparations at once would mix their files
-    ours = [file for file in os.listdir(half) if OURS.fullmatch(file)]
-    check_folder(half, ours, ["meta.json", ".meta.json.unfinished"])
-    try:
-        old = earlier(half, meta)
-    except UserError:
-        if not force:
-            raise
-        clear(half, ["meta.json"])
-        old = None
-    if not (old and "train" in old and old.get("files_sha256") == meta.get("files_sha256")):
-        write_json(mark, meta)
-        with interruptible():
-            prepare(half, sources, made, meta)
-    meta = read_json(mark)
+    check_folder(half, list(filter(OURS.fullmatch, os.listdir(half))), ["meta.json", ".meta.json.unfinished"])
+    write_json(os.path.join(half, "meta.json"), meta)
+    with interruptible():
+        meta = prepare(half, sources, made, meta)
     with on_disk(f"can't write {done}"):
         clear(half, TOKEN_FILES)
         remove_files(done, TOKEN_FILES)  # meta.json last: until then it is ours

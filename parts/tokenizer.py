@@ -148,7 +148,8 @@ def read_tokenizer(name, directory):
     def encode(content):
         text = content.decode() if isinstance(content, bytes) else content
         with reading(paths[0]):  # such as a word without an unknown token
-            return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype="<u2")
+            # which releases Python's lock, as encode does not
+            return np.array(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype="<u2")
 
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=False)
