@@ -40,7 +40,7 @@ soak: .venv/installed-dev
 
 # on a machine with CUDA GPUs
 gpu: .venv/installed-dev
-	.venv/bin/python -m dev.gpu
+	dev/gpu.sh
 
 # docs/results.md: half a minute for the text and 35 minutes for the model on two cores
 TEXTS = data/testbed_texts

@@ -1,6 +1,6 @@
 """
 The device, a CUDA GPU where there is one, computes what the CPU computes in float64 and what transformers computes.
-`pytest -m device` runs these alone, and so does dev/gpu.py.
+`pytest -m device` runs these alone, and so does dev/gpu.sh.
 """
 import subprocess
 import sys

@@ -158,7 +158,7 @@ def test_help_lists_the_settings_with_their_defaults_and_meaning(apply, capsys):
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "prepare_owt.py", "tools.sample", "tools.export",
-                                    "tools.lens", "tools.plot", "dev.bench", "dev.gpu", "dev.ablations"])
+                                    "tools.lens", "tools.plot", "dev.bench", "dev.ablations"])
 def test_help_of_each_script_says_how_it_is_run_and_what_each_setting_means(run, script):
     done = run(script, "--help")
     assert done.code == 0
