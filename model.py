@@ -114,6 +114,9 @@ class KeyValueCache:
     def __init__(self):
         self.k = self.v = None
 
+    def __len__(self):
+        return 0 if self.k is None else self.k.shape[2]
+
     def extend(self, k, v):
         """New keys and values (B, heads, T, C / heads) -> all so far, the new ones last."""
         if self.k is not None:
@@ -127,8 +130,7 @@ class CausalSelfAttention(nn.Module):
     """The inputs of query and key, x_qk, and of value, x_v, (B, T, C) each -> (B, T, C). ValueError if n_head does not
     divide n_embd.
 
-    mask, bool and broadcast to (B, heads, T, T), is true where a query sees a key; None is causal. With a cache, the
-    first call may have many tokens and the following calls one each."""
+    With a cache, the first call may have many tokens and the following calls one each."""
 
     def __init__(self, config):
         super().__init__()
@@ -140,16 +142,16 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x_qk, x_v, mask=None, cache=None):
+    def forward(self, x_qk, x_v, cache=None):
         B, T, C = x_qk.shape
         q, k, v = self.query_key_value(x_qk, x_v)  # (B, T, C) each
         shape = (B, T, self.n_head, C // self.n_head)
         q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, C / heads)
         if cache is not None:
             k, v = cache.extend(k, v)
-        causal = mask is None and k.shape[2] == T  # a single token after a cache sees all of it
+        causal = k.shape[2] == T  # a single token after a cache sees all of it
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
     def query_key_value(self, x_qk, x_v):
@@ -180,8 +182,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, C) -> (B, T, C). use_bos (1 or B, T, 1) and, on the value path, use_bos_v (B, T, 1) say which tokens
-    take bos_std; mask and cache are CausalSelfAttention's."""
+    """x (B, T, C) -> (B, T, C). use_bos (1, T, 1) and, on the value path, use_bos_v (B, T, 1) say which tokens
+    take bos_std; cache is CausalSelfAttention's."""
 
     def __init__(self, config):
         super().__init__()
@@ -202,11 +204,11 @@ class Block(nn.Module):
         folded."""
         return MappingProxyType({} if self.folded else {kind: getattr(self, kind).ln_mode for kind in KINDS})
 
-    def forward(self, x, use_bos, use_bos_v, mask=None, cache=None):
+    def forward(self, x, use_bos, use_bos_v, cache=None):
         if self.folded:
-            x = x + self.attn(x, x, mask, cache)
+            x = x + self.attn(x, x, cache)
             return x + self.mlp(x)
-        x = x + self.attn(self.ln_1qk(x, use_bos), self.ln_1v(x, use_bos_v), mask, cache)
+        x = x + self.attn(self.ln_1qk(x, use_bos), self.ln_1v(x, use_bos_v), cache)
         return x + self.mlp(self.ln_2(x, use_bos))
 
 
@@ -263,32 +265,32 @@ class GPT(nn.Module):
             loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 
-    def hidden(self, idx, pos=None, mask=None, cache=None):
-        """idx (B, T) -> what the unembedding reads, (B, T, C). pos (B, T): the tokens' positions, by default 0, 1, ...;
-        mask: which tokens each one sees, by default those before it; cache: a KeyValueCache for each block."""
-        return self.final_norm(*self.run_blocks(idx, pos, mask, cache))
+    def hidden(self, idx, cache=None):
+        """idx (B, T) -> what the unembedding reads, (B, T, C). With a cache, a KeyValueCache for each block, idx
+        continues the tokens in it."""
+        return self.final_norm(*self.run_blocks(idx, cache))
 
-    def run_blocks(self, idx, pos=None, mask=None, cache=None):
+    def run_blocks(self, idx, cache=None):
         """Arguments as in hidden -> the residual stream after the last block, (B, T, C), and which tokens take bos_std
-        in ln_f, (1 or B, T, 1)."""
-        if pos is None:
-            T = idx.shape[1]
-            if T > self.config.block_size:
-                raise ValueError(f"{T} tokens are more than the model's {self.config.block_size} positions")
-            pos = torch.arange(T, device=idx.device).unsqueeze(0)  # (1, T)
-        # which tokens take bos_std, (1 or B, T, 1), and on the value path, (B, T, 1)
+        in ln_f, (1, T, 1)."""
+        begin = len(cache[0]) if cache else 0
+        end = begin + idx.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than the model's {self.config.block_size} positions")
+        pos = torch.arange(begin, end, device=idx.device).unsqueeze(0)  # (1, T)
+        # which tokens take bos_std, (1, T, 1), and on the value path, (B, T, 1)
         use_bos = (pos == 0).unsqueeze(-1) & self.bos_on
         use_bos_v = use_bos | ((idx == self.config.eot).unsqueeze(-1) & self.eot_on)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, use_bos, use_bos_v, mask, use_reentrant=False)
+                x = checkpoint(block, x, use_bos, use_bos_v, use_reentrant=False)
             else:
-                x = block(x, use_bos, use_bos_v, mask, None if cache is None else cache[i])
+                x = block(x, use_bos, use_bos_v, cache and cache[i])
         return x, use_bos
 
     def final_norm(self, x, use_bos):
-        """The residual stream after the last block x (B, T, C), use_bos (1 or B, T, 1) -> what the unembedding reads,
+        """The residual stream after the last block x (B, T, C), use_bos (1, T, 1) -> what the unembedding reads,
         (B, T, C): ln_f's output, or x itself when folded."""
         return x if self.config.folded else self.transformer.ln_f(x, use_bos)
 

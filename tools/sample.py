@@ -44,8 +44,7 @@ def generate(model, ids, n, temperature, top_k, generator):
             ids, cache = ids[-(model.config.block_size // 2) :], []
         first = len(ids) - 1 if cache else 0  # the cache has the tokens before the last one
         cache = cache or [KeyValueCache() for _ in model.transformer.h]
-        pos = torch.arange(first, len(ids), device=device)[None]
-        x = model.hidden(torch.tensor([ids[first:]], device=device), pos, cache=cache)
+        x = model.hidden(torch.tensor([ids[first:]], device=device), cache)
         logits = model.lm_head(x[:, -1:])[0, 0].float()  # (vocab,)
         ids.append(draw(logits, temperature, top_k, generator))
         yield ids[-1]
