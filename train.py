@@ -305,8 +305,7 @@ ranks.say(f"val loss over {n_val:,} of {(len(val_tokens) - 1) // block_size:,} w
 for line in describe(ln_schedule, events):
     ranks.say(line)
 flops_per_step = tokens_per_step * flops_per_token(model, block_size)
-# peak FLOP/s of all GPUs; on a CPU it depends on what else the machine does
-peak = peak_flops(machine, pick_dtype(dtype, machine)) * ranks.WORLD if machine.startswith("cuda") else None
+peak = peak_flops(machine)
 micro_steps = gradient_accumulation_steps // ranks.WORLD
 columns = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # fits into 80 columns
 bar = tqdm(total=max_iters, initial=start, bar_format=columns, disable=None if ranks.RANK == 0 else True)
@@ -377,7 +376,7 @@ for step in range(start, max_iters + 1):
     seconds = time.perf_counter() - began
     speed = dict(tokens_per_s=round(tokens_per_step / seconds))
     if peak:
-        speed["mfu"] = round(flops_per_step / seconds / peak, 4)
+        speed["mfu"] = round(flops_per_step / seconds / peak / ranks.WORLD, 4)
     log.write(dict(step=step, **terms, lr=lr, **speed))
     far_up = still_far_up(losses, events, step)
     if far_up:

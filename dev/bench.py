@@ -7,8 +7,8 @@ Measure speed and memory, at GPT-2 small's shape with random weights.
 
 Training: "nanoGPT's way" is nanoGPT's step written with our modules: one LN and one product for query, key and value,
 F.layer_norm, whole logits, compiled. The other rows are train.py's step. Each runs in a process of its own, after two
-warm-up steps. MFU is train.py's; peak memory is that of the GPU or, on a CPU, of the process. The other comparisons
-take turns, after a round that does not count, and check that the results agree. They need requirements-dev.txt.
+warm-up steps. Peak memory is that of the GPU or, on a CPU, of the process. The other comparisons take turns, after a
+round that does not count, and check that the results agree. They need requirements-dev.txt.
 """
 import json
 import subprocess
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from configurator import configure
 from model import GPT, Block, GPTConfig, LayerNorm
 from parts.compare import cast_linear_maps
-from parts.device import autocast_to, flops_per_token, keep_memory, peak_flops
+from parts.device import autocast_to, keep_memory
 from parts.loss import LossInPieces, token_losses
 from tools.sample import generate, use_addmv
 
@@ -89,7 +89,7 @@ def of_logits(logits, targets, teacher_logits):
 
 def measure_step(dtype, plain=False, compiled=True, taught=False):
     """Time training steps in this process. plain: nanoGPT's blocks and whole logits; taught: half of the loss is KL to
-    a teacher. Returns {"tokens_per_s", "mfu", "memory_GB", "loss": that of the first step}."""
+    a teacher. Returns {"tokens_per_s", "memory_GB", "loss": that of the first step}."""
     model = random_model(block_size)
     if plain:
         for module in model.modules():
@@ -122,9 +122,8 @@ def measure_step(dtype, plain=False, compiled=True, taught=False):
         losses.append(loss.item())  # .item() waits for the GPU
         ends.append(time.perf_counter())
     speed = batch_size * block_size * steps / (ends[-1] - ends[1])
-    mfu = speed * flops_per_token(model, block_size) / peak_flops(DEVICE, dtype)
     memory = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else peak_memory()
-    return dict(tokens_per_s=speed, mfu=mfu, memory_GB=memory / 1e9, loss=losses[0])
+    return dict(tokens_per_s=speed, memory_GB=memory / 1e9, loss=losses[0])
 
 
 def peak_memory():
@@ -147,16 +146,16 @@ def compare_steps():
             done = subprocess.run(command, capture_output=True, text=True)
             last = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
             found.append(dict(error=last) if done.returncode else json.loads(last))
-    print(f"{'':<26}{'tokens/s':>10}{'ratio':>8}{'MFU':>6}{'peak memory, GB':>18}")
+    print(f"{'':<26}{'tokens/s':>10}{'ratio':>8}{'peak memory, GB':>18}")
     base = None
     for name, found in results.items():
         errors = [run["error"] for run in found if "error" in run]
         if errors:
             print(f"{name:<26}{errors[0]}")
             continue
-        speed, mfu, memory = (median(run[key] for run in found) for key in ("tokens_per_s", "mfu", "memory_GB"))
+        speed, memory = (median(run[key] for run in found) for key in ("tokens_per_s", "memory_GB"))
         base = base or speed
-        print(f"{name:<26}{speed:>10,.0f}{speed / base:>8.2f}{mfu:>6.0%}{memory:>18.2f}")
+        print(f"{name:<26}{speed:>10,.0f}{speed / base:>8.2f}{memory:>18.2f}")
 
 
 def compare(name, unit, amount, theirs, ours, apart=1e-3):

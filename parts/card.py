@@ -55,14 +55,14 @@ from tools.export import to_hooked  # TransformerLens 2 and 3
 hooked = to_hooked(model)"""
 
 
-def card(source, name, to, eps, dtype, has_tokenizer, rows):
+def card(source, name, to, has_tokenizer, rows):
     """The card's text. source: the run or model that was exported; name: what opens the export; to: its form, hf or
     folded; rows: those of `evaluation`."""
     code, notes = FOLDED, "It has no LayerNorm at all. Its unembedding is a matrix of its own, with a bias."
     if to == "hf":
         code = HF + (TEXT if has_tokenizer else IDS)
-        notes = f"layer_norm_epsilon {eps:g} makes sqrt(var + eps) a constant; the LayerNorm weights make up for it. "
-        notes += "It works in float16, too." if dtype == "float16" else "float16 overflows: use float32 or bfloat16."
+        notes = ("layer_norm_epsilon 1e12 makes sqrt(var + eps) a constant; the LayerNorm weights make up for it. "
+                 "float16 overflows: use float32 or bfloat16.")
     settings = run_settings(source)
     if settings:
         shown = {key: no_local_path(value) for key, value in settings.items() if key != "data_sha256"}
