@@ -28,6 +28,7 @@ def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}
     kinds = (bool, int, float, str, list)
     names = [k for k, v in settings.items() if k[0].islower() and isinstance(v, kinds)]  # not _x, nor X
     argv, flag_given = list(argv), False
+    effects = {}  # {config file: settings that it changed, and that no later one sets}
     if "--help" in argv or "-h" in argv:
         comments = read_comments(settings.get("__file__"))
         print((doc or "").strip(), "\n\nsettings:")
@@ -41,7 +42,7 @@ def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}
                 raise UserError(f"unexpected argument {arg!r}: settings are given as --key=value"
                                 + ("; config files end in .py and come first" if configs else "")
                                 + "; quote a pattern, as in --files='*.py'")
-            apply_file(settings, names, arg)
+            effects[arg] = apply_file(settings, names, arg, effects)
             continue
         flag_given = True
         key, equals, value = arg[2:].partition("=")
@@ -58,16 +59,19 @@ def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}
     return {name: settings[name] for name in names}
 
 
-def take_source(usage):
-    """Take the first argument of a tool that needs one beside its settings out of sys.argv."""
-    if len(sys.argv) > 1 and sys.argv[1] in ("--help", "-h"):
-        return ""
+def take_source(usage=""):
+    """Take the first argument of a script that has one beside its settings out of sys.argv. If there is none: UserError
+    with the usage, or "" without one."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise UserError(f"usage: {usage}")
+        if usage and not {"--help", "-h"} & set(sys.argv):
+            raise UserError(f"usage: {usage}")
+        return ""
     return os.path.expanduser(sys.argv.pop(1)).rstrip("/")
 
 
-def apply_file(settings, names, path):
+def apply_file(settings, names, path, effects):
+    """Execute a config file. Returns the settings that it changes. UserError if it undoes all that an earlier file does:
+    control.py before another config, say."""
     if not os.path.isfile(path):
         raise UserError(f"there is no config file {path}")
     before = {name: settings[name] for name in names}
@@ -77,11 +81,18 @@ def apply_file(settings, names, path):
             exec(compile(f.read(), path, "exec"), after)
     except (Exception, SystemExit) as e:
         raise UserError(f"{path} is not a config file: {first_line(e)}") from None
+    changes = set()
     for key, value in after.items():
         if key.startswith("_") or value is before.get(key):
             continue
         check_name(names, key, f"{key} in {path}")
         assign(settings, key, check_type(f"{key} in {path}", value, before[key]))
+        changes |= {key} if settings[key] != before[key] else set()
+        for earlier, left in effects.items():
+            if left == {key}:
+                raise UserError(f"{earlier} has no effect before {path}: name it after")
+            left.discard(key)
+    return changes
 
 
 def assign(settings, key, value):

@@ -2,14 +2,16 @@
 Evaluate the original, the control and the LN-free model side by side, on the same windows.
 
     python eval.py                                            # the last run in out/, on its own val set
+    python eval.py out/mine                                   # this run: its original, its control and itself
     python eval.py --dataset=owt,pile,hellaswag,residual      # fetches what is not here yet
     python eval.py --models=gpt2,ORG/NAME@REVISION,out/mine --dataset=pile --json=result.json
     python eval.py --verify                                   # is it really LN-free?
 
 Pass a run's out_dir to mark a model as the control; any other model with LN counts as the original. An LN-free model
-is folded first, so that no LayerNorm is left in what is measured. Windows don't overlap. Standard errors treat windows
-as independent, though a document can span several; the error of a difference is that of the windows' differences. KL
-and Jensen-Shannon divergence compare next-token distributions, in nats per token.
+is folded first, so that no LayerNorm is left in what is measured. Each LN-free run keeps the last result as eval.json
+in its out_dir, for the card of an export. Windows don't overlap. Standard errors treat windows as independent, though a
+document can span several; the error of a difference is that of the windows' differences. KL and Jensen-Shannon
+divergence compare next-token distributions, in nats per token.
 """
 import glob
 import os
@@ -22,7 +24,7 @@ import textwrap
 from dataclasses import dataclass
 from json import dumps
 
-from parts.errors import UserError, begin_script
+from parts.errors import UserError, begin_script, command, say_next
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
@@ -31,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import configure
+from configurator import configure, take_source
 from model import GPT
 from parts import hellaswag, ranks
 from parts.compare import calibration_error, cast_linear_maps, mean_and_error, measure
@@ -57,7 +59,7 @@ block_size = 0  # tokens in a window; 0: the shortest that a model's run trained
 batch_size = 16  # windows in a forward pass
 device = "auto"  # the first of cuda, mps and cpu that is there; or a device's name
 dtype = "float32"  # autocast dtype: float32 or bfloat16
-json = ""  # a file for all results
+json = ""  # a file for all results; "": eval.json in the out_dir of each LN-free run
 # -----------------------------------------------------------------------------
 
 PUBLISHED = {"owt": 4_500_000, "pile": 10_200_000, "pile-filtered": 10_200_000}  # tokens behind the published figures
@@ -85,24 +87,29 @@ def items(text):
     return list(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
 
 
-def last_run():
-    """(sources, dataset) of the newest finished removal in out/: its original, control and LN-free model."""
+def last_removal():
+    """The out_dir of the newest finished removal in out/."""
     finished = sorted(glob.glob("out/*/model/config.json"), key=os.path.getmtime)
     runs = [os.path.dirname(os.path.dirname(path)) for path in finished]
     removals = [run for run in runs if run_settings(run).get("ln_schedule")]
     if not removals:
         raise UserError("no finished removal in out/: run `python train.py config/remove_ln_tiny.py` or name --models")
-    run, settings = removals[-1], run_settings(removals[-1])
-    original = [settings["init_from"]] if settings["init_from"] != "scratch" else []
+    return removals[-1]
+
+
+def models_of(run):
+    """(sources, dataset): a run's original, control and model, and its data. Of any other source itself, and ""."""
+    settings = run_settings(run)
+    original = [settings["init_from"]] if settings.get("init_from", "scratch") != "scratch" else []
     control = [run + "_control"] if os.path.isdir(run + "_control/model") else []
-    return [*original, *control, run], settings["dataset"]
+    return [*original, *control, run], settings.get("dataset", "")
 
 
 def open_candidate(source):
     """The Candidate of a model directory, hub repository or out_dir; folded if it is LN-free."""
     directory = model_directory(source)
     model = GPT.from_pretrained(directory).eval()
-    sha256 = weights_sha256(model) if json else ""
+    sha256 = weights_sha256(model)
     if model.ln_free():
         return Candidate(source, "ln_free", model if model.config.folded else model.fold(), sha256)
     with_ln = "original" if directory == source else "control"
@@ -226,9 +233,10 @@ def cross_entropy(folder, candidates, original, faithful_to, autocast):
         row["not_published"] = why_not_published(folder, losses.size)
         row["loss"], row["loss_se"] = mean_and_error(losses.mean(1))
         row["median"], row["p99_9"], row["max"] = np.quantile(losses, [0.5, 0.999, 1])
-        own = [source for source in controls if source == c.source + "_control"]
-        row["gap_to"] = next(iter([*own, *controls]), original) if c.role in ("ln_free", "part") else None
         row["to_original_source"] = original if c.role != "original" else None
+        row["gap_to"] = None
+        if c.role in ("ln_free", "part"):
+            row["gap_to"] = control_of(c.source, controls) if controls else original
         for key, other in (("gap", row["gap_to"]), ("to_original", row["to_original_source"])):
             row[key] = row[key + "_se"] = None
             if other:
@@ -244,6 +252,13 @@ def cross_entropy(folder, candidates, original, faithful_to, autocast):
         row["loss_by_position"] = losses.mean(0, dtype=np.float64).tolist()
         rows.append(row)
     return rows
+
+
+def control_of(source, controls):
+    """Its own control, or the only one; None if there are several, and none is its own."""
+    if source + "_control" in controls:
+        return source + "_control"
+    return controls[0] if len(controls) == 1 else None
 
 
 def residual(folder, candidates, autocast):
@@ -286,11 +301,13 @@ def show(rows):
         lines = [("length-normalised", "acc_norm", ".2%"), ("accuracy", "acc", ".2%")]
         return print_table(title, rows, [[label, *cells(rows, key, form)] for label, key, form in lines])
     word = token_word(name)
+    controls = sum(row["role"] == "control" for row in rows)
+    gap = [("gap to its control" if controls > 1 else "gap to control", "gap", "+.4f")] if controls else []
     title = (f"{name}: cross-entropy in nats per {word} ± standard error\n"
              f"over {first['windows']:,} windows of {block_size} val tokens, of {first['val']}")
     lines = [
         (f"nats per {word}", "loss", ".4f"),
-        (gap_label(rows), "gap", "+.4f"),
+        *gap,
         ("minus original", "to_original", "+.4f"),
         (f"median {word}", "median", ".4f"),
         ("99.9th percentile", "p99_9", ".4f"),
@@ -306,17 +323,6 @@ def show(rows):
     print_table(title, rows, [[label, *cells(rows, key, form)] for label, key, form in lines])
     if first["not_published"]:
         print(f"note: not to be compared with the published figures: {first['not_published']}")
-
-
-def gap_label(rows):
-    controls = {row["source"] for row in rows if row["role"] == "control"}
-    used = {row["gap_to"] for row in rows if row["gap_to"]}
-    if not used & controls:
-        return "gap to original"
-    if len(controls) == 1:
-        return "gap to control"
-    own = all(row["gap_to"] in (None, row["source"] + "_control") for row in rows)
-    return "gap to its control" if own else "gap to " + " and ".join(sorted(used))
 
 
 def show_residual(rows):
@@ -346,12 +352,15 @@ def number(value, error, form):
 def print_table(title, rows, lines):
     """Models side by side; those that don't fit into WIDTH stand below. lines: [label, a cell for each model]; lines
     with empty cells only are left out."""
-    sources = [row["source"] if len(row["source"]) <= 18 else "…" + row["source"][-17:] for row in rows]
-    lines = [["", *(TITLES[row["role"]] for row in rows)], ["", *sources], *(line for line in lines if any(line[1:]))]
+    roles = [TITLES[row["role"]] for row in rows]
+    names = [f"{role} {roles[:i].count(role) + 1}" * (roles.count(role) > 1) or role for i, role in enumerate(roles)]
+    lines = [["", *names], *(line for line in lines if any(line[1:]))]
     label_width = max(len(line[0]) for line in lines)
     width = max(len(cell) for line in lines for cell in line[1:])
     beside = max(1, (WIDTH - label_width) // (2 + width))
     print("", *(textwrap.fill(line, WIDTH) for line in title.splitlines()), sep="\n")
+    for name, row in zip(names, rows):
+        print(f"  {name:<{max(map(len, names))}}  {row['source']}")
     for i in range(0, len(rows), beside):
         print()
         for label, *row in lines:
@@ -370,7 +379,14 @@ def write_result(rows, data_hashes, candidates):
         weights_sha256={c.source: c.sha256 for c in candidates},
         rows=rows,
     )
-    write_json(json, parse_json(dumps(result, default=float)))  # parse_json turns NaN into None
+    for path in [json] if json else own_results(candidates):
+        write_json(path, parse_json(dumps(result, default=float)))  # parse_json turns NaN into None
+
+
+def own_results(candidates):
+    """The files that keep a result without --json: eval.json of each LN-free run here."""
+    runs = [c.source for c in candidates if c.role == "ln_free" and run_settings(c.source)]
+    return [os.path.join(run, "eval.json") for run in runs if os.access(run, os.W_OK)]
 
 
 def verify_models(sources):
@@ -384,6 +400,7 @@ def verify_models(sources):
 
 def main():
     global block_size, device
+    run = take_source()
     configure(globals(), sys.argv[1:], __doc__, at_least=dict(batch_size=1),
               choices=dict(dtype=("float32", "bfloat16")))
     if json:
@@ -391,7 +408,7 @@ def main():
         if not os.path.isdir(os.path.dirname(json) or "."):
             raise UserError(f"--json={json}: there is no directory {os.path.dirname(json)}")
     if verify:
-        verify_models(items(models) or last_run()[0][-1:])
+        verify_models(items(models) or [run or last_removal()])
 
     ranks.use_all_gpus(device)
     torch.set_float32_matmul_precision("highest")  # no TF32, whatever the environment asks for
@@ -400,7 +417,10 @@ def main():
     ranks.join("cpu")  # gloo: a few results at the end, whatever the device
 
     with ranks.rank_0_first():  # rank 0 downloads and prepares
-        sources, run_dataset = (items(models), "") if items(models) else last_run()
+        sources, run_dataset = items(models), ""
+        if run or not sources:
+            of_run, run_dataset = models_of(run or last_removal())
+            sources = list(dict.fromkeys([*of_run, *sources]))
         if reference and reference not in sources:
             sources.insert(0, reference)
         candidates = [open_candidate(source) for source in sources]
@@ -413,6 +433,8 @@ def main():
         if "hellaswag" in names:
             encode = tokenizer_of(candidates[0].model, model_directory(candidates[0].source)).encode
             examples = hellaswag.fetch_examples()
+    for path in own_results(candidates):
+        check_file(path, ["command", "rows"])
     for c in candidates:
         c.model.to(device)
         if dtype == "bfloat16":
@@ -435,14 +457,14 @@ def main():
         if ranks.RANK == 0:
             found = [dict(dataset=name, source=c.source, role=c.role) | row for c, row in zip(candidates, measured)]
             rows += found
-            if json:  # before it is shown, which can fail
-                write_result(rows, data_hashes, candidates)
+            write_result(rows, data_hashes, candidates)  # before it is shown, which can fail
             show(found)
     removed = [c.source for c in candidates if c.role == "ln_free" and run_settings(c.source)]
-    commands = [f"tools.plot {json}"] * bool(json and "residual" in names)
-    commands += [f"tools.plot {removed[-1]}", f"tools.export {removed[-1]} --to=hf"] if removed else []
-    if commands:
-        ranks.say("next: " + "; ".join("python -m " + command for command in commands))
+    commands = [command("tools.plot", json)] * bool(json and "residual" in names)
+    for run in removed[-1:]:
+        commands += [command("tools.plot", run), command("tools.export", run, "--to=hf")]
+    if ranks.RANK == 0:
+        say_next(*commands)
     ranks.leave()
 
 

@@ -26,7 +26,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
-from parts.errors import UserError, begin_script, interruptible, on_disk, reading
+from parts.errors import UserError, begin_script, command, interruptible, say_next, on_disk, reading
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
@@ -326,10 +326,12 @@ def say_special_tokens(path, made, meta):
         print(f"note: {note}")
 
 
-def next_command(name):
+def next_command(name, made):
     configs = dict(stdlib="remove_ln_tiny", stdlib_pretrain="pretrain_tiny", owt="remove_ln")
-    mine = f"config/remove_ln_mine.py --init_from=path/to/model --dataset={name}"
-    return "python train.py " + (f"config/{configs[name]}.py" if name in configs else mine)
+    if name in configs:
+        return command("train.py", f"config/{configs[name]}.py")
+    model = made.name if os.path.isdir(made.name) else "path/to/model"
+    return command("train.py", "config/remove_ln_mine.py", f"--init_from={model}", f"--dataset={name}")
 
 
 def request():
@@ -412,7 +414,7 @@ def main():
     done = os.path.join("data", name)
     half = unfinished(done)
     if not force and is_prepared(done, meta):
-        return
+        return say_next(next_command(name, made))
     check_folder(done, TOKEN_FILES, ["meta.json"])
     if sources is None:
         sources = hub_sources(HUB.get(dataset, dataset), split, folder)
@@ -436,7 +438,7 @@ def main():
         print(f"this is a part of OpenWebText: {documents:,} of {OWT_DOCUMENTS:,} documents")
     say_what_val_shows(meta["val"]["tokens"], "byte" if made.name == "bytes" else "token")
     if val_every != 1:
-        print(f"next: {next_command(name)}")
+        say_next(next_command(name, made))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ the loop, `remove(...)`: schedule.py has it, and model.py has the LayerNorm.
 """
 import math
 import os
+import secrets
 import sys
 import time
 
-from parts.errors import UserError, begin_script
+from parts.errors import UserError, begin_script, say_next
 
 begin_script()  # before the slow imports
 
@@ -101,8 +102,6 @@ auto = auto and init_from != "resume" and not force and bool(checkpoint.found(ou
 resuming = auto or init_from == "resume"
 run.check_out_dir(out_dir, "resume" if resuming else init_from, teacher, force)
 lock = run.lock_run(out_dir)  # two runs at a time would mix their files
-if compile:
-    check_compiler()
 if gradient_accumulation_steps % ranks.WORLD:
     n = gradient_accumulation_steps
     divisors = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
@@ -149,6 +148,12 @@ if teacher and kl_share == 0:
 if ln_schedule and block_size == 1:
     raise UserError("block_size 1 has only position 0, and ln_schedule needs the std of others too")
 parameters = sum(p.numel() for p in model.parameters())
+if compile and parameters < 5e6 and not any(arg.startswith("--compile") for arg in sys.argv):
+    ranks.say("not compiled: for so small a model that takes longer than it saves; --compile compiles all the same")
+    compile = False
+if compile:
+    check_compiler()
+    ranks.say("torch.compile: the first step takes a minute or more")
 if device == "auto" and machine == "cpu" and parameters > 50e6:
     raise UserError(f"{parameters / 1e6:.0f} M parameters and no GPU: a step would take minutes; "
                     "if you mean it, --device=cpu")
@@ -196,6 +201,8 @@ if ln_schedule or (resumed and resumed["settings"]["ln_schedule"]):
 set_treatments(model, events, start)
 
 # --- the run's folder and log
+if wandb_log:
+    settings["wandb_id"] = (resumed and resumed["settings"].get("wandb_id")) or secrets.token_hex(8)
 wandb = run.start_wandb(wandb_project, out_dir, settings) if wandb_log else None
 lock = run.open_run(out_dir, settings, resumed, lock)
 log = run.Log(out_dir, start, wandb)
@@ -397,5 +404,5 @@ if ranks.RANK == 0:
     n_removed = sum(site.removed for site in model.sites().values())
     state = "LN-free" if model.ln_free() else f"{n_removed} of {len(model.sites())} sites without LN"
     ranks.say(f"{out_dir}/model: {state}")
-    ranks.say("next: " + run.next_command(settings, n_removed > 0))
+    say_next(run.next_command(settings, n_removed > 0))
 ranks.leave()

@@ -6,6 +6,7 @@ import re
 
 import huggingface_hub as hub
 
+from parts.data import token_word
 from parts.errors import UserError, reading
 from parts.files import read_dict, read_json, run_settings
 
@@ -123,11 +124,14 @@ def evaluation(source, sha256):
 
 def table(rows):
     """The evaluation in Markdown, each number with its standard error."""
-    lines = ["| dataset | model | loss, nats per token | gap to control |", "|---|---|---|---|"]
+    if not rows:
+        return "Its evaluation: not measured."
+    word = token_word(rows[0]["dataset"])
+    lines = [f"| dataset | model | loss, nats per {word} | gap to control |", "|---|---|---|---|"]
     for row in rows:
         cells = [row["dataset"], row["role"].replace("ln_free", "LN-free")]
         for key, form in (("loss", ".4f"), ("gap", "+.4f")):
             number, error = row.get(key), row.get(key + "_se")
             cells.append("" if number is None else f"{number:{form}}" + ("" if error is None else f" ± {error:.4f}"))
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if rows else "Its evaluation: not measured."
+    return "\n".join(lines)

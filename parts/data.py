@@ -96,7 +96,11 @@ def val_starts(tokens, n, block_size):
 
 
 def read_windows(tokens, starts, block_size, device):
-    """Inputs and targets, (len(starts), block_size) int64 each, on the device. Target t is the token after input t."""
+    """Inputs and targets, (len(starts), block_size) int64 each, on the device. Target t is the token after input t.
+    UserError if the token file was written over: reading beyond its new end would kill the process."""
+    path = getattr(tokens, "filename", None)
+    if path and os.path.exists(path) and os.path.getsize(path) != tokens.nbytes:
+        raise UserError(f"{path} was written over while it is in use")
     windows = np.stack([tokens[i : i + block_size + 1] for i in starts]).astype(np.int64)
     x, y = torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
     if torch.device(device).type == "cuda":

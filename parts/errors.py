@@ -4,6 +4,7 @@ is a mistake in the code and keeps its traceback.
 """
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 # what a user, a scheduler or a closed terminal ends a process with; Windows has only two of them
 ENDINGS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 PATIENCE = 20  # seconds
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class UserError(ValueError):
@@ -86,6 +88,21 @@ def begin_script():
             getattr(sys, name).reconfigure(errors="replace")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # a line that can't be written fails where it is printed
+
+
+def command(script, *args):
+    """A command line that runs a script of ours, such as train.py or tools.lens, from the folder that we are in."""
+    here = "" if os.path.realpath(os.curdir) == os.path.realpath(REPO) else REPO
+    args = [os.path.join(here, arg) if arg.startswith("config/") else arg for arg in args]
+    if script.endswith(".py"):
+        return shlex.join(["python", os.path.join(here, script), *args])
+    return f"PYTHONPATH={shlex.quote(here)} " * bool(here) + shlex.join(["python", "-m", script, *args])
+
+
+def say_next(*commands):
+    """Print what to type next, but not under make, which runs it itself."""
+    if commands and "MAKELEVEL" not in os.environ:
+        print("next: " + "; ".join(commands))
 
 
 def show(kind, error, traceback):

@@ -13,7 +13,7 @@ import torch
 
 from model import GPT
 from parts import checkpoint, ranks
-from parts.errors import UserError, on_disk, reading
+from parts.errors import UserError, command, on_disk, reading
 from parts.files import FolderLock, read_lines, remove_empty, remove_files, run_settings
 from parts.files import unfinished, whole_file, write_json
 from parts.tokenizer import remove_copied_tokenizer
@@ -151,7 +151,8 @@ def log_entries(path):
 
 
 def start_wandb(project, out_dir, settings):
-    """On rank 0, the wandb module with a run in it. UserError: not installed, not logged in, or no network."""
+    """On rank 0, the wandb module with a run in it, which goes on when the run is resumed. UserError: not installed, not
+    logged in, or no network."""
     if ranks.RANK > 0:
         return None
     try:
@@ -159,7 +160,8 @@ def start_wandb(project, out_dir, settings):
     except ImportError:
         raise UserError("wandb_log needs `pip install wandb`") from None
     try:
-        wandb.init(project=project, name=os.path.basename(out_dir), config=settings)
+        wandb.init(project=project, name=os.path.basename(out_dir), config=settings, id=settings["wandb_id"],
+                   resume="allow")
     except wandb.Error as e:
         raise UserError(f"wandb_log: {str(e).splitlines()[0]}") from None
     return wandb
@@ -176,7 +178,7 @@ def what_is_kept(out_dir):
 
 def resume_command():
     """The command that continues this run."""
-    return command([*sys.argv, "--init_from=resume"])
+    return as_typed([*sys.argv, "--init_from=resume"])
 
 
 def control_command(out_dir):
@@ -185,29 +187,29 @@ def control_command(out_dir):
     first_flag = next((i for i, arg in enumerate(args) if arg.startswith("--")), len(args))
     again = {"--out_dir": f"{out_dir}_control", "--ln_schedule": "[]", "--aux_loss_weight": "0"}
     changed = [f"{key}={value}" for key, value in again.items() if any(arg.startswith(key) for arg in args)]
-    return command([*args[:first_flag], "config/control.py", *args[first_flag:], *changed])
+    control = os.path.join(os.path.dirname(args[0]), "config/control.py")
+    return as_typed([*args[:first_flag], control, *args[first_flag:], *changed])
 
 
-def next_command(settings, removed):
-    """What to type after a finished run. removed: whether its model lost a LayerNorm."""
-    out_dir, init_from = settings["out_dir"], settings["init_from"]
-    if not removed and init_from == "scratch":
-        flags = f"--init_from={out_dir}/model --dataset={settings['dataset']}"
-        return f"python train.py config/remove_ln_mine.py {flags}"
-    run = out_dir.removesuffix("_control")
-    if removed and not os.path.isdir(run + "_control/model"):
-        return control_command(out_dir) + "  (its control)"
-    if not removed and (run == out_dir or not os.path.isdir(run + "/model")):
-        return f"python eval.py --models={init_from},{out_dir} --dataset={settings['dataset']}"
-    return f"python eval.py --models={init_from},{run}_control,{run} --dataset={settings['dataset']}"
-
-
-def command(argv):
-    """A command line as it was typed, with python or torchrun."""
+def as_typed(argv):
+    """A command line of this script, with python or torchrun."""
     launcher = ["python"]
     if ranks.WORLD > 1:
         launcher = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks.WORLD)}"]
     return shlex.join([*launcher, *argv])
+
+
+def next_command(settings, removed):
+    """What to type after a finished run. removed: whether its model lost a LayerNorm."""
+    out_dir, init_from, data = settings["out_dir"], settings["init_from"], f"--dataset={settings['dataset']}"
+    run = out_dir.removesuffix("_control")
+    if removed and not os.path.isdir(run + "_control/model"):
+        return control_command(out_dir) + "  (its control)"
+    if os.path.isdir(run + "/model") and (removed or run != out_dir):
+        return command("eval.py", run, data)
+    if init_from == "scratch":
+        return command("train.py", "config/remove_ln_mine.py", f"--init_from={out_dir}/model", data)
+    return command("eval.py", f"--models={init_from},{out_dir}", data)
 
 
 # --- models that a run or another script starts from

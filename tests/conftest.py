@@ -22,6 +22,7 @@ import torch
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(REPO, "assets", "tiny")
 sys.path.insert(0, REPO)
+os.environ.pop("MAKELEVEL", None)  # under make, scripts don't say what comes next
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network; test_hub.py has a hub of its own
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it; a shell's background ignores it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it

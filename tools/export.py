@@ -16,7 +16,7 @@ import sys
 import tempfile
 from dataclasses import replace
 
-from parts.errors import UserError, begin_script, first_line, on_disk
+from parts.errors import UserError, begin_script, first_line, on_disk, say_next
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
@@ -94,7 +94,10 @@ def to_bridge(model, **kwargs):
 @torch.no_grad()
 def to_hooked(model):
     """An LN-free GPT -> a HookedTransformer of TransformerLens 2 or 3, with normalization_type=None."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+    except ImportError:
+        raise ImportError("to_hooked needs TransformerLens 2 or 3; to_bridge is for 4") from None
 
     model = model if model.config.folded else model.fold()
     c = model.config
@@ -217,7 +220,7 @@ def main():
         print("note: it overflows in float16: load it in float32 or bfloat16")
     if push:
         upload(folder)
-    print(f"next: {folder}/README.md has the lines that open it in other tools")
+    say_next(f"{folder}/README.md has the lines that open it in other tools")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ unembedding reads, not what later layers make of it.
 """
 import os
 import sys
+import textwrap
 
-from parts.errors import UserError, begin_script
+from parts.errors import UserError, begin_script, command, say_next
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
@@ -28,7 +29,7 @@ from model import GPT, std_of
 from parts.files import run_settings
 from parts.run import model_directory
 from parts.tokenizer import tokenizer_of
-from tools.plot import check_picture, save
+from tools.plot import ROLES, check_picture, save
 
 # -----------------------------------------------------------------------------
 prompt = ""  # the text; the logit is for the token after it
@@ -150,12 +151,12 @@ def draw(found, old, path, title):
     fig = Figure(figsize=(13, 6), layout="constrained")
     left, right = fig.subplots(1, 2)
     names = list(found)[:20][::-1]
-    left.barh(names, [found[name][0] for name in names], color="tab:red")
+    left.barh(names, [found[name][0] for name in names], color=ROLES["ln_free"])
     left.axvline(0, color="black", linewidth=0.8)
-    left.set_xlabel("contribution to the logit, LN-free")
+    left.set_xlabel(f"contribution to the logit, LN-free: the {len(names)} largest of {len(found)}")
     left.set_title(title.replace("$", r"\$"), fontsize=10)  # no formula
-    for pairs, label, color in ((old, "original, std held", "tab:blue"), (found, "LN-free", "tab:red")):
-        right.plot(*zip(*pairs.values()), "o", color=color, label=label, markersize=4, alpha=0.7)
+    for pairs, label, role in ((old, "original, std held", "original"), (found, "LN-free", "ln_free")):
+        right.plot(*zip(*pairs.values()), "o", color=ROLES[role], label=label, markersize=4, alpha=0.7)
     ends = [*right.get_xlim(), *right.get_ylim()]
     right.plot([min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=0.8, label="equal")
     right.set_xlabel("contribution")
@@ -205,8 +206,9 @@ def main():
     show(found, old)
     show_layers(logit_lens(free, components, target), logit_lens(with_ln, old_components, target), tokenizer)
     print()
-    draw(found[0], old[0], path, f"{tokenizer.decode([target])!a} after {prompt[-40:]!a}")  # any font has ASCII
-    print(f"next: python -m tools.export {source} --to=hf")
+    last_words = textwrap.shorten(prompt[::-1], 60, placeholder="...")[::-1]
+    draw(found[0], old[0], path, f"{tokenizer.decode([target])!a} after {last_words!a}")  # any font has ASCII
+    say_next(command("tools.export", source, "--to=hf"))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ Pictures of a run and of a residual stream.
 
 A run is drawn beside its control, out/remove_ln_tiny_control, if there is one.
 """
+import math
 import os
 import sys
 
-from parts.errors import UserError, begin_script, reading
+from parts.errors import UserError, begin_script, command, say_next, reading
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
@@ -22,6 +23,7 @@ from parts.data import token_word
 from parts.files import read_json, run_settings, whole_file
 from parts.run import log_entries
 
+ROLES = dict(original="tab:gray", control="tab:blue", ln_free="tab:red", part="tab:orange")  # in every picture
 COLORS = {"ln_2": "tab:green", "ln_1qk": "tab:purple", "ln_1v": "tab:brown", "ln_f": "black"}
 BESIDE = dict(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)  # the legend covers no curve
 
@@ -55,30 +57,33 @@ def plot_run(run):
     fig = Figure(figsize=(13, 7), layout="constrained")
     top, low = fig.subplots(2, 1, sharex=True, height_ratios=(3, 2))
 
-    draw_losses(top, loss, val, "tab:red", "LN-free")
+    settings = run_settings(run)
+    draw_losses(top, loss, val, ROLES["ln_free"], "LN-free" if events else os.path.basename(run))
     if old_loss:
-        draw_losses(top, old_loss, old_val, "tab:blue", "control")
+        draw_losses(top, old_loss, old_val, ROLES["control"], "control")
     top.legend(**BESIDE)
-    top.set_ylabel(f"loss, nats per {token_word(run_settings(run).get('dataset', ''))}")
+    top.set_title(run, fontsize=10, pad=60 if events else 6)  # above the names of the removals
+    top.set_ylabel(f"loss, nats per {token_word(settings.get('dataset', ''))}")
     # a removal can throw the loss far up for a step or two: the axis leaves such steps out
     losses = np.array([*loss.values(), *val.values(), *old_loss.values()])
     top.set_ylim(losses.min() - 0.02, min(losses.max(), np.quantile(losses, 0.99) + 0.1) + 0.02)
 
     gap = {step: loss[step] - old_loss[step] for step in loss if step in old_loss}
     if gap:
-        draw_losses(low, gap, {step: val[step] - old_val[step] for step in val if step in old_val}, "tab:red", "gap")
+        draw_losses(low, gap, {step: val[step] - old_val[step] for step in val if step in old_val}, ROLES["ln_free"], "gap")
         gaps = np.array(list(gap.values()))
         low.set_ylim(min(gaps.min(), 0) - 0.005, np.quantile(gaps, 0.97) * 1.2 + 0.01)
         low.legend(**BESIDE)
-    low.axhline(0, color="tab:blue", linewidth=0.8)
+    low.axhline(0, color=ROLES["control"], linewidth=0.8)
     low.set_ylabel("LN-free minus control")
-    low.set_xlabel("step")
+    tokens = math.prod(settings.get(key, 0) for key in ("batch_size", "gradient_accumulation_steps", "block_size"))
+    low.set_xlabel(f"step, of {tokens:,} tokens")
 
     if events:
         draw_events(top, low, events, loss)
     save(fig, os.path.join(run, "loss.png"))
     if events:
-        print(f"next: python -m tools.lens {run} --prompt=TEXT; python -m tools.export {run} --to=hf")
+        say_next(command("tools.lens", run, "--prompt=TEXT"), command("tools.export", run, "--to=hf"))
 
 
 def smoothed(values):
@@ -90,7 +95,7 @@ def smoothed(values):
 def draw_losses(axis, loss, val, color, name):
     """{step: train loss}, each one and smoothed, and {step: val loss}."""
     steps, losses = list(loss.keys()), list(loss.values())
-    axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.6)
+    axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.6, label=f"{name}, each step")
     axis.plot(steps, smoothed(losses), color=color, linewidth=1.2, label=f"{name}, smoothed")
     axis.plot(val.keys(), val.values(), "o", color=color, label=f"{name}, val", markersize=5)
 
@@ -114,15 +119,17 @@ def draw_events(top, low, events, loss):
     step = max((step for step in loss if last <= step < last + 10), key=loss.get, default=None)
     if step is not None:
         at = step, min(loss[step], top.get_ylim()[1])
-        where = dict(textcoords="offset points", va="top", arrowprops=dict(arrowstyle="->", linewidth=0.8))
-        top.annotate(f"{loss[step]:.2f} after {kind}", at, (12, -14), fontsize=8, **where)
+        side, ha = (-12, "right") if step > (left + right) / 2 else (12, "left")
+        where = dict(textcoords="offset points", va="top", ha=ha, arrowprops=dict(arrowstyle="->", linewidth=0.8))
+        top.annotate(f"{loss[step]:.2f} after {kind}", at, (side, -14), fontsize=8, **where)
 
 
 # --- a residual stream
 
 
 def read_rows(source):
-    """A table of eval.py -> [(label, {site: {kind of token: (mean, spread) of the std}})] of its models. UserError."""
+    """A table of eval.py -> [(label, color, {site: {kind of token: (mean, spread) of the std}})] of its models.
+    UserError."""
     rows = []
     with reading(source, f"write it with `python eval.py --dataset=residual --json={source}`"):
         for row in read_json(source)["rows"]:
@@ -134,7 +141,7 @@ def read_rows(source):
                 stds[site] = {kind: (float(std["mean"]), float(std["spread"])) for kind, std in kinds.items()}
             role = row["role"].replace("ln_free", "LN-free")
             label = f"{role}: {row['source']}, attention sinks {row['sink_rate']:.1%}"
-            rows.append((label.replace("$", r"\$"), stds))  # no formula
+            rows.append((label.replace("$", r"\$"), ROLES[row["role"]], stds))  # no formula
         if not rows:
             raise ValueError("it has no row of --dataset=residual")
     return rows
@@ -143,18 +150,18 @@ def read_rows(source):
 def plot_residual(source):
     """The std before each site, a line for each model and a picture for each kind of token."""
     rows = read_rows(source)
-    sites = list(max((stds for _, stds in rows), key=len))  # the deepest model has the most
+    sites = list(max((stds for *_, stds in rows), key=len))  # the deepest model has the most
     every = -(-len(sites) // 16)
-    kinds = [kind for kind in ("position_0", "eot", "others") if any(kind in stds["ln_f"] for _, stds in rows)]
+    kinds = [kind for kind in ("position_0", "eot", "others") if any(kind in stds["ln_f"] for *_, stds in rows)]
     fig = Figure(figsize=(5 * len(kinds), 5), layout="constrained")
     axes = fig.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     for axis, kind in zip(axes, kinds):
-        for i, (label, stds) in enumerate(rows):
+        for i, (label, color, stds) in enumerate(rows):
             mean, spread = np.array([stds.get(site, {}).get(kind, (np.nan, np.nan)) for site in sites]).T
             width = max(1, 5 - 2 * i)  # where lines coincide, the one below is wider
-            axis.plot(sites, mean, "o-", color=f"C{i}", markersize=3, linewidth=width, label=label)
+            axis.plot(sites, mean, "o-", color=color, markersize=3, linewidth=width, label=label)
             lower = np.maximum(mean - spread, mean / 10)  # the axis is logarithmic
-            axis.fill_between(sites, lower, mean + spread, color=f"C{i}", alpha=0.15, linewidth=0)
+            axis.fill_between(sites, lower, mean + spread, color=color, alpha=0.15, linewidth=0)
         axis.set_yscale("log")
         axis.set_title(kind.replace("_", " "))
         axis.set_xticks(range(0, len(sites), every), sites[::every], rotation=90, fontsize=8)
