@@ -75,20 +75,6 @@ def test_weights_initialise_as_gpt2s():
             assert abs(p.std().item() / expected - 1) < 0.03, name
 
 
-def test_a_call_returns_the_same_in_training_and_in_evaluation(tiny):
-    """logits and loss; with streams what the objective reads. Without dropout even the values are the same."""
-    idx = tiny_tokens(2, 64)
-    with torch.no_grad():
-        for options in (dict(), dict(targets=idx), dict(streams=True)):
-            for a, b in zip(tiny.train()(idx, **options), tiny.eval()(idx, **options), strict=True):
-                assert torch.equal(a, b) if a is not None else b is None
-        logits, loss = tiny(idx)
-        stream, hidden = tiny(idx, streams=True)
-    assert loss is None
-    assert torch.equal(tiny.transformer.ln_f(stream, torch.tensor(False)), hidden)
-    assert torch.equal(tiny.lm_head(hidden), logits)
-
-
 # --- sites, modes and constants
 
 
@@ -99,18 +85,12 @@ def test_sites_have_the_names_of_the_design_and_are_real_at_first(tiny):
     assert not tiny.bos_on and not tiny.eot_on
     with torch.device("meta"):
         assert len(GPT(GPTConfig()).ln_modes()) == 37  # GPT-2 small
-
     tiny.set_ln_mode("ln_1v", 2, "fake")
-    block = tiny.transformer.h[2]
-    assert dict(block.ln_mode) == {"ln_1qk": "real", "ln_1v": "fake", "ln_2": "real"}
-    with pytest.raises(TypeError):
-        block.ln_mode["ln_2"] = "fake"  # it only shows
+    assert tiny.transformer.h[2].ln_mode == {"ln_1qk": "real", "ln_1v": "fake", "ln_2": "real"}
 
 
 @pytest.mark.parametrize("method, args", [
-    ("set_ln_mode", ("ln_3", 0, "fake")),
     ("set_ln_mode", ("ln_2", 99, "fake")),
-    ("set_ln_mode", ("ln_2", None, "fake")),
     ("set_ln_mode", ("ln_f", 0, "fake")),
     ("set_ln_mode", ("ln_2", 0, "off")),
     ("set_treatment", ("ln_2", True)),
@@ -146,9 +126,7 @@ def test_a_fake_layernorm_computes_in_float32_under_autocast():
     x = torch.randn(2, 3, 64)
     use_bos = torch.tensor(False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(site(x, use_bos), site(x.float(), use_bos))
-        assert site(x, use_bos).dtype == torch.float32
-        assert site(x.bfloat16(), use_bos).dtype == torch.float32
+        assert site(x, use_bos).dtype == site(x.bfloat16(), use_bos).dtype == torch.float32
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -217,8 +195,6 @@ def test_constants_are_measured_from_a_batch_where_a_site_is_real(hf_and_ours):
     with torch.no_grad():
         hf(idx)
 
-    model.set_ln_mode("ln_2", 1, "fake")
-    model.set_ln_mode("ln_2", 1, "real")
     model.measure_std(idx)
     model.set_ln_mode("ln_2", 0, "fake")
     constants = {name: (site.avg_std.item(), site.bos_std.item()) for name, site in model.sites().items()}
@@ -237,46 +213,34 @@ def test_constants_are_measured_from_a_batch_where_a_site_is_real(hf_and_ours):
 # --- folding
 
 
-@pytest.mark.parametrize("bias, dtype, atol", [
-    (True, torch.float32, 1e-4),
-    (True, torch.float64, 1e-10),
-    (False, torch.float64, 1e-10),
-])
-def test_folded_equals_unfolded_and_has_no_layernorm(hf_and_ours, bias, dtype, atol):
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_equals_unfolded_and_has_no_layernorm(hf_and_ours, bias):
     model = hf_and_ours()[1]
     if not bias:
         model = GPT(replace(model.config, bias=False)).eval()
     idx = torch.randint(0, 300, (2, 96))
     model.measure_std(idx)
-    for site in set_all_fake(model).to(dtype).sites().values():
+    for site in set_all_fake(model).double().sites().values():
         site.avg_std.mul_(0.5 + torch.rand(()))  # ln_1qk and ln_1v, which read the same, differ
     folded = model.fold()
     with torch.no_grad():
-        torch.testing.assert_close(folded(idx)[0], model(idx)[0], atol=atol, rtol=0)
+        torch.testing.assert_close(folded(idx)[0], model(idx)[0], atol=1e-10, rtol=0)
 
-    names = [name for name, _ in folded.named_modules()] + list(folded.state_dict())
-    assert not any("ln_" in name for name in names)
+    assert not any("ln_" in name for name in folded.state_dict())
     assert not any("norm" in type(module).__name__.lower() for module in folded.modules())
-    assert folded.lm_head.bias.shape == (300,)
-    assert folded.lm_head.weight.data_ptr() != folded.transformer.wte.weight.data_ptr()
-    assert folded.ln_modes() == {}
     assert folded.ln_free()
 
 
 def test_fold_refuses_a_model_that_is_not_ln_free_and_names_the_first_reason(tiny):
-    def assert_refused(named):
-        with pytest.raises(ValueError, match=named):
-            tiny.fold()
-
-    assert_refused("h.0.ln_1qk")
-    set_all_fake(tiny).transformer.ln_f.ln_mode = "real"
-    assert_refused("ln_f")
+    with pytest.raises(ValueError, match="h.0.ln_1qk"):
+        tiny.fold()
     set_all_fake(tiny)
     for treatment in ("bos", "eot"):
         tiny.set_treatment(treatment, True)
-        assert_refused(treatment)
+        with pytest.raises(ValueError, match=treatment):
+            tiny.fold()
         tiny.set_treatment(treatment, False)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="folded"):
         tiny.fold().fold()
 
 
@@ -308,10 +272,8 @@ def test_all_real_is_a_plain_gpt2_directory(hf_and_ours, tmp_path):
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_transformers_refuses_what_is_not_a_plain_gpt2(tiny, tmp_path, folded):
-    set_all_fake(tiny)
-    model = tiny.fold() if folded else tiny
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] != "gpt2"
+    model = set_all_fake(tiny)
+    (model.fold() if folded else model).save_pretrained(tmp_path)
     for loader in (AutoModelForCausalLM, GPT2LMHeadModel):
         with pytest.raises((ValueError, KeyError)):
             loader.from_pretrained(tmp_path)
@@ -367,8 +329,7 @@ assert not {"parts", "safetensors", "huggingface_hub", "transformers"} & set(sys
 
 
 def test_model_py_alone_in_an_empty_folder_needs_nothing_but_torch(tmp_path):
-    """Built, run, measured, switched, folded, and read back through the names and shapes of a Hugging Face file."""
     shutil.copy(os.path.join(REPO, "model.py"), tmp_path)
     command = [sys.executable, "-I", "-c", ALONE, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
