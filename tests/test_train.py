@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import SCHEDULE, SHORT, TINY, even_windows, read_json, read_log, read_tokens
-from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from model import GPT
 from parts import checkpoint, data
@@ -31,8 +32,6 @@ def test_the_same_seed_and_step_give_the_same_windows():
     assert (starts == data.train_starts(tokens, 1, 7, 64, 10)).all()
     assert (starts != data.train_starts(tokens, 1, 8, 64, 10)).any()
     assert (starts != data.train_starts(tokens, 2, 7, 64, 10)).any()
-    assert starts.min() >= 0
-    assert starts.max() <= 989
     assert set(data.train_starts(tokens[:12], 0, 0, 200, 10)) == {0, 1}  # both windows that fit, no other
 
 
@@ -59,8 +58,8 @@ def removal(run, stdlib):
     return removal
 
 
-def events_in_log(folder="out/run"):
-    return [(entry["step"], entry["event"]) for entry in read_log(folder) if "event" in entry]
+def events_in_log():
+    return [(entry["step"], entry["event"]) for entry in read_log() if "event" in entry]
 
 
 def test_a_run_removes_every_layernorm_and_leaves_its_four_files(removal):
@@ -68,13 +67,8 @@ def test_a_run_removes_every_layernorm_and_leaves_its_four_files(removal):
     assert done.code == 0, done.text
     assert sorted(os.listdir("out/run")) == ["ckpt.pt", "log.jsonl", "model", "settings.json"]
 
-    model = GPT.from_pretrained("out/run/model").eval()
+    model = GPT.from_pretrained("out/run/model")
     assert model.ln_free()
-    assert set(model.ln_modes().values()) == {"fake"}
-    x, _ = data.read_windows(read_tokens("val", "stdlib"), [0, 5000], 256, "cpu")
-    with torch.no_grad():
-        torch.testing.assert_close(model.fold()(x)[0], model(x)[0], atol=1e-4, rtol=0)
-
     assert events_in_log() == [
         *[(1 + i, f"h.{i}.ln_2") for i in range(4)],
         *[(5, f"h.{i}.ln_1qk") for i in range(4)],
@@ -86,7 +80,6 @@ def test_a_run_removes_every_layernorm_and_leaves_its_four_files(removal):
     logged = {entry["event"]: (entry["avg_std"], entry["bos_std"]) for entry in log if "avg_std" in entry}
     assert logged == {name: (site.avg_std.item(), site.bos_std.item()) for name, site in model.sites().items()}
     settings = read_json("out/run/settings.json")
-    assert settings["max_iters"] == 12
     assert settings["ln_schedule"] == [list(row) for row in SCHEDULE]
     assert settings["n_embd"] == model.config.n_embd
 
@@ -135,19 +128,16 @@ def test_the_constants_of_an_event_are_those_of_its_batch_and_weights(removal, s
     assert len(entries) == 5
     for entry in entries:
         std = std_before(GPT.from_pretrained(TINY), entry["event"], x)
-        ordinary = std[:, 1:].mean().item()
-        expected = ordinary if std_over == "ordinary" else std.mean().item()
-        assert entry["avg_std"] == pytest.approx(expected, rel=1e-4)
-        assert expected == ordinary or expected != pytest.approx(ordinary, rel=1e-3)
+        averaged = std[:, 1:] if std_over == "ordinary" else std
+        assert entry["avg_std"] == pytest.approx(averaged.mean().item(), rel=1e-4)
         if std_over == "ordinary":
             assert entry["bos_std"] == pytest.approx(std[:, 0].mean().item(), rel=1e-4)
 
 
 def test_constants_can_be_moving_averages_over_steps(removal):
     """At a learning rate of 0 the weights stay, so that each step's own std can be measured here."""
-    schedule = [("ln_f", 3, None)]
     still = ["--learning_rate=0", "--min_lr=0", "--weight_decay=0"]
-    args = [f"--ln_schedule={schedule}", "--dtype=float32", "--std_momentum=0.7", "--max_iters=4"]
+    args = ["--ln_schedule=[('ln_f', 3, None)]", "--dtype=float32", "--std_momentum=0.7", "--max_iters=4"]
     assert removal(*args, *still).code == 0
     model = GPT.from_pretrained(TINY)
     expected = None
@@ -177,8 +167,6 @@ def test_gradient_accumulation_is_one_large_batch(removal):
 
 def test_evaluation_is_the_mean_loss_of_the_even_windows(removal):
     """Against transformers on the windows by hand."""
-    from transformers import AutoModelForCausalLM
-
     args = ["--max_iters=1", "--ln_schedule=[]", "--learning_rate=1e-12", "--min_lr=0"]
     assert removal("--dtype=float32", *args).code == 0
     windows = even_windows(4, 32)
@@ -190,12 +178,6 @@ def test_evaluation_is_the_mean_loss_of_the_even_windows(removal):
 
 
 # --- interruption
-
-
-def assert_same_tensors(path, expected):
-    found = load_file(path)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def log_without_speed(folder):
@@ -221,7 +203,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(removal, at_step, step):
 
     resumed = removal(*args, "--init_from=resume")
     assert resumed.code == 0, resumed.text
-    assert_same_tensors(MODEL, load_file("out/whole/model/model.safetensors"))
+    assert Path(MODEL).read_bytes() == Path("out/whole/model/model.safetensors").read_bytes()
     assert log_without_speed("out/run") == log_without_speed("out/whole")
     assert read_json("out/run/settings.json")["init_from"] == TINY  # eval.py's original, not `resume`
 
@@ -242,21 +224,17 @@ def test_the_log_has_every_term_of_the_objective_by_its_name(run, stdlib):
     assert read_log(key="spread")[0] == pytest.approx(np.mean(each), rel=1e-4)
 
 
-class Killed(BaseException):
-    """Raised where a kill would end the process."""
-
-
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(removal, at_step):
     """What a kill at step 10 leaves: a checkpoint of step 8, and a log that goes further, with half a
     line at its end."""
     assert removal("--checkpoint_interval=8").code == 0
-    whole = load_file(MODEL)
+    whole = Path(MODEL).read_bytes()
 
     def kill():
-        raise Killed
+        raise KeyboardInterrupt
 
     at_step(10, kill)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         removal("--checkpoint_interval=8", "--force")
     with open("out/run/log.jsonl", "a") as f:
         f.write('{"step": 11, "lo')
@@ -264,7 +242,7 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(removal, at_step)
     assert not os.path.exists("out/run/model")
 
     assert removal("--checkpoint_interval=8", "--init_from=resume").code == 0
-    assert_same_tensors(MODEL, whole)
+    assert Path(MODEL).read_bytes() == whole
     assert [entry["step"] for entry in read_log() if "loss" in entry] == list(range(12))
 
 
@@ -276,16 +254,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
         checkpoint.write(path, {"step": 2, "model": torch.zeros(1000)})
     assert torch.load(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["ckpt.pt"]
-
-
-def test_an_ln_free_model_is_fine_tuned_and_resumed_and_another_schedule_is_refused(run, removal):
-    assert removal().code == 0
-    assert "h.0" in removal("--init_from=resume", "--max_iters=14", "--ln_schedule=[]").error
-    args = [*SHORT, "--init_from=out/run/model", "--out_dir=out/more", "--max_iters=2"]
-    assert run("train.py", *args).code == 0
-    resumed = run("train.py", *args, "--init_from=resume", "--max_iters=4")
-    assert resumed.code == 0, resumed.text
-    assert GPT.from_pretrained("out/more/model").ln_free()
 
 
 # --- what is logged
@@ -303,15 +271,10 @@ def test_wandb_gets_what_the_log_gets(removal, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     assert "wandb" in removal("--wandb_log").error
 
-    logged, started = [], []
-
-    def log(entry, step):
-        assert step == entry["step"]
-        logged.append(entry)
-
-    wandb = types.SimpleNamespace(init=lambda **settings: started.append(settings), log=log)
+    logged, started = [], {}
+    wandb = types.SimpleNamespace(init=lambda **settings: started.update(settings),
+                                  log=lambda entry, step: logged.append((step, entry)))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     assert removal("--wandb_log", "--wandb_project=mine").code == 0
-    assert logged == read_log()
-    assert started[0]["project"] == "mine"
-    assert started[0]["config"]["max_iters"] == 12
+    assert logged == [(entry["step"], entry) for entry in read_log()]
+    assert (started["project"], started["config"]["max_iters"]) == ("mine", 12)
