@@ -4,6 +4,7 @@ torchrun with two processes (gloo), and torch.compile: the same run, and the sam
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import soak
@@ -32,7 +33,6 @@ def torchrun(stdlib):
 
 @pytest.mark.parametrize("losses", [
     ["--kl_share=0.5", "--aux_loss_weight=0.1"],
-    pytest.param([], marks=pytest.mark.slow),
     pytest.param(["--kl_share=0.5", "--compile=True"], marks=pytest.mark.slow),
 ])
 def test_two_processes_see_the_same_run_as_one(run, torchrun, losses):
@@ -40,8 +40,7 @@ def test_two_processes_see_the_same_run_as_one(run, torchrun, losses):
     two = torchrun(*args, "--out_dir=out/two")
     assert two.code == 0, two.text
     assert two.text.count("step      0  loss") == 1  # rank 0 alone prints
-    one = run("train.py", *SHORT, "--dtype=float32", *args, "--out_dir=out/one")
-    assert one.code == 0, one.text
+    assert run("train.py", *SHORT, "--dtype=float32", *args, "--out_dir=out/one").code == 0
     for key in ("loss", "val_loss", "avg_std", "bos_std"):
         close = 1e-3 if "--compile=True" in losses else 1e-5
         assert read_log("out/two", key) == pytest.approx(read_log("out/one", key), rel=close)
@@ -58,15 +57,6 @@ def test_a_run_of_two_processes_is_resumed_by_one(run, torchrun):
     assert read_log("out/two", "val_loss")[-1] == pytest.approx(read_log("out/one", "val_loss")[-1], abs=0.002)
 
 
-@pytest.mark.slow
-def test_two_processes_resume_with_the_dropout_of_each(torchrun):
-    args = ["--dropout=0.2", "--ln_schedule=[]"]
-    assert torchrun(*args, "--max_iters=6", "--out_dir=out/whole").code == 0
-    assert torchrun(*args, "--max_iters=3", "--out_dir=out/cut").code == 0
-    assert torchrun(*args, "--max_iters=6", "--out_dir=out/cut", "--init_from=resume").code == 0
-    assert read_log("out/cut", "loss") == pytest.approx(read_log("out/whole", "loss"), rel=1e-5)
-
-
 def leaves(value):
     """The names, texts and numbers in lists and dicts, in order."""
     if isinstance(value, dict):
@@ -81,18 +71,15 @@ def test_two_processes_evaluate_to_the_same_numbers_as_one(run, torchrun, stdlib
     os.remove("data")
     os.makedirs("data/hellaswag")
     os.symlink(os.path.join(stdlib_data, "stdlib"), "data/stdlib")
-    with open(os.path.join(REPO, "tests", "hellaswag_42.jsonl")) as f:
-        examples = "".join(f.readlines()[:7])
-    with open("data/hellaswag/hellaswag_val.jsonl", "w") as f:
-        f.write(examples)
+    examples = Path(REPO, "tests/hellaswag_42.jsonl").read_text().splitlines(keepends=True)
+    Path("data/hellaswag/hellaswag_val.jsonl").write_text("".join(examples[:7]))
     random_hf(vocab_size=320, n_positions=256).save_pretrained("other")
 
     args = [f"--models={TINY},other", "--dataset=stdlib,hellaswag,residual"]
     args += ["--tokens=1300", "--block_size=100", "--batch_size=2"]
-    two = torchrun(*args, "--json=two.json", script="eval.py")
-    assert two.code == 0, two.text
-    one = run("eval.py", *args, "--json=one.json")
-    assert one.code == 0, one.text
+    done = torchrun(*args, "--json=two.json", script="eval.py")
+    assert done.code == 0, done.text
+    assert run("eval.py", *args, "--json=one.json").code == 0
     rows = read_json("one.json")["rows"]
     assert len(rows) == 6
     for two, one in zip(leaves(read_json("two.json")["rows"]), leaves(rows), strict=True):
@@ -105,6 +92,7 @@ def test_what_all_processes_meet_is_said_once(torchrun):
     assert done.code != 0
     first, _, torchruns = done.text.partition("torch/distributed/elastic")
     assert first.count("gradient_accumulation_steps 9") == first.count("error: ") == 1
+    assert "Traceback" not in first
     assert "gradient_accumulation_steps 9" in torchruns.splitlines()[-2]  # its last words, below its own traceback
 
 
@@ -138,15 +126,13 @@ GRAPHS = 4  # the blocks, and a piece of the loss, in training and in evaluation
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("losses, graphs", [([], GRAPHS), (["--kl_share=0.5"], GRAPHS + 1)])  # the teacher's own
-def test_compiled_through_every_event_is_the_eager_run(run, stdlib, count_graphs, losses, graphs):
-    """float32; and the number of graphs stays small."""
-    args = ["train.py", *SHORT, "--dtype=float32", f"--ln_schedule={SCHEDULE}", *losses]
+def test_compiled_through_every_event_is_the_eager_run(run, stdlib, count_graphs):
+    args = ["train.py", *SHORT, "--dtype=float32", f"--ln_schedule={SCHEDULE}", "--kl_share=0.5"]
     assert run(*args, "--out_dir=out/eager").code == 0
     assert count_graphs() == 0
     assert run(*args, "--out_dir=out/compiled", "--compile=True").code == 0
     assert read_log("out/compiled", "loss") == pytest.approx(read_log("out/eager", "loss"), rel=1e-3)
-    assert count_graphs() == graphs
+    assert count_graphs() == GRAPHS + 1  # the teacher's own
 
 
 @pytest.mark.slow
@@ -166,13 +152,11 @@ def test_gpt2_smalls_shape_goes_through_three_events(run, stdlib):
     random_hf(**SMALL).save_pretrained("small")
     rows = [("ln_2", 1, 0), ("ln_1qk", 1, 0), ("ln_f", 2, None)]
     args = ["--init_from=small", "--any_tokenizer", "--device=cpu", "--max_iters=3", "--batch_size=1", "--block_size=64",
-            "--eval_iters=1",
-            "--dtype=float32", "--learning_rate=1e-4", f"--ln_schedule={rows}"]
+            "--eval_iters=1", "--dtype=float32", "--learning_rate=1e-4", f"--ln_schedule={rows}"]
     for compile in (False, True):
         done = run("train.py", *args, f"--compile={compile}", f"--out_dir=out/{compile}")
         assert done.code == 0, done.text
         os.remove(f"out/{compile}/ckpt.pt")  # 1.5 GB
     eager, compiled = read_log("out/False", "loss"), read_log("out/True", "loss")
     assert len(compiled) == 3
-    assert all(0 < loss < 100 for loss in compiled)
     assert compiled == pytest.approx(eager, abs=1e-3)

@@ -69,15 +69,6 @@ def test_a_users_mistake_is_one_line_in_a_process_of_its_own(tmp_path):
     assert "--max_itrs; did you mean max_iters" in done.error
 
 
-@pytest.mark.slow
-def test_a_users_mistake_under_torchrun_is_one_line_above_its_traceback(tmp_path):
-    done = run_alone("train.py", "--max_itrs=3", launcher=TORCHRUN, env=ONE_THREAD, cwd=tmp_path)
-    assert done.code == 1
-    ours = done.text.partition("torch/distributed/elastic")[0]
-    assert "max_itrs" in ours
-    assert "Traceback" not in ours
-
-
 # --- reading(path): the one mechanism
 
 
