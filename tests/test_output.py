@@ -4,6 +4,7 @@ says so.
 """
 import os
 import pty
+import re
 import shlex
 import shutil
 import struct
@@ -18,13 +19,12 @@ import torch
 from conftest import REPO, SCHEDULE, SHORT, TINY, read_tokens
 
 from parts import ranks
-from parts.loss import LOSS_ROWS, pieces
 
 
-def run_on_terminal(columns, *command):
-    """All that the command wrote to a terminal of so many columns."""
+def test_the_bar_shows_loss_and_speed_at_80_columns(run, stdlib):
     ours, theirs = pty.openpty()
-    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, f"{REPO}/train.py", *SHORT, "--log_interval=100", "--out_dir=out/bar"]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     text = b""
@@ -32,12 +32,7 @@ def run_on_terminal(columns, *command):
         while more := os.read(ours, 65536):
             text += more
     assert process.wait() == 0, text.decode()
-    return text.decode()
-
-
-def test_the_bar_shows_loss_and_speed_at_80_columns(run, stdlib):
-    text = run_on_terminal(80, sys.executable, f"{REPO}/train.py", *SHORT, "--log_interval=100", "--out_dir=out/bar")
-    bars = [part for line in text.split("\n") for part in line.split("\r") if "/12 |" in part and "loss" in part]
+    bars = [part for part in re.split("[\n\r]", text.decode()) if "/12 |" in part and "loss" in part]
     assert len(bars) > 2
     for bar in bars:
         assert len(bar.split("\x1b")[0]) <= 80
@@ -92,12 +87,7 @@ def test_what_comes_next_depends_on_the_run(run, stdlib, args, following):
 # --- other systems
 
 
-@pytest.mark.parametrize("version, refused", [
-    ((3, 10), True),
-    ((3, 11), False),
-    ((3, 14), False),
-    ((3, 15), True),
-])
+@pytest.mark.parametrize("version, refused", [((3, 10), True), ((3, 11), False), ((3, 14), False), ((3, 15), True)])
 def test_an_installation_begins_with_pythons_version(tmp_path, version, refused):
     """A script stands for Python: it answers for that version, and makes no environment."""
     for name in ("Makefile", "requirements.txt"):
@@ -134,9 +124,3 @@ def test_several_gpus_are_all_used(monkeypatch, device, rank, started):
     ranks.use_all_gpus(device)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     assert commands == [[*torchrun, "eval.py", "--dataset=pile"]] * started
-
-
-def test_only_cuda_has_larger_pieces():
-    """The meta device stands for MPS, which shares the machine's memory."""
-    x = torch.empty(3 * LOSS_ROWS, 2, device="meta")
-    assert [len(piece) for piece in pieces(x, LOSS_ROWS)] == [LOSS_ROWS] * 3
