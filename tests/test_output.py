@@ -43,29 +43,23 @@ def test_the_bar_shows_loss_and_speed_at_80_columns(run, stdlib):
 def test_each_command_says_the_next_one(run, stdlib, tmp_path):
     """Followed as printed, from the data to an export."""
     os.symlink(os.path.join(REPO, "config"), tmp_path / "config")
-    trail = []
-
-    def follow(done):
-        assert done.code == 0, done.text
-        last = done.text.strip().splitlines()[-1]
-        assert last.startswith("next: python "), last
-        first = last.removeprefix("next: python ").split("; python ")[0].split("  (")[0]
-        trail.append(first.replace(REPO + "/train", "train").removeprefix("-m "))
-        return shlex.split(trail[-1])
-
     (tmp_path / "a.txt").write_text("x" * 10_000)
-    follow(run("prepare_owt.py", "--files=a.txt", f"--dataset={tmp_path.name}"))
-    command = follow(run("train.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine"))
-    command = follow(run(*command))
-    command = follow(run(*command, "--tokens=512"))
-    command = follow(run(*command))
-    command = follow(run(*[*command[:-1], "--prompt=def"]))
+    done = run("prepare_owt.py", "--files=a.txt", f"--dataset={tmp_path.name}")
+    following = f"train.py config/remove_ln_mine.py --init_from=path/to/model --dataset={tmp_path.name}"
+    assert f"next: python {following}" in done.text
+
+    removal = [*SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine"]
+    command, trail = ["train.py", *removal], []
+    for more in ([], [], ["--tokens=512"], [], ["--prompt=def"]):
+        done = run(*command, *more)
+        assert done.code == 0, done.text
+        last = done.text.strip().splitlines()[-1].replace(f"{REPO}/train.py", "train.py")
+        trail.append(re.match(r"next: python (?:-m )?(.+?)(; python .*|  \(.*)?$", last)[1])
+        command = shlex.split(trail[-1])
     assert run(*command).code == 0
     assert os.path.exists("out/mine/hf/README.md")
     assert trail == [
-        f"train.py config/remove_ln_mine.py --init_from=path/to/model --dataset={tmp_path.name}",
-        shlex.join(["train.py", "config/control.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine",
-                    "--out_dir=out/mine_control", "--ln_schedule=[]"]),
+        shlex.join(["train.py", "config/control.py", *removal, "--out_dir=out/mine_control", "--ln_schedule=[]"]),
         f"eval.py --models={TINY},out/mine_control,out/mine --dataset=stdlib",
         "tools.plot out/mine",
         "tools.lens out/mine --prompt=TEXT",
