@@ -39,9 +39,6 @@ def head(directory):
     return hub.ModelCard.load(directory + "/README.md").data
 
 
-# --- its lines
-
-
 @pytest.mark.slow
 def test_the_lines_of_the_plain_form_open_it_in_every_tool(run, gpt2_tokenizer):
     model = save_run(50257)
@@ -78,9 +75,6 @@ def test_the_lines_of_a_form_without_tokenizer_take_token_ids(run, to, library):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
         if to == "hf":
             torch.testing.assert_close(found["bridge"](ids), expected, atol=1e-4, rtol=0)
-
-
-# --- the hub's metadata
 
 
 def write_json(path, content):

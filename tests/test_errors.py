@@ -66,9 +66,6 @@ def test_a_users_mistake_is_one_line_in_a_process_of_its_own(tmp_path):
     assert "--max_itrs" in done.error
 
 
-# --- reading(path): the one mechanism
-
-
 @pytest.mark.parametrize("error", [KeyError("eot"), ValueError("two\nlines"), RecursionError("deep"), EOFError()])
 def test_whatever_goes_wrong_in_reading_is_one_line_with_the_path(error):
     with pytest.raises(UserError, match=rf"data/meta.json: {type(error).__name__}.*; prepare it again\Z") as caught:

@@ -206,7 +206,7 @@ def test_divergences_against_sums(q, p):
         assert agree[i].item() == (np.argmax(q) == np.argmax(p))
 
 
-# --- the residual stream
+# --- the residual stream, and what reads it
 
 
 def test_residual_stds_and_the_sink_rate_against_transformers(rows_of, stdlib):
@@ -243,9 +243,6 @@ def test_folded_and_unfolded_models_have_the_same_residual_stream(removed):
         assert folded[site]["others"]["mean"] == pytest.approx(unfolded[site]["others"]["mean"], rel=1e-3)
 
 
-# --- is it LN-free?
-
-
 def test_verify_passes_what_a_removal_leaves_and_fails_the_rest(run, demo):
     assert run("eval.py", "--verify").code == 0
     GPT.from_pretrained("out/demo/model").fold().save_pretrained("folded")
@@ -272,29 +269,24 @@ def test_verify_names_the_one_site_that_fails_and_what_is_hidden_in_a_folded_mod
     assert problems(model) == ["transformer.extra is a RMSNorm"]
 
 
-# --- the models
+# --- models, data and tables
 
 
-@pytest.mark.parametrize("which, bos_on, in_folder, in_run", [
-    ([], False, "original", "control"),  # a model directory does not show whose it is
-    (["h.0.ln_2"], False, "part", "part"),
-    ("all", True, "part", "part"),
-    ("all", False, "ln_free", "ln_free"),
-    ("folded", False, "ln_free", "ln_free"),
-])
-def test_a_models_role(which, bos_on, in_folder, in_run, tmp_path):
-    model = GPT.from_pretrained(TINY)
-    for site in model.sites() if which in ("all", "folded") else which:
-        model.sites()[site].ln_mode = "fake"
-    model.set_treatment("bos", bos_on)
-    if which == "folded":
-        model = model.fold()
-    model.save_pretrained(tmp_path / "run/model")
+def test_a_models_role(removed, tmp_path):
+    def roles(model):
+        """In a model directory, and in a run's folder."""
+        model.save_pretrained(tmp_path / "run/model")
+        found = [open_candidate(str(tmp_path / source)) for source in ("run/model", "run")]
+        assert all(c.model.config.folded == (c.role == "ln_free") for c in found)
+        return [c.role for c in found]
 
-    for source, role in (("run/model", in_folder), ("run", in_run)):
-        candidate = open_candidate(str(tmp_path / source))
-        assert candidate.role == role
-        assert candidate.model.config.folded == (role == "ln_free")
+    assert roles(GPT.from_pretrained(TINY)) == ["original", "control"]  # the directory does not show whose it is
+    assert roles(removed) == roles(removed.fold()) == ["ln_free", "ln_free"]
+    removed.set_treatment("bos", True)
+    assert roles(removed) == ["part", "part"]
+    removed.set_treatment("bos", False)
+    removed.set_ln_mode("ln_2", 0, "real")
+    assert roles(removed) == ["part", "part"]
 
 
 def test_the_smallest_context_is_the_window_and_other_vocabularies_are_noted_or_refused(run, rows_of, stdlib):
@@ -304,9 +296,6 @@ def test_the_smallest_context_is_the_window_and_other_vocabularies_are_noted_or_
     assert "other" in run("eval.py", f"--models={TINY},other").error
     assert "short" in run("eval.py", f"--models={TINY},short", "--block_size=128").error
     assert rows_of(f"--models={TINY},short", "--tokens=640")[0]["windows"] == 10
-
-
-# --- the data
 
 
 def test_a_text_file_is_a_data_set(rows_of, tmp_path):
@@ -327,9 +316,6 @@ def test_the_val_set_is_named_and_owts_is_said_not_to_be_the_published_one(rows_
     meta = read_json("data/owt/meta.json")
     assert row["val"] == f"{meta['val']['documents']:,} documents of {meta['source']}"
     assert "nanoGPT's val split" in row["not_published"]
-
-
-# --- tables, settings, and the JSON
 
 
 def test_tables_have_at_most_80_columns_whatever_the_models_are_called(run, stdlib, removed):

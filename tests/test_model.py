@@ -230,7 +230,7 @@ def test_fold_refuses_a_model_that_is_not_ln_free_and_names_the_first_reason(tin
         tiny.fold().fold()
 
 
-# --- on disk
+# --- on disk, and the file alone
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -275,8 +275,6 @@ def test_the_original_hub_layout_without_prefix_and_with_mask_buffers_loads(hf_a
     idx = torch.randint(0, 300, (1, 20))
     assert torch.equal(again(idx)[0], model(idx)[0])
 
-
-# --- the file alone
 
 # -I keeps today's folder and PYTHONPATH out: its own modules are found nowhere but in the folder that it is given
 ALONE = '''

@@ -78,9 +78,6 @@ def test_what_comes_next_depends_on_the_run(run, stdlib, args, following):
     assert f"next: python {following}" in done.text.splitlines()[-1]
 
 
-# --- other systems
-
-
 @pytest.mark.parametrize("version, refused", [((3, 10), True), ((3, 11), False), ((3, 14), False), ((3, 15), True)])
 def test_an_installation_begins_with_pythons_version(tmp_path, version, refused):
     """A script stands for Python: it answers for that version, and makes no environment."""

@@ -31,9 +31,6 @@ def greedy(model, ids, n):
     return list(ids) + list(sample.generate(model, ids, n, 0, 0, None))
 
 
-# --- the cache
-
-
 @pytest.mark.parametrize("form", ["fake", "folded"])
 def test_the_cache_changes_no_token(removed, form):
     removed.set_treatment("bos", form == "fake")  # position 0 has its own constant with a cache, too
@@ -56,9 +53,6 @@ def test_after_the_last_position_it_goes_on_from_the_last_half(tmp_path):
     assert len(found) == 70
     assert found[14:31] == likeliest(model, ids[-16:], 1)  # of the last 16 tokens of a long prompt
     assert found[23:39] == likeliest(model, found[23:31], 8)
-
-
-# --- the draw
 
 
 def test_draws_are_of_the_top_k_at_the_temperature():

@@ -79,7 +79,7 @@ def test_a_row_that_can_not_run_is_refused(rows):
             timeline([("ln_1qk", 0, 0), row], 4, 100)
 
 
-# --- the state at a step
+# --- the state and the learning rate at a step
 
 
 def test_state_is_a_function_of_the_step_and_an_event_comes_before_its_step():
@@ -99,9 +99,6 @@ def test_a_line_for_each_row_says_before_which_steps():
     lines = describe(rows, timeline(rows, 3, 400))
     found = [re.fullmatch(r" *(\S+) .*before step (.*)", line).groups() for line in lines]
     assert found == [("ln_2", "20, 30, 40"), ("h.2.ln_1v", "200"), ("ln_f", "300"), ("bos", "310")]
-
-
-# --- the learning rate
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():

@@ -169,7 +169,7 @@ def test_evaluation_is_the_mean_loss_of_the_even_windows(removal):
     assert read_log(key="val_loss")[0] == pytest.approx(expected.item(), abs=1e-5)
 
 
-# --- interruption
+# --- interruption, and the log
 
 
 def log_without_speed(folder):
@@ -246,9 +246,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
         checkpoint.write(path, {"step": 2, "model": torch.zeros(1000)})
     assert torch.load(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["ckpt.pt"]
-
-
-# --- what is logged
 
 
 def test_the_models_flops_are_its_matrix_products():
