@@ -49,7 +49,6 @@ def refused(run):
     ("--block_size=1 --ln_schedule=[('ln_2',1,0)]", "block_size"),
     ("--init_from=scratch --n_embd=10 --n_head=4", "n_embd"),
     ("--init_from=nowhere/at/all", "nowhere/at/all"),
-    ("--ln_schedule=[3]", "ln_schedule"),
     ("--ln_schedule=[('ln_2',1,1)]", "h.3.ln_2"),
 ])
 def test_settings_that_can_not_run_are_named(refused, flags, names):
@@ -100,17 +99,15 @@ def test_data_that_do_not_fit_the_model_or_the_window_are_refused(refused):
 
 def test_a_file_or_folder_that_is_not_one_is_named(refused):
     """A folder in a file's place is as what can't be read without permission, which root has."""
+    Path("file").write_text("")
+    assert "file/run" in refused("--out_dir=file/run")
     meta = Path("data/mine/meta.json")
-    for text in ("{}", "[]", "{", "nonsense", '{"vocab_size": "257", "eot": 256}'):
+    for text in ("{}", "[]", "{", '{"vocab_size": "257", "eot": 256}'):
         meta.write_text(text)
         assert "data/mine/meta.json" in refused()
     meta.unlink()
     meta.mkdir()
     assert "data/mine/meta.json" in refused()
-    meta.rmdir()
-    write_dataset()
-    Path("file").write_text("")
-    assert "file/run" in refused("--out_dir=file/run")
 
 
 # --- what a run left
@@ -187,10 +184,8 @@ def constant(folder, value):
     (tensor("transformer.h.0.extra", torch.zeros(1)), "transformer.h.0.extra"),
     (tensor("lm_head.weight", torch.ones(300, 64)), "lm_head.weight"),  # an unembedding that is not tied
     (lambda folder: os.truncate(folder / "model.safetensors", 1000), "hf"),
-    (lambda folder: os.remove(folder / "model.safetensors"), "model.safetensors"),
     (lambda folder: os.remove(folder / "config.json"), "config.json"),
     (lambda folder: (folder / "config.json").write_text("{"), "hf/config.json"),
-    (config(model_type="llama"), "model_type"),
     (config(model_type="gpt2_ln_mode"), "ln_state"),
     (config(n_layer=10**12), "hf"),
     (config(n_head=7), "n_head"),
