@@ -12,10 +12,6 @@ from configurator import configure
 from parts.errors import UserError
 from schedule import describe, learning_rate_at, state_at, timeline
 
-POST = [("ln_2", 200, 20), ("ln_1qk", 440, 20), ("ln_1v", 680, 30), ("ln_f", 1040, None), ("eot", 1060, None),
-        ("bos", 1160, None)]
-FOLLOW_UP = [("ln_2", 20, 2), ("ln_1qk", 44, 2), ("ln_1v", 68, 3), ("ln_f", 104, None)]
-XL = [("ln_2", 50, 4), ("ln_1qk", 242, 4), ("ln_1v", 434, 6), ("ln_f", 722, None)]
 FOLLOW_UPS = ("remove_ln_fast", "remove_ln_medium", "remove_ln_large", "remove_ln_xl")
 
 
@@ -24,17 +20,13 @@ def sites_of(n_layer):
     return [f"h.{layer}.{kind}" for layer in range(n_layer) for kind in ("ln_1qk", "ln_1v", "ln_2")] + ["ln_f"]
 
 
+def read_configs(*names):
+    """The settings of train.py after config/NAME.py of each name, in order."""
+    paths = [os.path.join(REPO, "config", f"{name}.py") for name in names]
+    return configure(default_settings(), paths, "", configs=True)
+
+
 # --- rows to events
-
-
-def test_the_published_schedules_give_their_events():
-    events = timeline(POST, 12, 1200)
-    assert events[:12] == [(200 + 20 * i, "ln_2", i) for i in range(12)]
-    assert events[12:24] == [(440 + 20 * i, "ln_1qk", i) for i in range(12)]
-    assert events[24:36] == [(680 + 30 * i, "ln_1v", i) for i in range(12)]
-    assert events[36:] == [(1040, "ln_f", None), (1060, "eot", None), (1160, "bos", None)]
-    steps = [step for step, _, _ in timeline(FOLLOW_UP, 12, 300)]
-    assert steps == [*range(20, 44, 2), *range(44, 68, 2), *range(68, 104, 3), 104]
 
 
 @pytest.mark.parametrize("rows, n_layer, max_iters, events", [
@@ -83,7 +75,7 @@ def test_a_row_that_can_not_run_is_refused(rows):
 
 
 def test_state_is_a_function_of_the_step_and_an_event_comes_before_its_step():
-    events = timeline(POST, 12, 1200)
+    events = timeline(read_configs("remove_ln")["ln_schedule"], 12, 1200)
     states = {k: state_at(events, k, sites_of(12)) for k in (0, 200, 201, 421, 441, 1040, 1041, 1060, 1061, 1161)}
     fakes = [list(modes.values()).count("fake") for modes, _ in states.values()]
     assert fakes == [0, 0, 1, 12, 13, 36, 37, 37, 37, 37]
@@ -110,12 +102,6 @@ def test_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():
 
 
 # --- the configs
-
-
-def read_configs(*names):
-    """The settings of train.py after config/NAME.py of each name, in order."""
-    paths = [os.path.join(REPO, "config", f"{name}.py") for name in names]
-    return configure(default_settings(), paths, "", configs=True)
 
 
 DEPTHS = dict(remove_ln=12, remove_ln_fast=12, remove_ln_medium=24, remove_ln_large=36, remove_ln_xl=48,
@@ -152,10 +138,21 @@ def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
     assert (control["out_dir"], control["kl_share"]) == (learning["out_dir"] + "_control", 0.5)
 
 
-def test_the_published_schedules_are_in_the_configs():
-    assert read_configs("remove_ln")["ln_schedule"] == POST
-    assert read_configs("remove_ln_fast")["ln_schedule"] == FOLLOW_UP
-    assert read_configs("remove_ln_xl")["ln_schedule"] == XL
+def layers(kind, first, gap, n_layer):
+    return [(first + gap * i, kind, i) for i in range(n_layer)]
+
+
+@pytest.mark.parametrize("name, events", [
+    ("remove_ln", [*layers("ln_2", 200, 20, 12), *layers("ln_1qk", 440, 20, 12), *layers("ln_1v", 680, 30, 12),
+                   (1040, "ln_f", None), (1060, "eot", None), (1160, "bos", None)]),
+    ("remove_ln_fast", [*layers("ln_2", 20, 2, 12), *layers("ln_1qk", 44, 2, 12), *layers("ln_1v", 68, 3, 12),
+                        (104, "ln_f", None)]),
+    ("remove_ln_xl", [*layers("ln_2", 50, 4, 48), *layers("ln_1qk", 242, 4, 48), *layers("ln_1v", 434, 6, 48),
+                      (722, "ln_f", None)]),
+])
+def test_the_published_events_are_those_of_the_configs(name, events):
+    config = read_configs(name)
+    assert timeline(config["ln_schedule"], DEPTHS[name], config["max_iters"]) == events
 
 
 @pytest.mark.parametrize("max_iters", [100, 200, 600])

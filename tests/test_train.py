@@ -63,8 +63,7 @@ def events_in_log():
 
 
 def test_a_run_removes_every_layernorm_and_leaves_its_four_files(removal):
-    done = removal()
-    assert done.code == 0, done.text
+    assert removal().code == 0
     assert sorted(os.listdir("out/run")) == ["ckpt.pt", "log.jsonl", "model", "settings.json"]
 
     model = GPT.from_pretrained("out/run/model")
@@ -158,9 +157,8 @@ def test_gradient_accumulation_is_one_large_batch(removal):
 
 
 def test_evaluation_is_the_mean_loss_of_the_even_windows(removal):
-    """Against transformers on the windows by hand."""
-    args = ["--max_iters=1", "--ln_schedule=[]", "--learning_rate=1e-12", "--min_lr=0"]
-    assert removal("--dtype=float32", *args).code == 0
+    """Before the first step, against transformers on the windows by hand."""
+    assert removal("--dtype=float32", "--max_iters=1", "--ln_schedule=[]").code == 0
     windows = even_windows(4, 32)
     hf = AutoModelForCausalLM.from_pretrained(TINY)
     with torch.no_grad():
@@ -230,9 +228,6 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(removal, at_step)
         removal("--checkpoint_interval=8", "--force")
     with open("out/run/log.jsonl", "a") as f:
         f.write('{"step": 11, "lo')
-    assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 8
-    assert not os.path.exists("out/run/model")
-
     assert removal("--checkpoint_interval=8", "--init_from=resume").code == 0
     assert Path(MODEL).read_bytes() == whole
     assert [entry["step"] for entry in read_log() if "loss" in entry] == list(range(12))
