@@ -95,16 +95,10 @@ def test_addmv_which_multiplies_in_bfloat16_is_the_same_linear_map(bias):
 @pytest.mark.parametrize("args, named", [
     ([], "tools.sample"),
     (["nowhere"], "nowhere"),
-    (["other"], "end-of-text"),  # no tokenizer has 299
-    (["beyond"], "50256"),  # transformers' GPT2Config gives it to any vocabulary
     ([TINY, "--max_new_tokens=0"], "max_new_tokens"),
     ([TINY, "--temperature=-1"], "temperature"),
     ([TINY, f"--seed={2**63}"], "seed"),
     ([TINY, "--dtype=float16"], "dtype"),
 ])
 def test_bad_input_ends_in_one_line(run, args, named):
-    hf = random_hf()
-    hf.save_pretrained("other")
-    hf.config.eos_token_id = 50256
-    hf.save_pretrained("beyond")
     assert named in run("tools.sample", *args).error

@@ -121,21 +121,13 @@ def test_a_value_out_of_bounds_is_refused_by_the_script(run, script, flags):
         assert flag[2:].partition("=")[0] in run(script, flag).error
 
 
-def test_help_lists_the_settings_with_their_defaults_and_meaning(apply, capsys):
-    with pytest.raises(SystemExit) as stop:
-        apply("--help")
-    assert not stop.value.code
-    printed = capsys.readouterr().out
-    listed = [re.split(" {2,}", line.strip()) for line in printed.splitlines() if "--" in line]
-    assert [flag for flag, _ in listed] == [f"--{name}={value!r}" for name, value in DEFAULTS.items()]
-    assert listed[5][1] == "a few minutes once; then faster"
-
-
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "prepare_owt.py", "tools.sample", "tools.export",
                                     "tools.lens", "tools.plot", "dev.bench", "dev.gpu", "dev.ablations"])
 def test_help_of_each_script_says_how_it_is_run_and_what_each_setting_means(run, script):
     done = run(script, "--help")
     assert done.code == 0
+    if script == "train.py":
+        assert all(f"  --{name}={value!r} " in done.text for name, value in default_settings().items())
     assert ("python " if script.endswith(".py") else "python -m ") + script in done.text
     for line in done.text.splitlines():
         if line.startswith("  --") and script != "tools.plot":

@@ -58,39 +58,25 @@ def removal(run, stdlib):
     return removal
 
 
-def events_in_log():
-    return [(entry["step"], entry["event"]) for entry in read_log() if "event" in entry]
-
-
 def test_a_run_removes_every_layernorm_and_leaves_its_four_files(removal):
     assert removal().code == 0
     assert sorted(os.listdir("out/run")) == ["ckpt.pt", "log.jsonl", "model", "settings.json"]
 
     model = GPT.from_pretrained("out/run/model")
     assert model.ln_free()
-    assert events_in_log() == [
+    log = read_log()
+    assert [(entry["step"], entry["event"]) for entry in log if "event" in entry] == [
         *[(1 + i, f"h.{i}.ln_2") for i in range(4)],
         *[(5, f"h.{i}.ln_1qk") for i in range(4)],
         *[(6 + i, f"h.{i}.ln_1v") for i in range(4)],
         *[(9, "ln_f"), (10, "eot"), (10, "bos")],
     ]
-    log = read_log()
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(12))
     logged = {entry["event"]: (entry["avg_std"], entry["bos_std"]) for entry in log if "avg_std" in entry}
     assert logged == {name: (site.avg_std.item(), site.bos_std.item()) for name, site in model.sites().items()}
     settings = read_json("out/run/settings.json")
     assert settings["ln_schedule"] == [list(row) for row in SCHEDULE]
     assert settings["n_embd"] == model.config.n_embd
-
-
-def test_a_run_in_another_order_has_its_events_in_that_order(removal):
-    """Sites by their names."""
-    schedule = [("h.3.ln_2", 1, None), ("h.1.ln_2", 3, None), ("ln_1v", 8, 0), ("h.2.ln_1qk", 3, None)]
-    assert removal(f"--ln_schedule={schedule}").code == 0
-    expected = [(1, "h.3.ln_2"), (3, "h.1.ln_2"), (3, "h.2.ln_1qk"), *[(8, f"h.{i}.ln_1v") for i in range(4)]]
-    assert events_in_log() == expected
-    modes = GPT.from_pretrained("out/run/model").ln_modes()
-    assert {name for name, mode in modes.items() if mode == "fake"} == {name for _, name in expected}
 
 
 def windows_of(step):
@@ -183,16 +169,14 @@ def test_an_interrupted_run_ends_with_the_same_bits(removal, at_step, step):
     """SIGTERM arrives while a step reads its data. Dropout and the std's average go on as they were, and
     what it learns from is the same original."""
     args = ["--dropout=0.1", "--std_momentum=0.5", "--kl_share=0.5"]
-    whole = removal(*args, "--out_dir=out/whole")
-    assert whole.code == 0, whole.text
+    assert removal(*args, "--out_dir=out/whole").code == 0
     at_step(step, lambda: signal.raise_signal(signal.SIGTERM))
     cut = removal(*args)
     assert cut.code == 128 + signal.SIGTERM
     assert "--init_from=resume" in cut.text
     assert not os.path.exists("out/run/model")
 
-    resumed = removal(*args, "--init_from=resume")
-    assert resumed.code == 0, resumed.text
+    assert removal(*args, "--init_from=resume").code == 0
     assert Path(MODEL).read_bytes() == Path("out/whole/model/model.safetensors").read_bytes()
     assert log_without_speed("out/run") == log_without_speed("out/whole")
     assert read_json("out/run/settings.json")["init_from"] == TINY  # eval.py's original, not `resume`
@@ -203,11 +187,8 @@ def test_the_log_has_every_term_of_the_objective_by_its_name(run, stdlib):
     terms = ["--kl_share=0.5", "--aux_loss_weight=0.1", "--learning_rate=1e-3", "--dtype=float32", "--max_iters=4"]
     assert run("train.py", *SHORT, *terms, "--ln_schedule=[('ln_2', 3, 0)]").code == 0
     kl = read_log("out/run", "kl")
-    assert len(kl) == 4
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert 1e-4 < kl[2] < kl[3]  # at step 3 the four ln_2 go
-    assert run("train.py", *SHORT, "--max_iters=1", "--out_dir=out/plain").code == 0
-    assert read_log("out/plain", "kl") == read_log("out/plain", "spread") == []
     # the spread of the first step, on the same windows by hand
     std = std_before(GPT.from_pretrained(TINY), "ln_f", windows_of(0))
     each = [(part - part[:, 1:].mean()).square().mean().item() for part in std.split(2)]  # two micro-batches
