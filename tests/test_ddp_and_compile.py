@@ -29,9 +29,6 @@ def torchrun(stdlib):
     return torchrun
 
 
-# --- two processes
-
-
 @pytest.mark.parametrize("losses", [
     ["--kl_share=0.5", "--aux_loss_weight=0.1"],
     pytest.param(["--kl_share=0.5", "--compile=True"], marks=pytest.mark.slow),
@@ -103,9 +100,6 @@ def test_sigterm_stops_all_processes_at_one_step(torchrun):
     assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] > 5
 
 
-# --- compiled
-
-
 @pytest.mark.slow
 def test_the_number_of_graphs_does_not_grow_with_layers_or_events_and_the_losses_are_the_eager_ones(run, stdlib):
     from torch._dynamo.utils import counters
@@ -135,6 +129,4 @@ def test_gpt2_smalls_shape_goes_through_three_events(run, stdlib):
         done = run("train.py", *args, f"--compile={compile}", f"--out_dir=out/{compile}")
         assert done.code == 0, done.text
         os.remove(f"out/{compile}/ckpt.pt")  # 1.5 GB
-    eager, compiled = read_log("out/False", "loss"), read_log("out/True", "loss")
-    assert len(compiled) == 3
-    assert compiled == pytest.approx(eager, abs=1e-3)
+    assert read_log("out/True", "loss") == pytest.approx(read_log("out/False", "loss"), abs=1e-3)

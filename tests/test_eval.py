@@ -57,7 +57,6 @@ def rows_of(run):
 def test_loss_and_errors_against_transformers(rows_of, stdlib):
     random_hf(vocab_size=320, n_positions=256).save_pretrained("out/other/model")
     rows = rows_of(f"--models={TINY},out/other", "--dataset=stdlib", "--tokens=2560")
-
     windows = even_windows(10, 256)
     for row, directory in zip(rows, (TINY, "out/other/model"), strict=True):
         losses = losses_of(logits_of_transformers(directory, windows), windows)
@@ -182,17 +181,13 @@ def test_the_reference_can_be_another_model(rows_of, demo):
     assert [row["source"] for row in a] == [TINY, "out/demo"]
     assert (a[1]["reference"], b[0]["reference"], c[-1]["reference"]) == (TINY, "out/demo", "other")
     assert c[-1]["to_original_source"] == TINY  # where the run began
-    assert "kl" not in b[1]
     assert b[0]["js"] == pytest.approx(a[1]["js"], abs=1e-6)
     assert b[0]["kl"] != a[1]["kl"]
 
 
-ONE = [1, 1e-22, 1e-22]
-
-
 @pytest.mark.parametrize("q, p", [
     (np.array([[1 / 2, 1 / 2]]), np.array([[1 / 4, 3 / 4]])),
-    (np.array([ONE, ONE]), np.array([ONE[::-1], ONE])),  # without a common token: ln 2 apart; and equal
+    (np.array([[1, 1e-22], [1, 1e-22]]), np.array([[1e-22, 1], [1, 1e-22]])),  # without a common token; equal
     np.random.default_rng(0).dirichlet(np.ones(5), size=(2, 8)),
 ])
 def test_divergences_against_sums(q, p):
@@ -358,7 +353,6 @@ def test_the_json_says_what_was_measured_with_what(rows_of, stdlib, tmp_path):
 
 @pytest.mark.parametrize("args, named", [
     ([], "out/"),
-    (["--models=nowhere"], "nowhere"),
     ([f"--models={TINY}", "--dataset=mine"], "'mine'"),
     ([f"--models={TINY}", "--block_size=1024"], "block_size 1024"),
     ([f"--models={TINY}", "--tokens=-1"], "tokens is -1"),

@@ -23,9 +23,6 @@ from parts.files import unfinished
 MODEL = "out/run/model/model.safetensors"
 
 
-# --- the data
-
-
 def test_the_same_seed_and_step_give_the_same_windows():
     tokens = np.arange(1000, dtype=np.uint16)
     starts = data.train_starts(tokens, 1, 7, 64, 10)
