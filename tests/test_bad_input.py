@@ -36,7 +36,7 @@ def refused(run):
     return refused
 
 
-# --- settings
+# --- settings, data, and what a run left
 
 
 @pytest.mark.parametrize("flags, names", [
@@ -74,9 +74,6 @@ def test_a_machine_that_can_not_do_it_is_said_before_the_run(refused, monkeypatc
     assert "--device=cpu" in refused("--init_from=scratch", "--n_layer=16", "--n_head=8", "--n_embd=512")
 
 
-# --- data
-
-
 def test_a_broken_token_file_is_named_with_the_command_that_makes_it_anew(refused):
     """Among them 999 tokens, where meta.json says 1,000; an id between the vocabulary and the model's padding."""
     path = Path("data/mine/train.bin")
@@ -104,9 +101,6 @@ def test_a_file_or_folder_that_is_not_one_is_named(refused):
     meta.unlink()
     meta.mkdir()
     assert "data/mine/meta.json" in refused()
-
-
-# --- what a run left
 
 
 def test_a_checkpoint_or_log_that_is_not_one_is_named(refused, run):

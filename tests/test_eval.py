@@ -4,7 +4,6 @@ finds whatever still divides by a std; a user's mistake is one line; tables fit 
 """
 import hashlib
 import math
-import os
 import shutil
 
 import numpy as np
@@ -354,8 +353,6 @@ def test_the_json_says_what_was_measured_with_what(rows_of, stdlib, tmp_path):
 @pytest.mark.parametrize("args, named", [
     ([], "out/"),
     ([f"--models={TINY}", "--dataset=mine"], "'mine'"),
-    ([f"--models={TINY}", "--block_size=1024"], "block_size 1024"),
-    ([f"--models={TINY}", "--tokens=-1"], "tokens is -1"),
     ([f"--models={TINY}", "--tokens=100"], "--tokens=100"),
     ([f"--models={TINY}", "--tokens=512", "--json=no/where.json"], "--json=no/where.json"),
     ([f"--models={TINY}", "--json=data"], "data exists"),

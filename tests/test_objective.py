@@ -41,7 +41,7 @@ def test_the_loss_in_pieces_has_the_plain_losss_value_and_gradients(hf_and_ours,
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_a_folded_models_unembedding_bias_has_its_gradient(tmp_path):
+def test_a_folded_models_unembedding_bias_has_its_gradient():
     model = set_all_fake(GPT.from_pretrained(TINY)).fold().double()
     idx = torch.randint(0, 257, (2, 33))
     grads = []

@@ -93,7 +93,7 @@ def test_an_installation_begins_with_pythons_version(tmp_path, version, refused)
     assert ("venv\n" in done.stdout) == (not refused)
 
 
-def test_the_library_of_locks_is_not_needed_to_import(tmp_path):
+def test_the_library_of_locks_is_not_needed_to_import():
     code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import eval, prepare_owt, dev.bench"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

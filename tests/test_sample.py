@@ -12,11 +12,6 @@ from tools import sample
 PROMPT = list(b"def read(self, ")
 
 
-@pytest.fixture
-def tiny():
-    return GPT.from_pretrained(TINY).eval()
-
-
 @torch.no_grad()
 def likeliest(model, ids, n):
     """ids, and the n likeliest tokens that follow one by one, without a cache."""
@@ -38,11 +33,11 @@ def test_the_cache_changes_no_token(removed, form):
     assert greedy(model, PROMPT, 60) == likeliest(model, PROMPT, 60)
 
 
-def test_transformers_writes_the_same(tiny):
+def test_transformers_writes_the_same():
     hf = AutoModelForCausalLM.from_pretrained(TINY).eval()
     length = dict(max_new_tokens=60, min_new_tokens=60)
     theirs = hf.generate(torch.tensor([PROMPT]), **length, do_sample=False, pad_token_id=0)
-    assert greedy(tiny, PROMPT, 60) == theirs[0].tolist()
+    assert greedy(GPT.from_pretrained(TINY).eval(), PROMPT, 60) == theirs[0].tolist()
 
 
 def test_after_the_last_position_it_goes_on_from_the_last_half(tmp_path):

@@ -60,7 +60,6 @@ def test_a_value_takes_the_type_of_its_default(apply):
         (["--steps", "1"], "steps", 1),
         (["--learning_rate=1"], "learning_rate", 1.0),
         (["--learning_rate", "3e-4"], "learning_rate", 3e-4),
-        (["--compile=True"], "compile", True),
         (["--compile", "false"], "compile", False),
         (["--compile", "--steps=3"], "compile", True),
         (["--out_dir=7"], "out_dir", "7"),
@@ -113,7 +112,7 @@ def test_init_from_auto_keeps_what_a_new_run_starts_from(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script, flags", [
     ("train.py", ["--max_iters=0", "--min_lr=-1", "--dropout=1", "--beta1=1", "--beta2=1", "--kl_share=1.5",
                   f"--seed={2**63}", "--dtype=none", "--std_over=none"]),
-    ("eval.py", ["--dtype=none", "--batch_size=0"]),
+    ("eval.py", ["--dtype=none", "--batch_size=0", "--tokens=-1"]),
     ("dev.bench", ["--what=none"]),
 ])
 def test_a_value_out_of_bounds_is_refused_by_the_script(run, script, flags):

@@ -83,7 +83,7 @@ def windows_of(step):
 
 
 def std_before(model, site, x):
-    """The std of what a site reads of the windows x, by DESIGN's formula in float64: (windows, T)."""
+    """The std of what a site reads of the windows x, by LayerNorm's formula in float64: (windows, T)."""
     seen = []
     hook = model.sites()[site].register_forward_pre_hook(lambda module, args: seen.append(args[0].double()))
     with torch.no_grad():
