@@ -4,8 +4,8 @@ Bad input to train.py: one line that names it, exit code 1, and nothing half-wri
 import glob
 import json
 import os
+import re
 import resource
-import shutil
 import signal
 from pathlib import Path
 
@@ -36,12 +36,11 @@ def refused(run):
     return refused
 
 
-# --- settings
+# --- settings, data, and what a run left
 
 
 @pytest.mark.parametrize("flags, names", [
     ("--device=gpu", "device"),
-    ("--device=cpu:x", "device"),
     ("--out_dir=", "out_dir"),
     ("--dataset=none", "none"),
     ("--dataset=../mine", "../mine"),
@@ -49,7 +48,6 @@ def refused(run):
     ("--block_size=1 --ln_schedule=[('ln_2',1,0)]", "block_size"),
     ("--init_from=scratch --n_embd=10 --n_head=4", "n_embd"),
     ("--init_from=nowhere/at/all", "nowhere/at/all"),
-    ("--ln_schedule=[3]", "ln_schedule"),
     ("--ln_schedule=[('ln_2',1,1)]", "h.3.ln_2"),
 ])
 def test_settings_that_can_not_run_are_named(refused, flags, names):
@@ -57,13 +55,10 @@ def test_settings_that_can_not_run_are_named(refused, flags, names):
 
 
 def test_a_teacher_that_can_not_teach_is_named(refused):
-    """One of another vocabulary, of fewer positions, or without LayerNorms."""
+    """One of another vocabulary, or of fewer positions."""
     random_hf().save_pretrained("other")
     random_hf(vocab_size=320, n_positions=16).save_pretrained("short")
-    free = set_all_fake(GPT.from_pretrained(TINY))
-    free.save_pretrained("free")
-    free.fold().save_pretrained("folded")
-    for teacher in ("other", "short", "free", "folded", "nowhere/at/all"):
+    for teacher in ("other", "short"):
         assert teacher in refused("--kl_share=1", f"--teacher={teacher}")
     assert "teacher" in refused("--kl_share=1", "--init_from=scratch", "--n_layer=1")
     assert "kl_share" in refused("--teacher=other")
@@ -79,16 +74,12 @@ def test_a_machine_that_can_not_do_it_is_said_before_the_run(refused, monkeypatc
     assert "--device=cpu" in refused("--init_from=scratch", "--n_layer=16", "--n_head=8", "--n_embd=512")
 
 
-# --- data
-
-
 def test_a_broken_token_file_is_named_with_the_command_that_makes_it_anew(refused):
-    """999 tokens, where meta.json says 1,000; an id between the vocabulary and the model's padding; no file."""
+    """Among them 999 tokens, where meta.json says 1,000; an id between the vocabulary and the model's padding."""
     path = Path("data/mine/train.bin")
     for content in (b"", b"abc", bytes(1998), np.full(1000, 300, "<u2").tobytes(), None):
         path.unlink() if content is None else path.write_bytes(content)
-        assert "data/mine/train.bin" in refused()
-        assert "python prepare_owt.py --dataset=mine --force" in refused()
+        assert re.search("data/mine/train.bin.* --dataset=mine --force", refused())
 
 
 def test_data_that_do_not_fit_the_model_or_the_window_are_refused(refused):
@@ -101,20 +92,15 @@ def test_data_that_do_not_fit_the_model_or_the_window_are_refused(refused):
 
 def test_a_file_or_folder_that_is_not_one_is_named(refused):
     """A folder in a file's place is as what can't be read without permission, which root has."""
+    Path("file").write_text("")
+    assert "file/run" in refused("--out_dir=file/run")
     meta = Path("data/mine/meta.json")
-    for text in ("{}", "[]", "{", "nonsense", '{"vocab_size": "257", "eot": 256}'):
+    for text in ("{}", "[]", "{", '{"vocab_size": "257", "eot": 256}'):
         meta.write_text(text)
         assert "data/mine/meta.json" in refused()
     meta.unlink()
     meta.mkdir()
     assert "data/mine/meta.json" in refused()
-    meta.rmdir()
-    write_dataset()
-    Path("file").write_text("")
-    assert "file/run" in refused("--out_dir=file/run")
-
-
-# --- what a run left
 
 
 def test_a_checkpoint_or_log_that_is_not_one_is_named(refused, run):
@@ -130,6 +116,7 @@ def test_a_checkpoint_or_log_that_is_not_one_is_named(refused, run):
     assert "out/run/ckpt.pt" in refused(*resume)
     path.write_bytes(whole)
     assert "max_iters" in refused("--init_from=resume", "--max_iters=1")
+    assert "h.0.ln_2" in refused(*resume, "--ln_schedule=[('ln_2', 1, 0)]")  # it is real in the checkpoint
     for line in ("garbage", "[1]", "{}"):
         log.write_text(line + "\n")
         assert "out/run/log.jsonl" in refused(*resume)
@@ -150,7 +137,6 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_that_is_there(run, tmp_pa
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     signal.signal(signal.SIGXFSZ, handler)
     assert "out/run/ckpt.pt" in full.error
-    assert "File too large" in full.error
     assert path.read_bytes() == before
     assert sorted(os.listdir("out/run")) == ["ckpt.pt", "log.jsonl", "settings.json"]
 
@@ -174,12 +160,6 @@ def tensor(name, value):
     return damage
 
 
-def moved_below(folder):
-    """The directory of a model becomes that of a run."""
-    shutil.move(folder, folder.parent / "moved")
-    shutil.move(folder.parent / "moved", folder / "model")
-
-
 def constant(folder, value):
     """A constant that no std can be, of an LN-free model."""
     set_all_fake(GPT.from_pretrained(folder)).save_pretrained(folder)
@@ -194,21 +174,12 @@ def constant(folder, value):
     (tensor("transformer.h.0.extra", torch.zeros(1)), "transformer.h.0.extra"),
     (tensor("lm_head.weight", torch.ones(300, 64)), "lm_head.weight"),  # an unembedding that is not tied
     (lambda folder: os.truncate(folder / "model.safetensors", 1000), "hf"),
-    (lambda folder: os.remove(folder / "model.safetensors"), "model.safetensors"),
     (lambda folder: os.remove(folder / "config.json"), "config.json"),
     (lambda folder: (folder / "config.json").write_text("{"), "hf/config.json"),
-    (lambda folder: (folder / "config.json").write_text("[]"), "hf/config.json"),
-    (config(model_type="llama"), "model_type"),
     (config(model_type="gpt2_ln_mode"), "ln_state"),
-    (config(activation_function="relu"), "activation_function"),
-    (config(n_layer="three"), "hf"),
     (config(n_layer=10**12), "hf"),
-    (config(layer_norm_epsilon="small"), "hf"),
     (config(n_head=7), "n_head"),
-    (shutil.rmtree, "hf"),
-    (moved_below, "hf/model"),
     (lambda folder: constant(folder, float("nan")), "hf"),
-    (lambda folder: constant(folder, -1.0), "h.2.ln_1v"),
     (lambda folder: constant(folder, 0.0), "h.2.ln_1v"),
 ])
 def test_a_model_directory_that_is_not_one_is_named(tmp_path, damage, names):
@@ -218,24 +189,22 @@ def test_a_model_directory_that_is_not_one_is_named(tmp_path, damage, names):
         GPT.from_pretrained(str(tmp_path / "hf"))
 
 
-def test_an_unembedding_that_is_stored_beside_its_equal_embedding_is_taken(run, tmp_path):
-    """And one that is stored alone, as transformers takes it."""
+def test_an_unembedding_that_is_stored_beside_its_equal_embedding_or_alone_is_taken(tmp_path):
     hf = random_hf(vocab_size=320)
     hf.save_pretrained(tmp_path / "hf")
     wte = hf.transformer.wte.weight.detach()
-    tensor("lm_head.weight", wte.clone())(tmp_path / "hf")
-    for damage in (lambda folder: None, tensor("transformer.wte.weight", None)):
+    for damage in (tensor("lm_head.weight", wte.clone()), tensor("transformer.wte.weight", None)):
         damage(tmp_path / "hf")
         assert torch.equal(GPT.from_pretrained(tmp_path / "hf").transformer.wte.weight, wte)
 
 
-def test_removal_from_a_folded_model_is_refused_and_fine_tuning_an_ln_free_one_is_not(refused, run):
+def test_an_ln_free_model_can_not_teach_or_be_removed_from_but_be_fine_tuned(refused, run):
     free = set_all_fake(GPT.from_pretrained(TINY))
     free.save_pretrained("free")
     free.fold().save_pretrained("folded")
-    schedule = "--ln_schedule=[('ln_2', 1, 0)]"
-    assert "folded" in refused("--init_from=folded", schedule)
-    assert "h.0.ln_1qk" in refused("--init_from=free", schedule)
-    for source in ("free", "folded"):
+    for source, named in (("free", "h.0.ln_1qk"), ("folded", "folded")):
+        assert source in refused("--kl_share=1", f"--teacher={source}")
+        assert named in refused(f"--init_from={source}", "--ln_schedule=[('ln_2', 1, 0)]")
         assert run(*RUN, f"--init_from={source}", f"--out_dir=out/{source}").code == 0
+        assert run(*RUN, "--init_from=resume", f"--out_dir=out/{source}", "--max_iters=3").code == 0
         assert GPT.from_pretrained(f"out/{source}/model").ln_free()

@@ -1,9 +1,11 @@
 """
-torchrun with two processes (gloo), and torch.compile: the same run, and the same evaluation, as with one process, eager.
+torchrun with two processes (gloo), and torch.compile: the same run and evaluation as with one process, eager.
 """
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import soak
@@ -27,12 +29,8 @@ def torchrun(stdlib):
     return torchrun
 
 
-# --- two processes
-
-
 @pytest.mark.parametrize("losses", [
     ["--kl_share=0.5", "--aux_loss_weight=0.1"],
-    pytest.param([], marks=pytest.mark.slow),
     pytest.param(["--kl_share=0.5", "--compile=True"], marks=pytest.mark.slow),
 ])
 def test_two_processes_see_the_same_run_as_one(run, torchrun, losses):
@@ -40,8 +38,7 @@ def test_two_processes_see_the_same_run_as_one(run, torchrun, losses):
     two = torchrun(*args, "--out_dir=out/two")
     assert two.code == 0, two.text
     assert two.text.count("step      0  loss") == 1  # rank 0 alone prints
-    one = run("train.py", *SHORT, "--dtype=float32", *args, "--out_dir=out/one")
-    assert one.code == 0, one.text
+    assert run("train.py", *SHORT, "--dtype=float32", *args, "--out_dir=out/one").code == 0
     for key in ("loss", "val_loss", "avg_std", "bos_std"):
         close = 1e-3 if "--compile=True" in losses else 1e-5
         assert read_log("out/two", key) == pytest.approx(read_log("out/one", key), rel=close)
@@ -59,44 +56,25 @@ def test_a_run_of_two_processes_is_resumed_by_one(run, torchrun):
 
 
 @pytest.mark.slow
-def test_two_processes_resume_with_the_dropout_of_each(torchrun):
-    args = ["--dropout=0.2", "--ln_schedule=[]"]
-    assert torchrun(*args, "--max_iters=6", "--out_dir=out/whole").code == 0
-    assert torchrun(*args, "--max_iters=3", "--out_dir=out/cut").code == 0
-    assert torchrun(*args, "--max_iters=6", "--out_dir=out/cut", "--init_from=resume").code == 0
-    assert read_log("out/cut", "loss") == pytest.approx(read_log("out/whole", "loss"), rel=1e-5)
-
-
-def leaves(value):
-    """The names, texts and numbers in lists and dicts, in order."""
-    if isinstance(value, dict):
-        value = [*value.items()]
-    return [leaf for inner in value for leaf in leaves(inner)] if isinstance(value, (list, tuple)) else [value]
-
-
-@pytest.mark.slow
 def test_two_processes_evaluate_to_the_same_numbers_as_one(run, torchrun, stdlib_data):
     """Windows and examples that two don't divide evenly; cross-entropy, faithfulness, HellaSwag and the residual
     stream."""
     os.remove("data")
     os.makedirs("data/hellaswag")
     os.symlink(os.path.join(stdlib_data, "stdlib"), "data/stdlib")
-    with open(os.path.join(REPO, "tests", "hellaswag_42.jsonl")) as f:
-        examples = "".join(f.readlines()[:7])
-    with open("data/hellaswag/hellaswag_val.jsonl", "w") as f:
-        f.write(examples)
+    examples = Path(REPO, "tests/hellaswag_42.jsonl").read_text().splitlines(keepends=True)
+    Path("data/hellaswag/hellaswag_val.jsonl").write_text("".join(examples[:7]))
     random_hf(vocab_size=320, n_positions=256).save_pretrained("other")
 
     args = [f"--models={TINY},other", "--dataset=stdlib,hellaswag,residual"]
     args += ["--tokens=1300", "--block_size=100", "--batch_size=2"]
-    two = torchrun(*args, "--json=two.json", script="eval.py")
-    assert two.code == 0, two.text
-    one = run("eval.py", *args, "--json=one.json")
-    assert one.code == 0, one.text
-    rows = read_json("one.json")["rows"]
-    assert len(rows) == 6
-    for two, one in zip(leaves(read_json("two.json")["rows"]), leaves(rows), strict=True):
-        assert two == one if one is None or isinstance(one, str) else two == pytest.approx(one, rel=1e-4, abs=1e-6)
+    done = torchrun(*args, "--json=two.json", script="eval.py")
+    assert done.code == 0, done.text
+    assert run("eval.py", *args, "--json=one.json").code == 0
+    near = json.loads(Path("one.json").read_text(),
+                      parse_float=lambda number: pytest.approx(float(number), rel=1e-4, abs=1e-6))
+    assert len(near["rows"]) == 6
+    assert read_json("two.json")["rows"] == near["rows"]
 
 
 @pytest.mark.slow
@@ -105,6 +83,7 @@ def test_what_all_processes_meet_is_said_once(torchrun):
     assert done.code != 0
     first, _, torchruns = done.text.partition("torch/distributed/elastic")
     assert first.count("gradient_accumulation_steps 9") == first.count("error: ") == 1
+    assert "Traceback" not in first
     assert "gradient_accumulation_steps 9" in torchruns.splitlines()[-2]  # its last words, below its own traceback
 
 
@@ -112,8 +91,8 @@ def test_what_all_processes_meet_is_said_once(torchrun):
 def test_sigterm_stops_all_processes_at_one_step(torchrun):
     """torchrun hands SIGTERM on to both."""
     command = [sys.executable, *TWO, os.path.join(REPO, "train.py"), *SHORT, "--max_iters=100000"]
-    with open("errors.txt", "w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | ONE_THREAD)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               env=os.environ | ONE_THREAD)
     soak.wait_for(process, "step      5  loss")
     process.terminate()
     text = process.communicate()[0]
@@ -121,43 +100,23 @@ def test_sigterm_stops_all_processes_at_one_step(torchrun):
     assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] > 5
 
 
-# --- compiled
-
-
-@pytest.fixture
-def count_graphs():
-    """How many graphs are compiled from here on."""
+@pytest.mark.slow
+def test_the_number_of_graphs_does_not_grow_with_layers_or_events_and_the_losses_are_the_eager_ones(run, stdlib):
     from torch._dynamo.utils import counters
 
+    GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=6, n_head=2, n_embd=32, eot=256)).save_pretrained("six")
+    rows = [("ln_2", 1, 1), ("ln_1qk", 7, 1), ("ln_1v", 13, 1), ("ln_f", 19, None), ("eot", 20, None),
+            ("bos", 21, None)]
+    args = ["train.py", *SHORT, "--init_from=six", "--max_iters=23", "--eval_interval=4", "--dtype=float32",
+            "--kl_share=0.5", "--aux_loss_weight=0.1", f"--ln_schedule={rows}"]
+    assert run(*args, "--out_dir=out/eager").code == 0
     torch.compiler.reset()
     counters.clear()
-    return lambda: counters["stats"]["unique_graphs"]
-
-
-GRAPHS = 4  # the blocks, and a piece of the loss, in training and in evaluation
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("losses, graphs", [([], GRAPHS), (["--kl_share=0.5"], GRAPHS + 1)])  # the teacher's own
-def test_compiled_through_every_event_is_the_eager_run(run, stdlib, count_graphs, losses, graphs):
-    """float32; and the number of graphs stays small."""
-    args = ["train.py", *SHORT, "--dtype=float32", f"--ln_schedule={SCHEDULE}", *losses]
-    assert run(*args, "--out_dir=out/eager").code == 0
-    assert count_graphs() == 0
     assert run(*args, "--out_dir=out/compiled", "--compile=True").code == 0
+    # the blocks, and a piece of the loss, in training and in evaluation; the teacher
+    assert counters["stats"]["unique_graphs"] == 5
+    assert len(read_log("out/compiled", "event")) == 21
     assert read_log("out/compiled", "loss") == pytest.approx(read_log("out/eager", "loss"), rel=1e-3)
-    assert count_graphs() == graphs
-
-
-@pytest.mark.slow
-def test_the_number_of_graphs_does_not_grow_with_layers_or_events(run, stdlib, count_graphs):
-    GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=6, n_head=2, n_embd=32, eot=256)).save_pretrained("six")
-    rows = [("ln_2", 1, 1), ("ln_1qk", 7, 1), ("ln_1v", 13, 1), ("ln_f", 19, None), ("eot", 20, None), ("bos", 21, None)]
-    args = ["--init_from=six", "--max_iters=23", "--eval_interval=4", "--aux_loss_weight=0.1"]
-    done = run("train.py", *SHORT, *args, f"--ln_schedule={rows}", "--compile=True")
-    assert done.code == 0, done.text
-    assert len(read_log(key="event")) == 21
-    assert count_graphs() == GRAPHS
 
 
 @pytest.mark.slow
@@ -165,14 +124,10 @@ def test_gpt2_smalls_shape_goes_through_three_events(run, stdlib):
     """Random weights of the exact shape, vocabulary and all, from a local directory; eager and compiled."""
     random_hf(**SMALL).save_pretrained("small")
     rows = [("ln_2", 1, 0), ("ln_1qk", 1, 0), ("ln_f", 2, None)]
-    args = ["--init_from=small", "--any_tokenizer", "--device=cpu", "--max_iters=3", "--batch_size=1", "--block_size=64",
-            "--eval_iters=1",
-            "--dtype=float32", "--learning_rate=1e-4", f"--ln_schedule={rows}"]
+    args = ["--init_from=small", "--any_tokenizer", "--device=cpu", "--max_iters=3", "--batch_size=1",
+            "--block_size=64", "--eval_iters=1", "--dtype=float32", "--learning_rate=1e-4", f"--ln_schedule={rows}"]
     for compile in (False, True):
         done = run("train.py", *args, f"--compile={compile}", f"--out_dir=out/{compile}")
         assert done.code == 0, done.text
         os.remove(f"out/{compile}/ckpt.pt")  # 1.5 GB
-    eager, compiled = read_log("out/False", "loss"), read_log("out/True", "loss")
-    assert len(compiled) == 3
-    assert all(0 < loss < 100 for loss in compiled)
-    assert compiled == pytest.approx(eager, abs=1e-3)
+    assert read_log("out/True", "loss") == pytest.approx(read_log("out/False", "loss"), abs=1e-3)

@@ -14,7 +14,6 @@ from parts.errors import UserError, reading, show
 
 BUG = "a, b = (1, 2, 3)"  # ValueError: a UserError is one too
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -29,33 +28,31 @@ def copy(tmp_path, monkeypatch):
     return tmp_path / "copy"
 
 
-def plant(path, bug, *landmarks):
-    """Write a line of code below the line with the last landmark; each one is sought after the one before it."""
+def plant(path, bug, landmark):
+    """Write a line of code below the line with the landmark."""
     text = path.read_text()
-    at = 0
-    for landmark in landmarks:
-        at = text.index(landmark, at)
-    at = text.index("\n", at) + 1
+    at = text.index("\n", text.index(landmark)) + 1
     indent = re.match(" *", text[at:])[0]
     path.write_text(f"{text[:at]}{indent}{bug}\n{text[at:]}")
 
 
-CASES = [
-    (["train.py", *SHORT, "--dataset=mine"], (), "model.py", BUG, ["class Block(", "def __init__("]),
-    (["prepare_owt.py", "--dataset=other", "--files=a.txt"], (), "prepare_owt.py", BUG, ["def encode_job("]),
-    (["train.py", *SHORT, "--dataset=mine"], (), "train.py", 'open("trian.bin")', ["for step in range(start"]),
-    (["train.py", *SHORT, "--dataset=mine"], TORCHRUN, "model.py", BUG, ["class Block(", "def __init__("]),
-]
+TRAIN = ["train.py", *SHORT, "--dataset=mine"]
+PREPARE = ["prepare_owt.py", "--dataset=other", "--files=a.txt"]
+IN_THE_MODEL = ("model.py", BUG, "self.folded = config.folded")
 
 
-@pytest.mark.parametrize("command, launcher, file, bug, landmarks", [
-    *CASES[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[2:])])
-def test_a_mistake_in_the_code_keeps_its_traceback(copy, tmp_path, command, launcher, file, bug, landmarks):
+@pytest.mark.parametrize("command, launcher, file, bug, landmark", [
+    (TRAIN, (), *IN_THE_MODEL),
+    (PREPARE, (), "prepare_owt.py", BUG, "def encode_job("),
+    pytest.param(TRAIN, (), "train.py", 'open("trian.bin")', "for step in range(start", marks=pytest.mark.slow),
+    pytest.param(TRAIN, TORCHRUN, *IN_THE_MODEL, marks=pytest.mark.slow),
+])
+def test_a_mistake_in_the_code_keeps_its_traceback(copy, tmp_path, command, launcher, file, bug, landmark):
     """In the model, in a worker of the preparation, a file that the code itself misses, under torchrun: it ends in the
     error's own traceback, with the bug's line in it."""
     (tmp_path / "a.txt").write_text("a" * 100)
-    plant(copy / file, bug, *landmarks)
-    done = run_alone(copy / command[0], *command[1:], launcher=launcher, env=ONE_THREAD)
+    plant(copy / file, bug, landmark)
+    done = run_alone(copy / command[0], *command[1:], launcher=launcher, env={"OMP_NUM_THREADS": "1"})
     assert done.code == 1
     assert f'File "{copy / file}", line ' in done.text
     assert bug in done.text
@@ -66,30 +63,15 @@ def test_a_mistake_in_the_code_keeps_its_traceback(copy, tmp_path, command, laun
 def test_a_users_mistake_is_one_line_in_a_process_of_its_own(tmp_path):
     done = run_alone("train.py", "--max_itrs=3", cwd=tmp_path)
     assert done.error == done.text.strip()
-    assert "--max_itrs; did you mean max_iters" in done.error
-
-
-@pytest.mark.slow
-def test_a_users_mistake_under_torchrun_is_one_line_above_its_traceback(tmp_path):
-    done = run_alone("train.py", "--max_itrs=3", launcher=TORCHRUN, env=ONE_THREAD, cwd=tmp_path)
-    assert done.code == 1
-    ours = done.text.partition("torch/distributed/elastic")[0]
-    assert "max_itrs" in ours
-    assert "Traceback" not in ours
-
-
-# --- reading(path): the one mechanism
+    assert "--max_itrs" in done.error
 
 
 @pytest.mark.parametrize("error", [KeyError("eot"), ValueError("two\nlines"), RecursionError("deep"), EOFError()])
-def test_whatever_goes_wrong_in_reading_is_one_line_with_the_path(tmp_path, error):
-    with pytest.raises(UserError) as caught:
+def test_whatever_goes_wrong_in_reading_is_one_line_with_the_path(error):
+    with pytest.raises(UserError, match=rf"data/meta.json: {type(error).__name__}.*; prepare it again\Z") as caught:
         with reading("data/meta.json", "prepare it again"):
             raise error
-    line = str(caught.value)
-    assert line.startswith("can't read data/meta.json: " + type(error).__name__)
-    assert line.endswith("; prepare it again")
-    assert "\n" not in line
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_and_a_pipe_are_named(tmp_path):

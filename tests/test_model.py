@@ -5,6 +5,7 @@ alone, copied into another project.
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,46 +76,26 @@ def test_weights_initialise_as_gpt2s():
             assert abs(p.std().item() / expected - 1) < 0.03, name
 
 
-def test_a_call_returns_the_same_in_training_and_in_evaluation(tiny):
-    """logits and loss; with streams what the objective reads. Without dropout even the values are the same."""
-    idx = tiny_tokens(2, 64)
-    with torch.no_grad():
-        for options in (dict(), dict(targets=idx), dict(streams=True)):
-            for a, b in zip(tiny.train()(idx, **options), tiny.eval()(idx, **options), strict=True):
-                assert torch.equal(a, b) if a is not None else b is None
-        logits, loss = tiny(idx)
-        stream, hidden = tiny(idx, streams=True)
-    assert loss is None
-    assert torch.equal(tiny.transformer.ln_f(stream, torch.tensor(False)), hidden)
-    assert torch.equal(tiny.lm_head(hidden), logits)
-
-
-# --- sites, modes and constants
+# --- sites, modes, constants and folding
 
 
 def test_sites_have_the_names_of_the_design_and_are_real_at_first(tiny):
     assert list(tiny.ln_modes())[:4] == ["h.0.ln_1qk", "h.0.ln_1v", "h.0.ln_2", "h.1.ln_1qk"]
-    assert len(tiny.ln_modes()) == 3 * tiny.config.n_layer + 1
     assert set(tiny.ln_modes().values()) == {"real"}
     assert not tiny.bos_on and not tiny.eot_on
     with torch.device("meta"):
         assert len(GPT(GPTConfig()).ln_modes()) == 37  # GPT-2 small
-
     tiny.set_ln_mode("ln_1v", 2, "fake")
-    block = tiny.transformer.h[2]
-    assert dict(block.ln_mode) == {"ln_1qk": "real", "ln_1v": "fake", "ln_2": "real"}
-    with pytest.raises(TypeError):
-        block.ln_mode["ln_2"] = "fake"  # it only shows
+    assert tiny.transformer.h[2].ln_mode == {"ln_1qk": "real", "ln_1v": "fake", "ln_2": "real"}
 
 
 @pytest.mark.parametrize("method, args", [
-    ("set_ln_mode", ("ln_3", 0, "fake")),
     ("set_ln_mode", ("ln_2", 99, "fake")),
-    ("set_ln_mode", ("ln_2", None, "fake")),
     ("set_ln_mode", ("ln_f", 0, "fake")),
     ("set_ln_mode", ("ln_2", 0, "off")),
     ("set_treatment", ("ln_2", True)),
     ("measure_std", (torch.tensor([[5], [6]]),)),  # no ordinary token
+    ("fold", ()),
 ])
 def test_what_can_not_be_done_is_refused(tiny, method, args):
     before = tiny.ln_state()
@@ -123,59 +104,43 @@ def test_what_can_not_be_done_is_refused(tiny, method, args):
     assert tiny.ln_state() == before
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_fake_is_centred_divided_by_a_constant_and_affine(bias):
-    """In numpy."""
-    site = LayerNorm(GPTConfig(n_embd=16, bias=bias))
-    for p in site.parameters():
-        nn.init.normal_(p)
-    site.avg_std.fill_(2.5)
-    site.bos_std.fill_(40.0)
-    site.ln_mode = "fake"
-    x = torch.randn(2, 5, 16) * 3 + 1
-    y = site(x, torch.tensor([True, False, False, True, False])[:, None])
-    x, constant = x.numpy(), np.array([40, 2.5, 2.5, 40, 2.5])[:, None]
-    weight, shift = (p if p is None else p.detach().numpy() for p in (site.weight, site.bias))
-    expected = (x - x.mean(-1, keepdims=True)) / constant * weight + (shift if bias else 0)
-    np.testing.assert_allclose(y.detach(), expected, atol=1e-5)
-
-
 def test_a_fake_layernorm_computes_in_float32_under_autocast():
     site = LayerNorm(GPTConfig(n_embd=64))
     site.ln_mode = "fake"
     x = torch.randn(2, 3, 64)
     use_bos = torch.tensor(False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(site(x, use_bos), site(x.float(), use_bos))
-        assert site(x, use_bos).dtype == torch.float32
-        assert site(x.bfloat16(), use_bos).dtype == torch.float32
+        assert site(x, use_bos).dtype == site(x.bfloat16(), use_bos).dtype == torch.float32
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("eot", [False, True])
-def test_treatments_divide_position_0_everywhere_and_end_of_text_on_the_value_path(tiny, bos, eot):
-    idx = tiny_tokens(2, 60)
-    tiny.measure_std(idx)
-    for site in tiny.sites().values():
-        site.bos_std.mul_(3)  # far from avg_std, so that the two can't be mistaken
-    set_all_fake(tiny)
-    tiny.set_treatment("bos", bos)
-    tiny.set_treatment("eot", eot)
-
+def test_fake_sites_centre_divide_by_a_constant_and_are_affine(bos, eot, bias):
+    """In numpy. The treatments give position 0 a constant of its own, and end-of-text on the value path."""
+    model = GPT(GPTConfig(block_size=60, vocab_size=257, n_layer=2, n_head=2, n_embd=16, bias=bias, eot=256)).double()
+    for p in model.parameters():
+        nn.init.normal_(p)
+    for site in set_all_fake(model).sites().values():
+        site.avg_std.fill_(2.5)
+        site.bos_std.fill_(40.0)
+    model.set_treatment("bos", bos)
+    model.set_treatment("eot", eot)
     seen = {}
-    for site in tiny.sites().values():
+    for site in model.sites().values():
         site.register_forward_hook(lambda site, args, out: seen.update({site: (args[0], out)}))
-    tiny(idx)
-
-    for name, site in tiny.sites().items():
-        constant = torch.full((2, 60, 1), site.avg_std.item())
+    with torch.no_grad():
+        model(tiny_tokens(2, 60))
+    for name, site in model.sites().items():
+        constant = np.full((2, 60, 1), 2.5)
         if bos:
-            constant[:, 0] = site.bos_std
+            constant[:, 0] = 40
         if eot and name.endswith("ln_1v"):
-            constant[:, 20] = site.bos_std  # where tiny_tokens has its end-of-text
-        x, out = seen[site]
-        expected = (x - x.mean(-1, keepdim=True)) / constant * site.weight + site.bias
-        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+            constant[:, 20] = 40  # where tiny_tokens has its end-of-text
+        x, out = (t.numpy() for t in seen[site])
+        weight, shift = (0 if p is None else p.detach().numpy() for p in (site.weight, site.bias))
+        expected = (x - x.mean(-1, keepdims=True)) / constant * weight + shift
+        np.testing.assert_allclose(out, expected, atol=1e-9)
 
 
 def test_query_and_key_read_ln_1qk_and_value_reads_ln_1v(hf_and_ours):
@@ -193,9 +158,8 @@ def test_query_and_key_read_ln_1qk_and_value_reads_ln_1v(hf_and_ours):
         y = (x - x.mean(-1, keepdim=True)) / 3.0 * theirs.ln_1.weight + theirs.ln_1.bias
         v = theirs.attn.c_attn(y).split(64, 2)[2]
         q, k, v = (t.view(2, 10, 4, 16).transpose(1, 2) for t in (q, k, v))
-        future = torch.ones(10, 10).triu(1).bool()
-        pattern = (q @ k.transpose(2, 3) / 4).masked_fill(future, -torch.inf).softmax(-1)
-        expected = theirs.attn.c_proj((pattern @ v).transpose(1, 2).reshape(2, 10, 64))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        expected = theirs.attn.c_proj(y.transpose(1, 2).reshape(2, 10, 64))
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -205,82 +169,52 @@ def test_constants_are_measured_from_a_batch_where_a_site_is_real(hf_and_ours):
     idx = torch.randint(0, 290, (3, 40))
     idx[1, 7] = 299  # end-of-text: neither ordinary nor position 0
 
-    read = {}  # by each site, in transformers
-
-    def hook(module, *names):
-        module.register_forward_pre_hook(lambda module, args: read.update(dict.fromkeys(names, args[0])))
-
-    for i, block in enumerate(hf.transformer.h):
-        hook(block.ln_1, f"h.{i}.ln_1qk", f"h.{i}.ln_1v")
-        hook(block.ln_2, f"h.{i}.ln_2")
-    hook(hf.transformer.ln_f, "ln_f")
+    read = {}  # {a LayerNorm's name in transformers: its input}
+    for name, module in hf.transformer.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0].double()}))
     with torch.no_grad():
         hf(idx)
 
-    model.set_ln_mode("ln_2", 1, "fake")
-    model.set_ln_mode("ln_2", 1, "real")
     model.measure_std(idx)
     model.set_ln_mode("ln_2", 0, "fake")
     constants = {name: (site.avg_std.item(), site.bos_std.item()) for name, site in model.sites().items()}
     model.measure_std(idx.flip(1))
 
     ordinary = (idx != 299) & (torch.arange(40) > 0)
-    assert read.keys() == constants.keys()
     for name, site in model.sites().items():
-        x = read[name].double()
+        x = read[re.sub("ln_1.*", "ln_1", name)]
         std = (x.pow(2).mean(-1) - x.mean(-1).pow(2) + 1e-5).sqrt()
         expected = std[ordinary].mean().item(), std[:, 0].mean().item()
         assert constants[name] == pytest.approx(expected, rel=1e-5), name
         assert (site.avg_std.item() == constants[name][0]) == (name == "h.0.ln_2"), name
 
 
-# --- folding
-
-
-@pytest.mark.parametrize("bias, dtype, atol", [
-    (True, torch.float32, 1e-4),
-    (True, torch.float64, 1e-10),
-    (False, torch.float64, 1e-10),
-])
-def test_folded_equals_unfolded_and_has_no_layernorm(hf_and_ours, bias, dtype, atol):
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_equals_unfolded_and_has_no_layernorm(hf_and_ours, bias):
     model = hf_and_ours()[1]
     if not bias:
         model = GPT(replace(model.config, bias=False)).eval()
     idx = torch.randint(0, 300, (2, 96))
     model.measure_std(idx)
-    for site in set_all_fake(model).to(dtype).sites().values():
+    for site in set_all_fake(model).double().sites().values():
         site.avg_std.mul_(0.5 + torch.rand(()))  # ln_1qk and ln_1v, which read the same, differ
+    model.set_treatment("eot", True)
+    with pytest.raises(ValueError, match="eot"):
+        model.fold()
+    model.set_treatment("eot", False)
     folded = model.fold()
     with torch.no_grad():
-        torch.testing.assert_close(folded(idx)[0], model(idx)[0], atol=atol, rtol=0)
+        torch.testing.assert_close(folded(idx)[0], model(idx)[0], atol=1e-10, rtol=0)
 
-    names = [name for name, _ in folded.named_modules()] + list(folded.state_dict())
-    assert not any("ln_" in name for name in names)
+    assert not any("ln_" in name for name in folded.state_dict())
     assert not any("norm" in type(module).__name__.lower() for module in folded.modules())
-    assert folded.lm_head.bias.shape == (300,)
-    assert folded.lm_head.weight.data_ptr() != folded.transformer.wte.weight.data_ptr()
-    assert folded.ln_modes() == {}
     assert folded.ln_free()
+    with pytest.raises(ValueError, match="folded"):
+        folded.fold()
 
 
-def test_fold_refuses_a_model_that_is_not_ln_free_and_names_the_first_reason(tiny):
-    def assert_refused(named):
-        with pytest.raises(ValueError, match=named):
-            tiny.fold()
-
-    assert_refused("h.0.ln_1qk")
-    set_all_fake(tiny).transformer.ln_f.ln_mode = "real"
-    assert_refused("ln_f")
-    set_all_fake(tiny)
-    for treatment in ("bos", "eot"):
-        tiny.set_treatment(treatment, True)
-        assert_refused(treatment)
-        tiny.set_treatment(treatment, False)
-    with pytest.raises(ValueError):
-        tiny.fold().fold()
-
-
-# --- on disk
+# --- on disk, and the file alone
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -308,10 +242,8 @@ def test_all_real_is_a_plain_gpt2_directory(hf_and_ours, tmp_path):
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_transformers_refuses_what_is_not_a_plain_gpt2(tiny, tmp_path, folded):
-    set_all_fake(tiny)
-    model = tiny.fold() if folded else tiny
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] != "gpt2"
+    model = set_all_fake(tiny)
+    (model.fold() if folded else model).save_pretrained(tmp_path)
     for loader in (AutoModelForCausalLM, GPT2LMHeadModel):
         with pytest.raises((ValueError, KeyError)):
             loader.from_pretrained(tmp_path)
@@ -328,8 +260,6 @@ def test_the_original_hub_layout_without_prefix_and_with_mask_buffers_loads(hf_a
     assert torch.equal(again(idx)[0], model(idx)[0])
 
 
-# --- the file alone
-
 # -I keeps today's folder and PYTHONPATH out: its own modules are found nowhere but in the folder that it is given
 ALONE = '''
 import importlib.util, json, sys
@@ -339,36 +269,24 @@ import model
 from model import GPT, GPTConfig, config_from_hf
 
 assert model.__file__.startswith(sys.argv[1]) and importlib.util.find_spec("parts") is None
-
-
-def read_back(model):
-    hf = json.loads(json.dumps(model.hf_config()))
-    tensors = {name: tensor.clone() for name, tensor in model.hf_tensors().items()}
-    again = GPT(config_from_hf(hf)).double().eval()
-    again.load_hf(hf, tensors)
-    assert again.ln_state() == model.ln_state() and again.config == model.config
-    assert torch.equal(again(idx)[0], model(idx)[0])
-
-
 gpt = GPT(GPTConfig(block_size=24, vocab_size=60, n_layer=2, n_head=2, n_embd=32, eot=59)).double().eval()
 idx = torch.randint(0, 60, (3, 24))
 gpt(idx[:, :-1], idx[:, 1:])[1].backward()
 gpt.measure_std(idx)
-gpt.set_treatment("bos", True)
-gpt.set_ln_mode("ln_2", 1, "fake")
-read_back(gpt)
 for site in gpt.sites().values():
     site.ln_mode = "fake"
-gpt.set_treatment("bos", False)
-torch.testing.assert_close(gpt.fold()(idx)[0], gpt(idx)[0], atol=1e-10, rtol=0)
-read_back(gpt.fold())
+for form in (gpt, gpt.fold()):
+    hf = json.loads(json.dumps(form.hf_config()))
+    again = GPT(config_from_hf(hf)).double().eval()
+    again.load_hf(hf, {name: tensor.clone() for name, tensor in form.hf_tensors().items()})
+    assert again.ln_state() == form.ln_state() and again.config == form.config
+    torch.testing.assert_close(again(idx)[0], gpt(idx)[0], atol=1e-10, rtol=0)
 assert not {"parts", "safetensors", "huggingface_hub", "transformers"} & set(sys.modules)
 '''
 
 
 def test_model_py_alone_in_an_empty_folder_needs_nothing_but_torch(tmp_path):
-    """Built, run, measured, switched, folded, and read back through the names and shapes of a Hugging Face file."""
     shutil.copy(os.path.join(REPO, "model.py"), tmp_path)
     command = [sys.executable, "-I", "-c", ALONE, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

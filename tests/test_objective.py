@@ -8,7 +8,6 @@ from torch import nn
 
 from model import GPT
 from parts.device import autocast_to
-from parts.loss import exact_logits, token_losses
 
 
 @pytest.fixture
@@ -18,9 +17,6 @@ def hf_and_ours(tmp_path):
     def make(seed=0):
         hf = random_hf(seed)
         hf.save_pretrained(tmp_path / f"hf{seed}")
-        for module in hf.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
         return hf, GPT.from_pretrained(tmp_path / f"hf{seed}").eval()
 
     return make
@@ -32,20 +28,20 @@ def test_the_loss_in_pieces_has_the_plain_losss_value_and_gradients(hf_and_ours,
     hf, model = hf_and_ours()
     monkeypatch.setattr("parts.loss.LOSS_ROWS", rows)
     idx = torch.randint(0, 300, (2, 96))
-    theirs = hf.train()(idx, labels=idx).loss
+    theirs = hf(idx, labels=idx).loss
     theirs.backward()
     ours, terms = objective_of(model.train(), compiled=compiled)(idx[:, :-1], idx[:, 1:])
     ours.backward()
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert terms.keys() == {"loss"}
-    assert terms["loss"].item() == ours.item()
-    same = dict(atol=1e-4, rtol=0)
-    torch.testing.assert_close(model.transformer.wte.weight.grad, hf.transformer.wte.weight.grad, **same)
-    ours, theirs = (m.transformer.h[0].mlp.c_fc.weight.grad for m in (model, hf))
-    torch.testing.assert_close(ours.T, theirs, **same)
+    assert terms == {"loss": ours}
+    for ours, theirs in (
+        (model.transformer.wte.weight.grad, hf.transformer.wte.weight.grad),
+        (model.transformer.h[0].mlp.c_fc.weight.grad.T, hf.transformer.h[0].mlp.c_fc.weight.grad),
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_a_folded_models_unembedding_bias_has_its_gradient(tmp_path):
+def test_a_folded_models_unembedding_bias_has_its_gradient():
     model = set_all_fake(GPT.from_pretrained(TINY)).fold().double()
     idx = torch.randint(0, 257, (2, 33))
     grads = []
@@ -92,15 +88,13 @@ def test_under_bfloat16_logits_far_from_zero_keep_their_loss_and_kl(hf_and_ours)
             m.transformer.ln_f.bias.fill_(1.0)
             m.lm_head.weight -= 100 / m.config.n_embd
     idx, targets = torch.randint(0, 299, (2, 2, 30))
-    found = []
-    for dtype in (torch.float64, torch.bfloat16):
-        for m in models:
-            m.double() if dtype == torch.float64 else m.float()
-        with torch.no_grad(), autocast_to(torch.float32 if dtype == torch.float64 else dtype, "cpu"):
-            terms = objective_of(*models, kl_share=0.5)(idx, targets)[1]
-        found.append([terms["loss"].item(), terms["kl"].item()])
+    with torch.no_grad():
+        with autocast_to(torch.bfloat16, "cpu"):
+            found = objective_of(*models, kl_share=0.5)(idx, targets)[1]
+        exact = objective_of(*(m.double() for m in models), kl_share=0.5)(idx, targets)[1]
     assert models[0](idx)[0].mean() < -80
-    assert found[1] == pytest.approx(found[0], abs=2e-3)
+    for term in ("loss", "kl"):
+        assert found[term].item() == pytest.approx(exact[term].item(), abs=2e-3)
 
 
 def test_targets_of_minus_1_do_not_count(hf_and_ours):
@@ -113,18 +107,6 @@ def test_targets_of_minus_1_do_not_count(hf_and_ours):
         expected = nn.functional.cross_entropy(logits[:, :40].flatten(0, 1), targets[:, :40].flatten())
         assert model(idx, targets)[1].item() == pytest.approx(expected.item(), abs=1e-5)
         assert objective_of(model)(idx, targets)[0].item() == pytest.approx(expected.item(), abs=1e-5)
-
-
-def test_evaluations_losses_and_logits_are_the_models_own_under_autocast_too(hf_and_ours):
-    _, model = hf_and_ours()
-    idx = torch.randint(0, 300, (3, 64))
-    with torch.no_grad():
-        logits, hidden = model(idx)[0], model.hidden(idx)
-        with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(exact_logits(model, hidden), logits, atol=1e-6, rtol=1e-6)
-            losses = token_losses(model, hidden.flatten(0, 1), idx.flatten())
-    expected = nn.functional.cross_entropy(logits.flatten(0, 1), idx.flatten(), reduction="none")
-    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_gradient_checkpointing_changes_no_gradient(hf_and_ours):

@@ -4,6 +4,7 @@ says so.
 """
 import os
 import pty
+import re
 import shlex
 import shutil
 import struct
@@ -18,13 +19,12 @@ import torch
 from conftest import REPO, SCHEDULE, SHORT, TINY, read_tokens
 
 from parts import ranks
-from parts.loss import LOSS_ROWS, pieces
 
 
-def run_on_terminal(columns, *command):
-    """All that the command wrote to a terminal of so many columns."""
+def test_the_bar_shows_loss_and_speed_at_80_columns(run, stdlib):
     ours, theirs = pty.openpty()
-    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, f"{REPO}/train.py", *SHORT, "--log_interval=100", "--out_dir=out/bar"]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     text = b""
@@ -32,12 +32,7 @@ def run_on_terminal(columns, *command):
         while more := os.read(ours, 65536):
             text += more
     assert process.wait() == 0, text.decode()
-    return text.decode()
-
-
-def test_the_bar_shows_loss_and_speed_at_80_columns(run, stdlib):
-    text = run_on_terminal(80, sys.executable, f"{REPO}/train.py", *SHORT, "--log_interval=100", "--out_dir=out/bar")
-    bars = [part for line in text.split("\n") for part in line.split("\r") if "/12 |" in part and "loss" in part]
+    bars = [part for part in re.split("[\n\r]", text.decode()) if "/12 |" in part and "loss" in part]
     assert len(bars) > 2
     for bar in bars:
         assert len(bar.split("\x1b")[0]) <= 80
@@ -48,29 +43,23 @@ def test_the_bar_shows_loss_and_speed_at_80_columns(run, stdlib):
 def test_each_command_says_the_next_one(run, stdlib, tmp_path):
     """Followed as printed, from the data to an export."""
     os.symlink(os.path.join(REPO, "config"), tmp_path / "config")
-    trail = []
-
-    def follow(done):
-        assert done.code == 0, done.text
-        last = done.text.strip().splitlines()[-1]
-        assert last.startswith("next: python "), last
-        first = last.removeprefix("next: python ").split("; python ")[0].split("  (")[0]
-        trail.append(first.replace(REPO + "/train", "train").removeprefix("-m "))
-        return shlex.split(trail[-1])
-
     (tmp_path / "a.txt").write_text("x" * 10_000)
-    follow(run("prepare_owt.py", "--files=a.txt", f"--dataset={tmp_path.name}"))
-    command = follow(run("train.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine"))
-    command = follow(run(*command))
-    command = follow(run(*command, "--tokens=512"))
-    command = follow(run(*command))
-    command = follow(run(*[*command[:-1], "--prompt=def"]))
+    done = run("prepare_owt.py", "--files=a.txt", f"--dataset={tmp_path.name}")
+    following = f"train.py config/remove_ln_mine.py --init_from=path/to/model --dataset={tmp_path.name}"
+    assert f"next: python {following}" in done.text
+
+    removal = [*SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine"]
+    command, trail = ["train.py", *removal], []
+    for more in ([], [], ["--tokens=512"], [], ["--prompt=def"]):
+        done = run(*command, *more)
+        assert done.code == 0, done.text
+        last = done.text.strip().splitlines()[-1].replace(f"{REPO}/train.py", "train.py")
+        trail.append(re.match(r"next: python (?:-m )?(.+?)(; python .*|  \(.*)?$", last)[1])
+        command = shlex.split(trail[-1])
     assert run(*command).code == 0
     assert os.path.exists("out/mine/hf/README.md")
     assert trail == [
-        f"train.py config/remove_ln_mine.py --init_from=path/to/model --dataset={tmp_path.name}",
-        shlex.join(["train.py", "config/control.py", *SHORT, f"--ln_schedule={SCHEDULE}", "--out_dir=out/mine",
-                    "--out_dir=out/mine_control", "--ln_schedule=[]"]),
+        shlex.join(["train.py", "config/control.py", *removal, "--out_dir=out/mine_control", "--ln_schedule=[]"]),
         f"eval.py --models={TINY},out/mine_control,out/mine --dataset=stdlib",
         "tools.plot out/mine",
         "tools.lens out/mine --prompt=TEXT",
@@ -89,15 +78,7 @@ def test_what_comes_next_depends_on_the_run(run, stdlib, args, following):
     assert f"next: python {following}" in done.text.splitlines()[-1]
 
 
-# --- other systems
-
-
-@pytest.mark.parametrize("version, refused", [
-    ((3, 10), True),
-    ((3, 11), False),
-    ((3, 14), False),
-    ((3, 15), True),
-])
+@pytest.mark.parametrize("version, refused", [((3, 10), True), ((3, 11), False), ((3, 14), False), ((3, 15), True)])
 def test_an_installation_begins_with_pythons_version(tmp_path, version, refused):
     """A script stands for Python: it answers for that version, and makes no environment."""
     for name in ("Makefile", "requirements.txt"):
@@ -112,7 +93,7 @@ def test_an_installation_begins_with_pythons_version(tmp_path, version, refused)
     assert ("venv\n" in done.stdout) == (not refused)
 
 
-def test_the_library_of_locks_is_not_needed_to_import(tmp_path):
+def test_the_library_of_locks_is_not_needed_to_import():
     code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import eval, prepare_owt, dev.bench"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -134,9 +115,3 @@ def test_several_gpus_are_all_used(monkeypatch, device, rank, started):
     ranks.use_all_gpus(device)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     assert commands == [[*torchrun, "eval.py", "--dataset=pile"]] * started
-
-
-def test_only_cuda_has_larger_pieces():
-    """The meta device stands for MPS, which shares the machine's memory."""
-    x = torch.empty(3 * LOSS_ROWS, 2, device="meta")
-    assert [len(piece) for piece in pieces(x, LOSS_ROWS)] == [LOSS_ROWS] * 3

@@ -25,15 +25,12 @@ def figures(monkeypatch):
 
 
 def write(path, *lines):
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "w") as f:
-        f.writelines(json.dumps(line) + "\n" for line in lines)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_the_picture_has_a_line_for_every_event_and_a_name_for_every_kind(run, demo, figures):
-    done = run("tools.plot", "out/demo")
-
-    assert done.code == 0, done.text
+    assert run("tools.plot", "out/demo").code == 0
     assert Path("out/demo/loss.png").read_bytes().startswith(PNG)
     top, low = figures[0].axes
     names = {text.get_text(): text.get_position()[0] for text in top.texts if text.get_rotation()}
@@ -75,18 +72,15 @@ def test_only_the_picture_of_a_run_is_drawn_anew(run, figures):
     assert "out/run/loss.png" in run("tools.plot", "out/run").error
 
     assert run("tools.plot", "r.json").text == "r.png\n"
-    assert [line.get_linewidth() for line in figures[-1].axes[0].lines] == [5, 3, 1]
-    assert [line.get_ydata().tolist() for line in figures[-1].axes[0].lines] == [[2.0]] * 3
+    lines = [(line.get_linewidth(), line.get_ydata().tolist()) for line in figures[-1].axes[0].lines]
+    assert lines == [(5, [2.0]), (3, [2.0]), (1, [2.0])]
     assert Path("r.png").read_bytes().startswith(PNG)
-    assert "r.png" in run("tools.plot", "r.json").error
-    assert os.listdir("out/run_control") == ["log.jsonl"]
 
 
 @pytest.mark.parametrize("args, named", [
     ([], "tools.plot"),
     (["out/one", "out/two"], "out/two"),
     (["nothing"], "nothing/log.jsonl"),
-    ([__file__], "log.jsonl"),
     (["out/run"], "out/run/log.jsonl"),
     (["table.json"], "table.json"),
 ])

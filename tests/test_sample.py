@@ -12,11 +12,6 @@ from tools import sample
 PROMPT = list(b"def read(self, ")
 
 
-@pytest.fixture
-def tiny():
-    return GPT.from_pretrained(TINY).eval()
-
-
 @torch.no_grad()
 def likeliest(model, ids, n):
     """ids, and the n likeliest tokens that follow one by one, without a cache."""
@@ -27,11 +22,8 @@ def likeliest(model, ids, n):
 
 
 def greedy(model, ids, n):
-    """The same by sample.py, with its cache."""
+    """The same by sample.py."""
     return list(ids) + list(sample.generate(model, ids, n, 0, 0, None))
-
-
-# --- the cache
 
 
 @pytest.mark.parametrize("form", ["fake", "folded"])
@@ -41,26 +33,21 @@ def test_the_cache_changes_no_token(removed, form):
     assert greedy(model, PROMPT, 60) == likeliest(model, PROMPT, 60)
 
 
-def test_transformers_writes_the_same(tiny):
+def test_transformers_writes_the_same():
     hf = AutoModelForCausalLM.from_pretrained(TINY).eval()
     length = dict(max_new_tokens=60, min_new_tokens=60)
     theirs = hf.generate(torch.tensor([PROMPT]), **length, do_sample=False, pad_token_id=0)
-    assert greedy(tiny, PROMPT, 60) == theirs[0].tolist()
+    assert greedy(GPT.from_pretrained(TINY).eval(), PROMPT, 60) == theirs[0].tolist()
 
 
 def test_after_the_last_position_it_goes_on_from_the_last_half(tmp_path):
     random_hf(n_positions=16).save_pretrained(tmp_path)
     model = GPT.from_pretrained(tmp_path).eval()
     ids = list(range(30))
-    found = greedy(model, ids, 40)[30:]
-    assert len(found) == 40
-    prompt = ids[-16:]  # the last 16 tokens of a long prompt
-    assert found[0] == likeliest(model, prompt, 1)[-1]
-    last_half = [*prompt, found[0]][-8:]
-    assert found[1:9] == likeliest(model, last_half, 8)[-8:]
-
-
-# --- the draw
+    found = greedy(model, ids, 40)
+    assert len(found) == 70
+    assert found[14:31] == likeliest(model, ids[-16:], 1)  # of the last 16 tokens of a long prompt
+    assert found[23:39] == likeliest(model, found[23:31], 8)
 
 
 def test_draws_are_of_the_top_k_at_the_temperature():
@@ -70,10 +57,10 @@ def test_draws_are_of_the_top_k_at_the_temperature():
     generator = torch.Generator().manual_seed(0)
     scale = 0.1  # the logits of untrained weights lie near each other
     draws = [token for _ in range(1500) for token in sample.generate(model, [1, 2], 1, scale, 5, generator)]
-    counts = torch.bincount(torch.tensor(draws), minlength=50)[tokens]
-    assert counts.sum() == 1500
+    shares = torch.bincount(torch.tensor(draws), minlength=50)[tokens] / 1500
+    torch.testing.assert_close(shares, (values / scale).softmax(-1), atol=0.04, rtol=0)
+    assert shares.sum() == 1
     assert list(sample.generate(model, [1, 2], 1, 1e-39, 5, generator)) == [tokens[0]]
-    torch.testing.assert_close(counts / 1500, (values / scale).softmax(-1), atol=0.04, rtol=0)
 
 
 def test_a_seed_repeats_its_draws_and_the_text_is_whole(run, gpt2_tokenizer):
@@ -84,60 +71,29 @@ def test_a_seed_repeats_its_draws_and_the_text_is_whole(run, gpt2_tokenizer):
         ("random", "Hello, world"),
     ):
         args = ["tools.sample", source, f"--prompt={prompt}", "--max_new_tokens=24", *args]
-        texts = [run(*args, f"--seed={seed}").text for seed in (7, 7, 8)]
-        assert texts[0].startswith(prompt)
-        assert len(texts[0]) > len(prompt) + 8
-        assert texts[0] == texts[1] != texts[2]
-
-
-# --- bfloat16
+        first, again, other = (run(*args, f"--seed={seed}").text for seed in (7, 7, 8))
+        assert first.startswith(prompt)
+        assert len(first) > len(prompt) + 8
+        assert first == again != other
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_addmv_is_the_same_linear_map(bias):
-    linear = torch.nn.Linear(64, 300, bias=bias, dtype=torch.bfloat16)
-    for p in linear.parameters():
-        torch.nn.init.normal_(p)
-    x = torch.randn(1, 2, 64, dtype=torch.bfloat16)
+def test_addmv_which_multiplies_in_bfloat16_is_the_same_linear_map(bias):
+    linear = torch.nn.Linear(64, 300, bias=bias).bfloat16()
+    x = torch.randn(1, 2, 64).bfloat16()
     exact = torch.nn.functional.linear(x.double(), *(p.double() for p in linear.parameters()))
     sample.use_addmv(linear)
     for n in (1, 2):
-        torch.testing.assert_close(linear(x[:, :n]).double(), exact[:, :n], atol=0.03, rtol=0.01)
-
-
-def test_bfloat16_decodes_what_its_logits_say(tiny):
-    """With a cache and one row at a time, each token's logit is within rounding of the largest one without them."""
-    model = tiny.bfloat16()
-    sample.use_addmv(model)
-    tokens = greedy(model, PROMPT, 60)
-
-    plain = GPT.from_pretrained(TINY).eval().bfloat16()
-    with torch.no_grad():
-        logits = plain(torch.tensor([tokens]))[0]
-    logits = logits[0, len(PROMPT) - 1 : -1].float()  # (60, vocab)
-    largest = logits.max(-1).values
-    chosen = logits[torch.arange(60), tokens[len(PROMPT) :]]
-    assert (largest - chosen).max() < 0.25
-    assert (largest - logits.median(-1).values).min() > 2
-
-
-# --- settings
+        torch.testing.assert_close(linear(x[:, :n]).double(), exact[:, :n], atol=0.01, rtol=0.01)
 
 
 @pytest.mark.parametrize("args, named", [
     ([], "tools.sample"),
     (["nowhere"], "nowhere"),
-    (["other"], "end-of-text"),  # no tokenizer has 299
-    (["beyond"], "50256"),  # transformers' GPT2Config gives it to any vocabulary
     ([TINY, "--max_new_tokens=0"], "max_new_tokens"),
     ([TINY, "--temperature=-1"], "temperature"),
-    ([TINY, f"--seed={2**64}"], "seed"),
+    ([TINY, f"--seed={2**63}"], "seed"),
     ([TINY, "--dtype=float16"], "dtype"),
-    ([TINY, "--device=gpu"], "gpu"),
 ])
 def test_bad_input_ends_in_one_line(run, args, named):
-    hf = random_hf()
-    hf.save_pretrained("other")
-    hf.config.eos_token_id = 50256
-    hf.save_pretrained("beyond")
     assert named in run("tools.sample", *args).error

@@ -12,10 +12,6 @@ from configurator import configure
 from parts.errors import UserError
 from schedule import describe, learning_rate_at, state_at, timeline
 
-POST = [("ln_2", 200, 20), ("ln_1qk", 440, 20), ("ln_1v", 680, 30), ("ln_f", 1040, None), ("eot", 1060, None),
-        ("bos", 1160, None)]
-FOLLOW_UP = [("ln_2", 20, 2), ("ln_1qk", 44, 2), ("ln_1v", 68, 3), ("ln_f", 104, None)]
-XL = [("ln_2", 50, 4), ("ln_1qk", 242, 4), ("ln_1v", 434, 6), ("ln_f", 722, None)]
 FOLLOW_UPS = ("remove_ln_fast", "remove_ln_medium", "remove_ln_large", "remove_ln_xl")
 
 
@@ -24,28 +20,14 @@ def sites_of(n_layer):
     return [f"h.{layer}.{kind}" for layer in range(n_layer) for kind in ("ln_1qk", "ln_1v", "ln_2")] + ["ln_f"]
 
 
-# --- rows to events
-
-
-def test_the_published_schedules_give_their_events():
-    events = timeline(POST, 12, 1200)
-    assert events[:12] == [(200 + 20 * i, "ln_2", i) for i in range(12)]
-    assert events[12:24] == [(440 + 20 * i, "ln_1qk", i) for i in range(12)]
-    assert events[24:36] == [(680 + 30 * i, "ln_1v", i) for i in range(12)]
-    assert events[36:] == [(1040, "ln_f", None), (1060, "eot", None), (1160, "bos", None)]
-    assert [events[i][0] for i in (11, 23, 35)] == [420, 660, 1010]
-
-    events = timeline(FOLLOW_UP, 12, 300)
-    assert [step for step, _, _ in events[:12]] == [20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42]
-    assert [step for step, _, _ in events[12:24]] == [44, 46, 48, 50, 52, 54, 56, 58, 60, 62, 64, 66]
-    assert [step for step, _, _ in events[24:36]] == [68, 71, 74, 77, 80, 83, 86, 89, 92, 95, 98, 101]
-    assert [kind for _, kind, _ in events[:36]] == [*["ln_2"] * 12, *["ln_1qk"] * 12, *["ln_1v"] * 12]
-    assert events[36:] == [(104, "ln_f", None)]
+def read_configs(*names):
+    """The settings of train.py after config/NAME.py of each name, in order."""
+    paths = [os.path.join(REPO, "config", f"{name}.py") for name in names]
+    return configure(default_settings(), paths, "", configs=True)
 
 
 @pytest.mark.parametrize("rows, n_layer, max_iters, events", [
     ([], 4, 10, []),  # the control
-    ([("ln_2", 3, 0)], 2, 10, [(3, "ln_2", 0), (3, "ln_2", 1)]),
     # single sites
     ([("h.5.ln_2", 700, None), ("h.0.ln_1qk", 7, None), ("h.11.ln_1v", 0.5, None)], 12, 800,
      [(7, "ln_1qk", 0), (400, "ln_1v", 11), (700, "ln_2", 5)]),
@@ -54,9 +36,8 @@ def test_the_published_schedules_give_their_events():
      2, 10, [(4, "ln_1qk", 0), (5, "ln_f", None), (5, "ln_1v", 1), (5, "ln_2", 0), (5, "ln_2", 1), (5, "eot", None),
              (5, "ln_1qk", 1), (6, "bos", None)]),
     # a fraction of the run is the first step
-    ([("ln_f", 0.35, None)], 6, 200, [(70, "ln_f", None)]),
-    ([("bos", 0.0, None)], 6, 200, [(0, "bos", None)]),
-    ([("ln_2", 0.25, 3)], 3, 200, [(50, "ln_2", 0), (53, "ln_2", 1), (56, "ln_2", 2)]),
+    ([("ln_f", 0.35, None), ("bos", 0.0, None), ("ln_2", 0.25, 3)], 3, 200,
+     [(0, "bos", None), (50, "ln_2", 0), (53, "ln_2", 1), (56, "ln_2", 2), (70, "ln_f", None)]),
     # a pair spreads the layers: from step 20 to 60 a layer every 40 / 6 steps, rounded down
     ([("ln_2", (0.1, 0.3), None)], 6, 200,
      [(20, "ln_2", 0), (26, "ln_2", 1), (33, "ln_2", 2), (40, "ln_2", 3), (46, "ln_2", 4), (53, "ln_2", 5)]),
@@ -81,62 +62,42 @@ def test_rows_give_these_events(rows, n_layer, max_iters, events):
     [("ln_1qk", 50, 1), ("h.3.ln_1qk", 50, None)],  # twice
 ])
 def test_a_row_that_can_not_run_is_refused(rows):
-    timeline([("ln_1qk", 0, 0), ("ln_2", 1, 2)], 4, 100)
     for row in rows:
         with pytest.raises(UserError, match="ln_schedule: "):
             timeline([("ln_1qk", 0, 0), row], 4, 100)
 
 
-# --- the state at a step
+# --- the state and the learning rate at a step
 
 
 def test_state_is_a_function_of_the_step_and_an_event_comes_before_its_step():
-    events = timeline(POST, 12, 1200)
-    states = {k: state_at(events, k, sites_of(12)) for k in (0, 200, 201, 421, 441, 1040, 1041, 1060, 1061, 1161, 1200)}
-    fakes = [list(states[k][0].values()).count("fake") for k in (0, 200, 201, 421, 441, 1040, 1041, 1200)]
-    assert fakes == [0, 0, 1, 12, 13, 36, 37, 37]
+    events = timeline(read_configs("remove_ln")["ln_schedule"], 12, 1200)
+    states = {k: state_at(events, k, sites_of(12)) for k in (0, 200, 201, 421, 441, 1040, 1041, 1060, 1061, 1161)}
+    fakes = [list(modes.values()).count("fake") for modes, _ in states.values()]
+    assert fakes == [0, 0, 1, 12, 13, 36, 37, 37, 37, 37]
     assert states[1060][1] == {"bos": True, "eot": True}
     assert states[1061][1] == {"bos": True, "eot": False}
     assert states[1161][1] == {"bos": False, "eot": False}
     # a treatment without a row is never on
-    assert state_at(timeline([("ln_2", 0, 1)], 12, 100), 0, sites_of(12))[1] == {"bos": False, "eot": False}
     assert state_at(timeline([("eot", 3, None)], 12, 100), 0, sites_of(12))[1] == {"bos": False, "eot": True}
-    # rows in any order
-    rows = [("h.1.ln_2", 4, None), ("h.0.ln_2", 6, None), ("h.0.ln_1v", 5, None)]
-    modes, _ = state_at(timeline(rows, 2, 10), 6, sites_of(2))
-    assert {name for name, mode in modes.items() if mode == "fake"} == {"h.1.ln_2", "h.0.ln_1v"}
-    assert set(modes) == set(sites_of(2))
 
 
 def test_a_line_for_each_row_says_before_which_steps():
     rows = [("ln_2", 20, 10), ("h.2.ln_1v", 0.5, None), ("ln_f", 300, None), ("bos", 310, None)]
     lines = describe(rows, timeline(rows, 3, 400))
-    assert [re.findall(r"\d+", line.split("before")[1]) for line in lines] == [["20", "30", "40"], ["200"], ["300"], ["310"]]
-    assert [line.split()[0] for line in lines] == ["ln_2", "h.2.ln_1v", "ln_f", "bos"]
-
-
-# --- the learning rate
+    found = [re.fullmatch(r" *(\S+) .*before step (.*)", line).groups() for line in lines]
+    assert found == [("ln_2", "20, 30, 40"), ("h.2.ln_1v", "200"), ("ln_f", "300"), ("bos", "310")]
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():
     """The defaults are the post's: 6e-4 after 100 steps, half way at 1,050, 6e-5 from 2,000."""
     names = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")
     settings = {name: default_settings()[name] for name in names}
-    rates = {step: learning_rate_at(step, **settings) for step in (0, 49, 100, 1050, 2000, 5000)}
-    assert rates[0] == pytest.approx(6e-4 / 101)
-    assert rates[49] == pytest.approx(6e-4 * 50 / 101)
-    assert rates[100] == 6e-4
-    assert rates[1050] == pytest.approx((6e-4 + 6e-5) / 2)
-    assert rates[2000] == rates[5000] == pytest.approx(6e-5)
+    rates = [learning_rate_at(step, **settings) for step in (0, 49, 100, 1050, 2000, 5000)]
+    assert rates == pytest.approx([6e-4 / 101, 6e-4 * 50 / 101, 6e-4, (6e-4 + 6e-5) / 2, 6e-5, 6e-5])
 
 
 # --- the configs
-
-
-def read_configs(*names):
-    """The settings of train.py after config/NAME.py of each name, in order."""
-    paths = [os.path.join(REPO, "config", f"{name}.py") for name in names]
-    return configure(default_settings(), paths, "", configs=True)
 
 
 DEPTHS = dict(remove_ln=12, remove_ln_fast=12, remove_ln_medium=24, remove_ln_large=36, remove_ln_xl=48,
@@ -147,18 +108,16 @@ DEPTHS = dict(remove_ln=12, remove_ln_fast=12, remove_ln_medium=24, remove_ln_la
 def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
     removal = read_configs(name)
     events = timeline(removal["ln_schedule"], n_layer, removal["max_iters"])
-    sites = {event[1:] for event in events if event[1] not in ("eot", "bos")}
     treatments = {kind for _, kind, _ in events} & {"eot", "bos"}
-    assert len(sites) == 3 * n_layer + 1
-    # the follow-up's constants are over all tokens, position 0 and end-of-text among them
-    assert treatments == (set() if removal["std_over"] == "all" else {"eot", "bos"})
-    assert (removal["std_over"] == "all") == (name in FOLLOW_UPS)
-    if name in FOLLOW_UPS:  # its library's default optimizer
+    assert len(events) - len(treatments) == 3 * n_layer + 1
+    if name in FOLLOW_UPS:  # constants over all tokens, and its library's default optimizer
+        assert (treatments, removal["std_over"]) == (set(), "all")
         assert (removal["beta1"], removal["beta2"], removal["dropout"]) == (0.9, 0.999, 0.1)
+    else:
+        assert (treatments, removal["std_over"]) == ({"eot", "bos"}, "ordinary")
     if name not in ("remove_ln_tiny", "remove_ln_mine"):
         sequences = removal["batch_size"] * removal["gradient_accumulation_steps"]
         assert sequences * removal["block_size"] == 2**19
-
     # each kind waits for the one before
     kinds = ("ln_2", "ln_1qk", "ln_1v", "ln_f", "eot", "bos")
     waiting = [k for kind in kinds for k, event, _ in events if event == kind]
@@ -172,14 +131,24 @@ def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
     learning = read_configs(name, "faithful")
     assert {k for k in learning if learning[k] != removal[k]} == {"kl_share", "out_dir"}
     control = read_configs(name, "faithful", "control")
-    assert control["out_dir"] == learning["out_dir"] + "_control"
-    assert control["kl_share"] == learning["kl_share"] == 0.5
+    assert (control["out_dir"], control["kl_share"]) == (learning["out_dir"] + "_control", 0.5)
 
 
-def test_the_published_schedules_are_in_the_configs():
-    assert read_configs("remove_ln")["ln_schedule"] == POST
-    assert read_configs("remove_ln_fast")["ln_schedule"] == FOLLOW_UP
-    assert read_configs("remove_ln_xl")["ln_schedule"] == XL
+def layers(kind, first, gap, n_layer):
+    return [(first + gap * i, kind, i) for i in range(n_layer)]
+
+
+@pytest.mark.parametrize("name, events", [
+    ("remove_ln", [*layers("ln_2", 200, 20, 12), *layers("ln_1qk", 440, 20, 12), *layers("ln_1v", 680, 30, 12),
+                   (1040, "ln_f", None), (1060, "eot", None), (1160, "bos", None)]),
+    ("remove_ln_fast", [*layers("ln_2", 20, 2, 12), *layers("ln_1qk", 44, 2, 12), *layers("ln_1v", 68, 3, 12),
+                        (104, "ln_f", None)]),
+    ("remove_ln_xl", [*layers("ln_2", 50, 4, 48), *layers("ln_1qk", 242, 4, 48), *layers("ln_1v", 434, 6, 48),
+                      (722, "ln_f", None)]),
+])
+def test_the_published_events_are_those_of_the_configs(name, events):
+    config = read_configs(name)
+    assert timeline(config["ln_schedule"], DEPTHS[name], config["max_iters"]) == events
 
 
 @pytest.mark.parametrize("max_iters", [100, 200, 600])

@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import SCHEDULE, SHORT, TINY, even_windows, read_json, read_log, read_tokens
-from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from model import GPT
 from parts import checkpoint, data
@@ -22,17 +23,12 @@ from parts.files import unfinished
 MODEL = "out/run/model/model.safetensors"
 
 
-# --- the data
-
-
 def test_the_same_seed_and_step_give_the_same_windows():
     tokens = np.arange(1000, dtype=np.uint16)
     starts = data.train_starts(tokens, 1, 7, 64, 10)
     assert (starts == data.train_starts(tokens, 1, 7, 64, 10)).all()
     assert (starts != data.train_starts(tokens, 1, 8, 64, 10)).any()
     assert (starts != data.train_starts(tokens, 2, 7, 64, 10)).any()
-    assert starts.min() >= 0
-    assert starts.max() <= 989
     assert set(data.train_starts(tokens[:12], 0, 0, 200, 10)) == {0, 1}  # both windows that fit, no other
 
 
@@ -59,51 +55,25 @@ def removal(run, stdlib):
     return removal
 
 
-def events_in_log(folder="out/run"):
-    return [(entry["step"], entry["event"]) for entry in read_log(folder) if "event" in entry]
-
-
 def test_a_run_removes_every_layernorm_and_leaves_its_four_files(removal):
-    done = removal()
-    assert done.code == 0, done.text
+    assert removal().code == 0
     assert sorted(os.listdir("out/run")) == ["ckpt.pt", "log.jsonl", "model", "settings.json"]
 
-    model = GPT.from_pretrained("out/run/model").eval()
+    model = GPT.from_pretrained("out/run/model")
     assert model.ln_free()
-    assert set(model.ln_modes().values()) == {"fake"}
-    x, _ = data.read_windows(read_tokens("val", "stdlib"), [0, 5000], 256, "cpu")
-    with torch.no_grad():
-        torch.testing.assert_close(model.fold()(x)[0], model(x)[0], atol=1e-4, rtol=0)
-
-    assert events_in_log() == [
+    log = read_log()
+    assert [(entry["step"], entry["event"]) for entry in log if "event" in entry] == [
         *[(1 + i, f"h.{i}.ln_2") for i in range(4)],
         *[(5, f"h.{i}.ln_1qk") for i in range(4)],
         *[(6 + i, f"h.{i}.ln_1v") for i in range(4)],
         *[(9, "ln_f"), (10, "eot"), (10, "bos")],
     ]
-    log = read_log()
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(12))
     logged = {entry["event"]: (entry["avg_std"], entry["bos_std"]) for entry in log if "avg_std" in entry}
     assert logged == {name: (site.avg_std.item(), site.bos_std.item()) for name, site in model.sites().items()}
     settings = read_json("out/run/settings.json")
-    assert settings["max_iters"] == 12
     assert settings["ln_schedule"] == [list(row) for row in SCHEDULE]
     assert settings["n_embd"] == model.config.n_embd
-
-
-def test_a_run_in_another_order_has_its_events_in_that_order(removal):
-    """Sites by their names: the log, the printed lines and the model agree."""
-    schedule = [("h.3.ln_2", 1, None), ("h.2.ln_2", 3, None), ("h.1.ln_2", 5, None), ("h.0.ln_2", 7, None)]
-    schedule += [("ln_1v", 8, 0), ("h.2.ln_1qk", 3, None)]
-    done = removal(f"--ln_schedule={schedule}")
-    assert done.code == 0, done.text
-    expected = [(1, "h.3.ln_2"), (3, "h.2.ln_2"), (3, "h.2.ln_1qk"), (5, "h.1.ln_2"), (7, "h.0.ln_2")]
-    expected += [(8, f"h.{i}.ln_1v") for i in range(4)]
-    assert events_in_log() == expected
-    said = [line for line in done.text.splitlines() if " fake, std " in line]
-    assert [line.split(" fake")[0] for line in said] == [f"step {step:>6}  {name}" for step, name in expected]
-    modes = GPT.from_pretrained("out/run/model").ln_modes()
-    assert {name for name, mode in modes.items() if mode == "fake"} == {name for _, name in expected}
 
 
 def windows_of(step):
@@ -113,7 +83,7 @@ def windows_of(step):
 
 
 def std_before(model, site, x):
-    """The std of what a site reads of the windows x, by DESIGN's formula in float64: (windows, T)."""
+    """The std of what a site reads of the windows x, by LayerNorm's formula in float64: (windows, T)."""
     seen = []
     hook = model.sites()[site].register_forward_pre_hook(lambda module, args: seen.append(args[0].double()))
     with torch.no_grad():
@@ -135,26 +105,20 @@ def test_the_constants_of_an_event_are_those_of_its_batch_and_weights(removal, s
     assert len(entries) == 5
     for entry in entries:
         std = std_before(GPT.from_pretrained(TINY), entry["event"], x)
-        ordinary = std[:, 1:].mean().item()
-        expected = ordinary if std_over == "ordinary" else std.mean().item()
-        assert entry["avg_std"] == pytest.approx(expected, rel=1e-4)
-        assert expected == ordinary or expected != pytest.approx(ordinary, rel=1e-3)
+        averaged = std[:, 1:] if std_over == "ordinary" else std
+        assert entry["avg_std"] == pytest.approx(averaged.mean().item(), rel=1e-4)
         if std_over == "ordinary":
             assert entry["bos_std"] == pytest.approx(std[:, 0].mean().item(), rel=1e-4)
 
 
 def test_constants_can_be_moving_averages_over_steps(removal):
     """At a learning rate of 0 the weights stay, so that each step's own std can be measured here."""
-    schedule = [("ln_f", 3, None)]
     still = ["--learning_rate=0", "--min_lr=0", "--weight_decay=0"]
-    args = [f"--ln_schedule={schedule}", "--dtype=float32", "--std_momentum=0.7", "--max_iters=4"]
+    args = ["--ln_schedule=[('ln_f', 3, None)]", "--dtype=float32", "--std_momentum=0.7", "--max_iters=4"]
     assert removal(*args, *still).code == 0
-    model = GPT.from_pretrained(TINY)
-    expected = None
-    for step in range(4):
-        std = std_before(model, "ln_f", windows_of(step))[:, 1:].mean().item()
-        expected = std if expected is None else 0.7 * expected + 0.3 * std
-    assert read_log(key="avg_std") == pytest.approx([expected], rel=1e-4)
+    stds = [std_before(GPT.from_pretrained(TINY), "ln_f", windows_of(step))[:, 1:].mean() for step in range(4)]
+    expected = 0.7**3 * stds[0] + 0.3 * (0.7**2 * stds[1] + 0.7 * stds[2] + stds[3])
+    assert read_log(key="avg_std") == pytest.approx([expected.item()], rel=1e-4)
 
 
 def test_the_control_sees_the_same_batches_and_keeps_its_layernorms(removal):
@@ -167,20 +131,17 @@ def test_the_control_sees_the_same_batches_and_keeps_its_layernorms(removal):
 
 
 def test_gradient_accumulation_is_one_large_batch(removal):
-    args = ["--ln_schedule=[]", "--dtype=float32", "--eval_iters=1", "--max_iters=4"]
-    one = ["--gradient_accumulation_steps=1", "--batch_size=4", "--out_dir=out/one"]
-    four = ["--gradient_accumulation_steps=4", "--batch_size=1", "--out_dir=out/four"]
-    assert removal(*args, *one).code == 0
-    assert removal(*args, *four).code == 0
-    assert read_log("out/one", "loss") == pytest.approx(read_log("out/four", "loss"), rel=1e-4)
+    losses = []
+    for steps, size in ((1, 4), (4, 1)):
+        flags = [f"--gradient_accumulation_steps={steps}", f"--batch_size={size}", f"--out_dir=out/{steps}"]
+        assert removal("--ln_schedule=[]", "--dtype=float32", "--max_iters=4", *flags).code == 0
+        losses.append(read_log(f"out/{steps}", "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_evaluation_is_the_mean_loss_of_the_even_windows(removal):
-    """Against transformers on the windows by hand."""
-    from transformers import AutoModelForCausalLM
-
-    args = ["--max_iters=1", "--ln_schedule=[]", "--learning_rate=1e-12", "--min_lr=0"]
-    assert removal("--dtype=float32", *args).code == 0
+    """Before the first step, against transformers on the windows by hand."""
+    assert removal("--dtype=float32", "--max_iters=1", "--ln_schedule=[]").code == 0
     windows = even_windows(4, 32)
     hf = AutoModelForCausalLM.from_pretrained(TINY)
     with torch.no_grad():
@@ -189,13 +150,7 @@ def test_evaluation_is_the_mean_loss_of_the_even_windows(removal):
     assert read_log(key="val_loss")[0] == pytest.approx(expected.item(), abs=1e-5)
 
 
-# --- interruption
-
-
-def assert_same_tensors(path, expected):
-    found = load_file(path)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+# --- interruption, and the log
 
 
 def log_without_speed(folder):
@@ -211,17 +166,15 @@ def test_an_interrupted_run_ends_with_the_same_bits(removal, at_step, step):
     """SIGTERM arrives while a step reads its data. Dropout and the std's average go on as they were, and
     what it learns from is the same original."""
     args = ["--dropout=0.1", "--std_momentum=0.5", "--kl_share=0.5"]
-    whole = removal(*args, "--out_dir=out/whole")
-    assert whole.code == 0, whole.text
+    assert removal(*args, "--out_dir=out/whole").code == 0
     at_step(step, lambda: signal.raise_signal(signal.SIGTERM))
     cut = removal(*args)
     assert cut.code == 128 + signal.SIGTERM
     assert "--init_from=resume" in cut.text
     assert not os.path.exists("out/run/model")
 
-    resumed = removal(*args, "--init_from=resume")
-    assert resumed.code == 0, resumed.text
-    assert_same_tensors(MODEL, load_file("out/whole/model/model.safetensors"))
+    assert removal(*args, "--init_from=resume").code == 0
+    assert Path(MODEL).read_bytes() == Path("out/whole/model/model.safetensors").read_bytes()
     assert log_without_speed("out/run") == log_without_speed("out/whole")
     assert read_json("out/run/settings.json")["init_from"] == TINY  # eval.py's original, not `resume`
 
@@ -231,40 +184,30 @@ def test_the_log_has_every_term_of_the_objective_by_its_name(run, stdlib):
     terms = ["--kl_share=0.5", "--aux_loss_weight=0.1", "--learning_rate=1e-3", "--dtype=float32", "--max_iters=4"]
     assert run("train.py", *SHORT, *terms, "--ln_schedule=[('ln_2', 3, 0)]").code == 0
     kl = read_log("out/run", "kl")
-    assert len(kl) == 4
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert 1e-4 < kl[2] < kl[3]  # at step 3 the four ln_2 go
-    assert run("train.py", *SHORT, "--max_iters=1", "--out_dir=out/plain").code == 0
-    assert read_log("out/plain", "kl") == read_log("out/plain", "spread") == []
     # the spread of the first step, on the same windows by hand
     std = std_before(GPT.from_pretrained(TINY), "ln_f", windows_of(0))
     each = [(part - part[:, 1:].mean()).square().mean().item() for part in std.split(2)]  # two micro-batches
     assert read_log(key="spread")[0] == pytest.approx(np.mean(each), rel=1e-4)
 
 
-class Killed(BaseException):
-    """Raised where a kill would end the process."""
-
-
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(removal, at_step):
     """What a kill at step 10 leaves: a checkpoint of step 8, and a log that goes further, with half a
     line at its end."""
     assert removal("--checkpoint_interval=8").code == 0
-    whole = load_file(MODEL)
+    whole = Path(MODEL).read_bytes()
 
     def kill():
-        raise Killed
+        raise KeyboardInterrupt
 
     at_step(10, kill)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         removal("--checkpoint_interval=8", "--force")
     with open("out/run/log.jsonl", "a") as f:
         f.write('{"step": 11, "lo')
-    assert torch.load("out/run/ckpt.pt", weights_only=True)["step"] == 8
-    assert not os.path.exists("out/run/model")
-
     assert removal("--checkpoint_interval=8", "--init_from=resume").code == 0
-    assert_same_tensors(MODEL, whole)
+    assert Path(MODEL).read_bytes() == whole
     assert [entry["step"] for entry in read_log() if "loss" in entry] == list(range(12))
 
 
@@ -276,19 +219,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
         checkpoint.write(path, {"step": 2, "model": torch.zeros(1000)})
     assert torch.load(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["ckpt.pt"]
-
-
-def test_an_ln_free_model_is_fine_tuned_and_resumed_and_another_schedule_is_refused(run, removal):
-    assert removal().code == 0
-    assert "h.0" in removal("--init_from=resume", "--max_iters=14", "--ln_schedule=[]").error
-    args = [*SHORT, "--init_from=out/run/model", "--out_dir=out/more", "--max_iters=2"]
-    assert run("train.py", *args).code == 0
-    resumed = run("train.py", *args, "--init_from=resume", "--max_iters=4")
-    assert resumed.code == 0, resumed.text
-    assert GPT.from_pretrained("out/more/model").ln_free()
-
-
-# --- what is logged
 
 
 def test_the_models_flops_are_its_matrix_products():
@@ -303,15 +233,10 @@ def test_wandb_gets_what_the_log_gets(removal, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     assert "wandb" in removal("--wandb_log").error
 
-    logged, started = [], []
-
-    def log(entry, step):
-        assert step == entry["step"]
-        logged.append(entry)
-
-    wandb = types.SimpleNamespace(init=lambda **settings: started.append(settings), log=log)
+    logged, started = [], {}
+    wandb = types.SimpleNamespace(init=lambda **settings: started.update(settings),
+                                  log=lambda entry, step: logged.append((step, entry)))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     assert removal("--wandb_log", "--wandb_project=mine").code == 0
-    assert logged == read_log()
-    assert started[0]["project"] == "mine"
-    assert started[0]["config"]["max_iters"] == 12
+    assert logged == [(entry["step"], entry) for entry in read_log()]
+    assert (started["project"], started["config"]["max_iters"]) == ("mine", 12)
