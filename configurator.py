@@ -47,7 +47,8 @@ def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}
         flag_given = True
         key, equals, value = arg[2:].partition("=")
         check_name(names, key, f"--{key}")
-        if not equals and settings[key] is False and (not argv or argv[0] not in ("True", "False", "true", "false")):
+        is_bool = isinstance(settings[key], bool)
+        if not equals and is_bool and (not argv or argv[0] not in ("True", "False", "true", "false")):
             value = "True"  # --force alone
         elif not equals:
             if not argv:
@@ -81,17 +82,16 @@ def apply_file(settings, names, path, effects):
             exec(compile(f.read(), path, "exec"), after)
     except (Exception, SystemExit) as e:
         raise UserError(f"{path} is not a config file: {first_line(e)}") from None
-    changes = set()
     for key, value in after.items():
         if key.startswith("_") or value is before.get(key):
             continue
         check_name(names, key, f"{key} in {path}")
         assign(settings, key, check_type(f"{key} in {path}", value, before[key]))
-        changes |= {key} if settings[key] != before[key] else set()
-        for earlier, left in effects.items():
-            if left == {key}:
-                raise UserError(f"{earlier} has no effect before {path}: name it after")
-            left.discard(key)
+    changes = {name for name in names if settings[name] != before[name]}
+    for earlier, left in effects.items():
+        if left and left <= changes:
+            raise UserError(f"{earlier} has no effect before {path}: name it after")
+        left -= changes
     return changes
 
 

@@ -4,6 +4,7 @@ finds whatever still divides by a std; a user's mistake is one line; tables fit 
 """
 import hashlib
 import math
+import os
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from eval import open_candidate
 from model import GPT
+from parts.card import table
 from parts.compare import compare, divergences, mean_and_error
 from parts.loss import token_losses
 from parts.residual import residual_stats
@@ -135,6 +137,16 @@ def test_a_mean_and_its_error_by_hand():
 
 
 # --- faithfulness
+
+
+def test_a_run_is_evaluated_by_its_name_and_keeps_the_result(run, demo):
+    for args in (["out/demo"], []):
+        assert run("eval.py", *args, "--tokens=640", "--faithfulness=False").code == 0
+        result = read_json("out/demo/eval.json")
+        assert [row["source"] for row in result["rows"]] == [TINY, "out/demo_control", "out/demo"]
+        assert "\n| stdlib | LN-free |" in table(result["rows"])
+        assert "nats per byte" in table(result["rows"])
+        os.remove("out/demo/eval.json")
 
 
 def test_faithfulness_against_float64_by_hand(rows_of, demo):
@@ -329,7 +341,7 @@ def test_tables_have_at_most_80_columns_whatever_the_models_are_called(run, stdl
         assert f"{row['loss']:.4f} ± {row['loss_se']:.4f}" in table
     assert f"{rows[1]['gap']:+.4f} ± {rows[1]['gap_se']:.4f}" in table
     assert table.count("nats per byte   ") == table.count("loss correlation") == 2
-    assert "…quite_a_long_name" in table
+    assert "  LN-free 2  a_copy_with_quite_a_long_name\n" in table
     assert all(len(row["sites"]) == 9 for row in rows[6:])
     assert len(residual.splitlines()) <= 2 + 2 * 23
 

@@ -5,7 +5,7 @@ import re
 import runpy
 
 import pytest
-from conftest import default_settings
+from conftest import REPO, default_settings
 
 from configurator import configure
 from parts.errors import UserError
@@ -107,6 +107,12 @@ def test_init_from_auto_keeps_what_a_new_run_starts_from(tmp_path, monkeypatch):
     for argv in (["config.py", "--init_from=auto"], ["config.py", "auto.py"]):
         found = configure(default_settings(), argv, "", configs=True)
         assert (found["init_from"], found["auto"]) == ("gpt2", True)
+
+
+def test_a_config_that_a_later_one_undoes_is_refused(run):
+    """Such as a control that is named before the removal."""
+    configs = [f"{REPO}/config/control.py", f"{REPO}/config/remove_ln_tiny.py"]
+    assert "control.py" in run("train.py", *configs).error
 
 
 @pytest.mark.parametrize("script, flags", [

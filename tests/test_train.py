@@ -240,3 +240,18 @@ def test_wandb_gets_what_the_log_gets(removal, monkeypatch):
     assert removal("--wandb_log", "--wandb_project=mine").code == 0
     assert logged == [(entry["step"], entry) for entry in read_log()]
     assert (started["project"], started["config"]["max_iters"]) == ("mine", 12)
+    begun = started["id"]
+    assert removal("--wandb_log", "--init_from=resume").code == 0
+    assert (started["id"], started["resume"]) == (begun, "allow")
+    assert removal("--wandb_log", "--force").code == 0
+    assert started["id"] != begun
+
+
+def test_a_small_model_is_compiled_only_if_a_flag_asks_for_it(run, stdlib, monkeypatch):
+    def compile(model):
+        raise UserError("it is compiled")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    short = [flag for flag in SHORT if flag != "--compile=False"]
+    assert run("train.py", *short).code == 0
+    assert "compiled" in run("train.py", *short, "--compile", "--force").error
