@@ -41,6 +41,7 @@ def refused(run):
 
 @pytest.mark.parametrize("flags, names", [
     ("--device=gpu", "device"),
+    ("--device=cpu:x", "device"),
     ("--out_dir=", "out_dir"),
     ("--dataset=none", "none"),
     ("--dataset=../mine", "../mine"),

@@ -365,6 +365,7 @@ def test_the_json_says_what_was_measured_with_what(rows_of, stdlib, tmp_path):
 @pytest.mark.parametrize("args, named", [
     ([], "out/"),
     ([f"--models={TINY}", "--dataset=mine"], "'mine'"),
+    ([f"--models={TINY}", "--dataset=pile"], "pile"),  # of GPT-2's tokens
     ([f"--models={TINY}", "--tokens=100"], "--tokens=100"),
     ([f"--models={TINY}", "--tokens=512", "--json=no/where.json"], "--json=no/where.json"),
     ([f"--models={TINY}", "--json=data"], "data exists"),
