@@ -3,6 +3,7 @@ torchrun with two processes (gloo), and torch.compile: the same run and evaluati
 """
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,39 @@ def test_a_run_of_two_processes_is_resumed_by_one(run, torchrun):
     assert run(*args, "--out_dir=out/one").code == 0
     assert read_log("out/two", "loss") == pytest.approx(read_log("out/one", "loss"), rel=1e-4)
     assert read_log("out/two", "val_loss")[-1] == pytest.approx(read_log("out/one", "val_loss")[-1], abs=0.002)
+
+
+SLURM = {  # stand-ins for its commands: srun starts both nodes here
+    "srun": """trap 'kill -USR1 $a $b' USR1
+"$@" & a=$!
+"$@" & b=$!
+wait $a; wait $a; wait $b; wait $b""",
+    "scontrol": '[ "$1" = requeue ] && touch requeued || echo localhost',
+}
+
+
+@pytest.mark.slow
+def test_the_batch_script_saves_in_time_and_continues_on_two_nodes(run, stdlib, tmp_path):
+    for name, lines in SLURM.items():
+        (tmp_path / name).write_text("#!/bin/bash\n" + lines)
+        (tmp_path / name).chmod(0o755)
+    os.symlink(os.path.join(REPO, "train.py"), "train.py")
+    env = os.environ | ONE_THREAD | dict(SLURM_JOB_NODELIST="a,b", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="1",
+                                         SLURM_JOB_ID="7", PORT="29617")
+    env["PATH"] = f"{tmp_path}:{os.path.dirname(sys.executable)}:{env['PATH']}"
+    args = [*SHORT, f"--ln_schedule={SCHEDULE}", "--dtype=float32"]
+    script = ["bash", os.path.join(REPO, "docs/slurm.sbatch"), *args, "--max_iters=80", "--out_dir=out/two"]
+    with subprocess.Popen(script, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        for line in job.stdout:
+            if line.startswith("step     20  loss"):
+                job.send_signal(signal.SIGUSR1)
+    assert os.path.exists("requeued")
+    assert not os.path.exists("out/two/model")
+    os.remove("requeued")
+    assert subprocess.run(script, env=env).returncode == 0
+    assert not os.path.exists("requeued")
+    assert run("train.py", *args, "--max_iters=80", "--out_dir=out/one").code == 0
+    assert read_log("out/two", "loss") == pytest.approx(read_log("out/one", "loss"), rel=1e-4)
 
 
 @pytest.mark.slow
