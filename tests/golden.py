@@ -6,8 +6,6 @@ test_faults.py to compare with.
 """
 import json
 import os
-import subprocess
-import sys
 import tempfile
 
 import soak
@@ -19,11 +17,10 @@ STEPS = 30  # ln_2, ln_1qk and ln_1v go in all layers
 def losses():
     """In the working folder, where soak.write_text has been."""
     flags = [f"--init_from={TINY}", "--dataset=text", "--dtype=float32", "--eval_iters=1", "--log_interval=1"]
-    command = [sys.executable, f"{REPO}/train.py", f"{REPO}/config/remove_ln_tiny.py", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith(f"step {STEPS:6}  "):
-                process.terminate()
+    process = soak.start(f"{REPO}/train.py", f"{REPO}/config/remove_ln_tiny.py", *flags)
+    soak.wait_for(process, f"step {STEPS:6}  loss")
+    process.terminate()
+    process.communicate()
     return read_log("out/remove_ln_tiny", "loss")[:STEPS]
 
 
