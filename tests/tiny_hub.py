@@ -27,11 +27,8 @@ def serve(repos):
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.repos, server.requests, server.cut, server.uploaded = repos, [], {}, {}
-    server.env = {
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-    }
+    address = f"http://127.0.0.1:{server.server_port}"
+    server.env = dict(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_ENDPOINT=address)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     try:
         yield server
@@ -58,13 +55,13 @@ def point_here(server, monkeypatch, cache):
 class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(self.path.partition("?")[0]).lstrip("/").replace("refs/convert/parquet", CONVERTED)
+        name = path.removeprefix("api/").removeprefix("models/")
         if "org/bad_" in path:
             self.mischief(path.partition("org/bad_")[2].partition("/")[0])
-        elif path.startswith("api/") and "/tree/" in path:
-            repo, revision = path.removeprefix("api/").removeprefix("models/").split("/tree/")
-            self.list_files(repo, revision)
+        elif "/tree/" in path:
+            self.list_files(*name.split("/tree/"))
         elif path.startswith("api/models/"):
-            repo, _, revision = path.removeprefix("api/models/").partition("/revision/")
+            repo, _, revision = name.partition("/revision/")
             if self.folder(repo, revision):
                 self.send_json(dict(id=repo, sha=COMMIT, siblings=[]))
         else:
@@ -75,30 +72,28 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def allowed(self):
+        return self.headers.get("Authorization") == "Bearer secret"
+
     def folder(self, repo, revision):
         """The folder of what is asked for; None if it is refused, and then the answer is sent."""
         folder = self.server.repos.get("org/tiny" if repo == "org/private" else repo)
-        if repo == "org/private" and self.headers.get("Authorization") != "Bearer secret":
-            self.send(401)
-        elif repo == "org/gated":
-            self.send(403, X_Error_Code="GatedRepo")
-        elif repo == "org/broken":
-            self.send(418)
-        elif folder is None:
-            self.send(404, X_Error_Code="RepoNotFound")
-        elif revision not in ("main", "v2", COMMIT, CONVERTED):
-            self.send(404, X_Error_Code="RevisionNotFound")
-        else:
-            return folder / CONVERTED if revision == CONVERTED else folder
+        code, error = {"org/gated": (403, "GatedRepo"), "org/broken": (418, "")}.get(repo, (404, "RepoNotFound"))
+        if repo == "org/private" and not self.allowed():
+            code, error, folder = 401, "", None
+        elif folder and revision not in ("main", "v2", COMMIT, CONVERTED):
+            error, folder = "RevisionNotFound", None
+        if folder is None:
+            return self.send(code, X_Error_Code=error)
+        return folder / CONVERTED if revision == CONVERTED else folder
 
     def list_files(self, repo, revision):
         folder = self.folder(repo, CONVERTED if revision == CONVERTED else "main")
-        if folder is None:
-            return
-        elsewhere = revision == "main" and folder / CONVERTED
-        files = [path for path in folder.rglob("*") if path.is_file() and elsewhere not in path.parents]
-        self.send_json([dict(type="file", path=str(path.relative_to(folder)), size=path.stat().st_size, oid="0" * 40)
-                        for path in files])
+        if folder:
+            elsewhere = revision == "main" and folder / CONVERTED
+            files = [path for path in folder.rglob("*") if path.is_file() and elsewhere not in path.parents]
+            self.send_json([dict(type="file", path=str(path.relative_to(folder)), size=path.stat().st_size,
+                                 oid="0" * 40) for path in files])
 
     def send_file(self, folder, name):
         if folder is None:
@@ -111,13 +106,12 @@ class Hub(BaseHTTPRequestHandler):
         if begin:
             headers |= dict(Content_Range=f"bytes {begin}-{len(content) - 1}/{len(content)}")
         content = content[begin:]
-        whole = self.command == "HEAD" or name not in self.server.cut
-        part = content if whole else content[: self.server.cut.pop(name)]
+        part = content if self.command == "HEAD" else content[: self.server.cut.pop(name, None)]
         self.send(206 if begin else 200, part, len(content), **headers)
 
     def mischief(self, kind):
-        """Close the line, answer what is no HTTP, redirect to the same place, promise more bytes than are sent or fewer,
-        or cut the line each time."""
+        """Close the line, or cut it each time; what is no HTTP; a redirect to itself; more bytes or fewer than
+        promised."""
         content = b"{}" * 500
         if kind == "garbage":
             self.wfile.write(b"\0\xff no HTTP\r\n\r\n" * 10)
@@ -128,34 +122,27 @@ class Hub(BaseHTTPRequestHandler):
             self.send(200, part, length, ETag='"abc"', X_Repo_Commit=COMMIT)
 
     def do_POST(self):
-        """Uploads: create a repository, say how each file is to come, take a commit of them."""
+        """Create a repository, say how each file is to come, take a commit of them: one answer to all three."""
         length = self.headers.get("Content-Length")
-        body = self.rfile.read(int(length)) if length else self.read_chunks()
-        if self.headers.get("Authorization") != "Bearer secret":
+        body = self.rfile.read(int(length)) if length else b"".join(self.chunks())
+        if not self.allowed():
             return self.send(401)
-        address, path = self.server.env["HF_ENDPOINT"], unquote(self.path)
-        reply = {}
-        if path == "/api/repos/create":
-            wanted = json.loads(body)
-            reply = dict(url=f"{address}/{wanted.get('organization', 'org')}/{wanted['name']}")
-        elif "/preupload/" in path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            reply = dict(files=[dict(path=name, uploadMode="regular", shouldIgnore=False) for name in names])
-        elif "/commit/" in path:
-            repo = path.removeprefix("/api/models/").partition("/commit/")[0]
-            lines = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
-            self.server.uploaded[repo] = {line["path"]: base64.b64decode(line["content"]) for line in lines}
-            reply = dict(success=True, commitOid=COMMIT, commitUrl=f"{address}/{repo}/commit/{COMMIT}")
-        self.send_json(reply)
+        lines = [json.loads(line) for line in body.splitlines()]
+        repo = unquote(self.path).removeprefix("/api/models/").partition("/commit/")[0]
+        files = [line["value"] for line in lines if line.get("key") == "file"]
+        if files:
+            self.server.uploaded[repo] = {file["path"]: base64.b64decode(file["content"]) for file in files}
+        here = f"{self.server.env['HF_ENDPOINT']}/org/any"
+        names = [file["path"] for file in lines[0].get("files", [])]
+        modes = [dict(path=name, uploadMode="regular", shouldIgnore=False) for name in names]
+        self.send_json(dict(url=here, files=modes, success=True, commitOid=COMMIT, commitUrl=f"{here}/commit/{COMMIT}"))
 
-    def read_chunks(self):
+    def chunks(self):
         """A body that comes in chunks, each after a line with its size."""
-        body = b""
         while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
+            yield self.rfile.read(size)
             self.rfile.readline()
         self.rfile.readline()
-        return body
 
     def send_json(self, content):
         self.send(200, json.dumps(content).encode(), Content_Type="application/json")
