@@ -19,7 +19,7 @@ import golden
 import pytest
 import soak
 import torch
-from conftest import REPO, SCHEDULE, SHORT, TINY, read_json, read_log, read_tokens, run_alone
+from conftest import REPO, SCHEDULE, SHORT, TINY, read_json, read_log, read_tokens, run_alone, write_dataset
 from safetensors.torch import load_file
 
 import schedule
@@ -317,25 +317,20 @@ def test_auto_begins_goes_on_and_is_done(run, stdlib, tmp_path, at_step):
 # --- data
 
 
-@pytest.fixture
-def mine(run, tmp_path):
-    """data/mine, and the file that it was made from."""
-    (tmp_path / "a.txt").write_bytes(bytes(range(1, 256)) * 20)
-    assert run("prepare_owt.py", "--files=a.txt", "--dataset=mine").code == 0
-
-
-def test_token_files_that_are_not_those_that_were_prepared_are_refused(run, mine):
+def test_token_files_that_are_not_those_that_were_prepared_are_refused(run):
     """Another id, for train.py; the same ids in another order, for eval.py."""
+    Path("a.txt").write_bytes(bytes(range(1, 256)) * 20)
+    assert run("prepare_owt.py", "--files=a.txt", "--dataset=mine").code == 0
     tokens = read_tokens("train", "mine")
     tokens[700] = 7
     tokens.tofile("data/mine/train.bin")
     assert "data/mine/train.bin" in run("train.py", *SHORT, "--dataset=mine").error
     read_tokens("val", "mine")[::-1].tofile("data/mine/val.bin")
-    args = [f"--models={TINY}", "--dataset=mine", "--block_size=32"]
-    assert "data/mine/val.bin" in run("eval.py", *args).error
+    assert "data/mine/val.bin" in run("eval.py", f"--models={TINY}", "--dataset=mine", "--block_size=32").error
 
 
-def test_a_run_whose_data_vanish_goes_on_with_what_it_has_open(run, mine, at_step):
+def test_a_run_whose_data_vanish_goes_on_with_what_it_has_open(run, at_step):
+    write_dataset()
     at_step(3, lambda: shutil.rmtree("data"))
     assert run("train.py", *SHORT, "--dataset=mine").code == 0
 
