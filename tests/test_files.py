@@ -131,7 +131,7 @@ def test_without_fcntl_as_on_windows_folders_are_not_locked(tmp_path, monkeypatc
 # --- eval.py and the tools
 
 
-def test_a_table_and_a_picture_replace_only_a_table(run, refused, model):
+def test_a_table_replaces_only_a_table(run, refused, model):
     table = ["eval.py", "--models=model", "--tokens=512", "--dataset=residual,mine", "--block_size=64"]
     Path("notes.json").write_text('{"mine": 1}')
     os.symlink("/dev/null", "device.json")
@@ -143,8 +143,6 @@ def test_a_table_and_a_picture_replace_only_a_table(run, refused, model):
         assert run(*table, "--json=table.json").code == 0
     assert len(read_json("table.json")["rows"]) == 2
     assert Path("table.json.tmp").read_text() == "mine"
-    Path("table.png").write_text("mine")
-    refused("tools.plot", "table.json", names="table.png")
 
 
 def test_an_export_replaces_what_a_kill_left(run):

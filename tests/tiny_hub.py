@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import multiprocessing
+import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,21 +55,18 @@ def point_here(server, monkeypatch, cache):
 
 class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
-        path = unquote(self.path.partition("?")[0]).lstrip("/").replace("refs/convert/parquet", CONVERTED)
-        name = path.removeprefix("api/").removeprefix("models/")
-        if "org/bad_" in path:
-            self.mischief(path.partition("org/bad_")[2].partition("/")[0])
-        elif "/tree/" in path:
-            self.list_files(*name.split("/tree/"))
-        elif path.startswith("api/models/"):
-            repo, _, revision = name.partition("/revision/")
-            if self.folder(repo, revision):
-                self.send_json(dict(id=repo, sha=COMMIT, siblings=[]))
-        else:
-            repo, _, rest = path.partition("/resolve/")
-            revision, _, name = rest.partition("/")
+        path = unquote(self.path.partition("?")[0]).replace("refs/convert/parquet", CONVERTED)
+        repo, what, rest = re.fullmatch("/(?:api/)?(?:models/)?(.*?)(?:/(tree|revision|resolve)/(.*))?", path).groups()
+        revision, _, name = (rest or "main").partition("/")
+        if "org/bad_" in repo:
+            self.mischief(repo.removeprefix("org/bad_"))
+        elif what == "resolve":
             self.server.requests.append((self.command, repo, name, self.headers.get("Range")))
             self.send_file(self.folder(repo, revision), name)
+        elif what == "tree":
+            self.list_files(repo, revision)
+        elif self.folder(repo, revision):
+            self.send_json(dict(id=repo, sha=COMMIT, siblings=[]))
 
     do_HEAD = do_GET
 
