@@ -198,10 +198,10 @@ def runs(run):
 
 
 def test_eval_takes_the_window_that_was_trained_on(run, runs):
-    for sources, window in ((f"{TINY},out/a", 64), ("out/a,out/b", 32), (TINY, 256)):
-        said = run("eval.py", f"--models={sources}", "--dataset=mine").text
+    for flags, window in ((f"{TINY},out/a", 64), ("out/a,out/b", 32), (TINY, 256), ("out/a --block_size=128", 128)):
+        said = run("eval.py", "--dataset=mine", *f"--models={flags}".split()).text
         assert f"windows of {window} val tokens" in said
-        assert ("--block_size=256" in said) == (window < 256)
+        assert ("--block_size=256" in said) == (window in (32, 64))
 
 
 def test_each_model_is_compared_with_its_own_control(run, runs):

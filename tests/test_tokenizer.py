@@ -20,11 +20,15 @@ from parts.errors import UserError
 from parts.tokenizer import make_tokenizer, tokenizer_of
 
 
-def encode(directory, content):
-    """What the tokenizers library gives, with the spelled end-of-text as text."""
+def tokenizer_in(directory):
+    """The tokenizers library's, which leaves the spelled end-of-text as text."""
     bpe = tokenizers.Tokenizer.from_file(directory + "/tokenizer.json")
     bpe.encode_special_tokens = True
-    return bpe.encode(content, add_special_tokens=False).ids
+    return bpe
+
+
+def encode(directory, content):
+    return tokenizer_in(directory).encode(content, add_special_tokens=False).ids
 
 
 def likeliest(directory, ids, n):
@@ -46,8 +50,7 @@ def test_text_is_prepared_with_the_tokens_of_the_whole(run, own_model):
     train, val = read_tokens("train", "own").tolist(), read_tokens("val", "own").tolist()
     assert train[-1] == val[-1] == 0
     assert train.count(0) == val.count(0) == 1  # what spells it in the text stays text
-    bpe = tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json")
-    halves = [bpe.decode(ids[:-1], skip_special_tokens=False) for ids in (train, val)]
+    halves = [tokenizer_in(own_model).decode(ids[:-1], skip_special_tokens=False) for ids in (train, val)]
     assert "".join(halves) == content
     assert train[:-1] == encode(own_model, halves[0])
 
@@ -66,7 +69,7 @@ def test_it_goes_from_text_to_sampling_evaluation_and_exports(run, own_model, st
     prompt = "def read(self, "
     written = run("tools.sample", "out/run", f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0").text
     ids = likeliest("out/run/model", encode(own_model, prompt), 20)
-    expected = tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json").decode(ids, skip_special_tokens=False)
+    expected = tokenizer_in(own_model).decode(ids, skip_special_tokens=False)
     assert written.startswith(expected.partition(END)[0].rstrip("\ufffd"))
 
     Path("new.txt").write_text(text(200, 9))
@@ -119,16 +122,13 @@ NEXT = 280  # byte_level has as many ids
 PROBE = " Hello world def Read\n\n naïve <|user|> 1e-5  x"
 
 
-def byte_level(lower=False):
+def byte_level():
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    if lower:
-        bpe.normalizer = normalizers.Lowercase()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=NEXT, special_tokens=[GPT2_END], initial_alphabet=alphabet)
     bpe.train_from_iterator(["def read(self): return hello world Hello"] * 9, trainer)
-    assert bpe.get_vocab_size() == NEXT
     return bpe
 
 
@@ -140,6 +140,7 @@ FAST = dict(tokenizer_class="PreTrainedTokenizerFast")
     ("whole", {}, {}),
     ("lower", {}, {}),  # GPT2Tokenizer drops the normalizer
     ("lower", FAST | dict(eos_token=GPT2_END), {}),
+    ("short", FAST | dict(eos_token=GPT2_END), {}),  # a document is taken whole
     ("whole", dict(tokenizer_class="GPT2TokenizerFast", add_prefix_space=True), {}),
     ("whole", dict(tokenizer_class="GPT2Tokenizer", added_tokens_decoder={NEXT: USER}), {}),
     ("whole", {}, dict(added_tokens={"<|user|>": NEXT})),
@@ -148,7 +149,12 @@ FAST = dict(tokenizer_class="PreTrainedTokenizerFast")
     ("parts", dict(add_prefix_space=True, eos_token="z"), {}),
 ])
 def test_the_ids_are_those_of_autotokenizer(tmp_path, form, config, more):
-    bpe = byte_level(form == "lower")
+    bpe = byte_level()
+    if form == "lower":
+        bpe.normalizer = normalizers.Lowercase()
+    elif form == "short":
+        bpe.enable_truncation(8)
+        bpe.enable_padding(length=64)
     random_hf(vocab_size=300, n_layer=1).config.save_pretrained(tmp_path)
     if form == "parts":
         bpe.model.save(str(tmp_path))  # vocab.json and merges.txt
@@ -158,18 +164,10 @@ def test_the_ids_are_those_of_autotokenizer(tmp_path, form, config, more):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path), make_tokenizer(str(tmp_path))
     ids = theirs(PROBE, add_special_tokens=False).input_ids
+    assert len(ids) > 20
     assert ours.encode(PROBE).tolist() == ids
     assert ours.eot == theirs.eos_token_id
     assert ours.decode(ids) == theirs.decode(ids)
-
-
-def test_a_document_is_taken_whole_whatever_truncation_the_file_asks_for(own_model, tmp_path):
-    bpe = tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json")
-    bpe.enable_truncation(16)
-    bpe.enable_padding(length=64)
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(eos_token=END)))
-    assert make_tokenizer(str(tmp_path)).encode(text(50)).tolist() == encode(own_model, text(50))
 
 
 @pytest.mark.parametrize("whole, config, more", [
