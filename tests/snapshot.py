@@ -109,15 +109,9 @@ show("out/table.json", json.dumps(table, sort_keys=True).replace(repo, "REPO").e
 for to, *more in (["hf"], ["folded"], ["hf", "--dtype=bfloat16"], ["hf", "--dtype=float16", "--eps=1e4"]):
     python("-m", "tools.export", "out/float32", f"--to={to}", f"--out=out/export_{to}_{len(more)}", *more)
 show_files("out")
-BRIDGE = """
-import hashlib, torch
-from model import GPT
-from tools.export import to_bridge
-with torch.no_grad():
-    logits = to_bridge(GPT.from_pretrained("out/float32/model").eval())(torch.arange(200)[None])
-print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
-"""
-print(python("-c", BRIDGE).split()[-1], "logits of the TransformerBridge")
+LOGITS = """import torch; from model import GPT; from tools.export import to_bridge; torch.set_grad_enabled(False)
+print(to_bridge(GPT.from_pretrained("out/float32/model").eval())(torch.arange(200)[None]).numpy().tobytes().hex())"""
+show("logits of the TransformerBridge", python("-c", LOGITS).split()[-1].encode())
 
 env["OMP_NUM_THREADS"] = "1"
 python("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *configs, *flags, "--dtype=float32",

@@ -78,12 +78,11 @@ def test_what_ends_a_process_saves_within_the_step_and_exits_with_128_and_its_nu
 
 
 def test_a_signal_that_is_ignored_as_by_nohup_stays_ignored(run, stdlib, at_step):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at_step(5, lambda: signal.raise_signal(signal.SIGHUP))
-    try:
-        assert run(*REMOVAL).code == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    done = run(*REMOVAL)
+    signal.signal(signal.SIGHUP, before)
+    assert done.code == 0
 
 
 EVAL = [os.path.join(REPO, "eval.py"), f"--models={TINY}", "--dataset=stdlib"]
@@ -187,10 +186,7 @@ def test_a_step_whose_gradient_is_nan_is_skipped(run, stdlib, monkeypatch):
     """It changes neither the weights nor the optimizer's means, and the run goes on."""
     spoil_gradients(monkeypatch, {3, 4})
     assert run(*REMOVAL).code == 0
-    entries = {entry["step"]: entry for entry in read_log() if "loss" in entry}
-    assert list(entries) == list(range(12))
-    assert [step for step, entry in entries.items() if entry.get("skipped")] == [3, 4]
-    assert all(math.isfinite(entries[step]["loss"]) for step in (5, 11))
+    assert [entry["loss"] is None for entry in read_log() if "loss" in entry] == [k in (3, 4) for k in range(12)]
     assert all(t.isfinite().all() for t in load_file(MODEL).values())
 
 
@@ -252,23 +248,21 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(run, stdl
         assert Path(MODEL).read_bytes() == whole
 
 
-@pytest.mark.parametrize("damaged", [True, False])
-def test_a_kill_between_any_two_changes_of_names_leaves_a_good_checkpoint(tmp_path, monkeypatch, damaged):
+@pytest.mark.parametrize("last", [{"step": 2}, None])
+def test_a_kill_between_any_two_changes_of_names_leaves_a_good_checkpoint(tmp_path, monkeypatch, last):
     """Also where the last one was damaged, and the one before it is all there is."""
-    last = tmp_path / "ckpt.pt"
+    path = tmp_path / "ckpt.pt"
     for k in range(3):
         torch.save({"step": 1}, tmp_path / "ckpt-1.pt")
-        torch.save({"step": 2}, last)
-        if damaged:
-            last.write_bytes(b"damaged")
+        torch.save(last, path) if last else path.write_bytes(b"damaged")
         pid = os.fork()  # a kill runs no clean-up
         if pid == 0:
             real, left = os.replace, [*range(k)]
             monkeypatch.setattr(os, "replace", lambda *paths: (left.pop(), real(*paths)) if left else os._exit(0))
-            checkpoint.write(str(last), {"step": 3})
+            checkpoint.write(str(path), {"step": 3})
             os._exit(0)
         os.waitpid(pid, 0)
-        good = [path for path in checkpoint.found(tmp_path) if Path(path).read_bytes() != b"damaged"]
+        good = [found for found in checkpoint.found(tmp_path) if Path(found).read_bytes() != b"damaged"]
         assert good, k
     assert torch.load(good[0], weights_only=True)["step"] == 3
 
@@ -319,7 +313,7 @@ def test_token_files_that_are_not_those_that_were_prepared_are_refused(run):
     Path("a.txt").write_bytes(bytes(range(1, 256)) * 20)
     assert run("prepare_owt.py", "--files=a.txt", "--dataset=mine").code == 0
     tokens = read_tokens("train", "mine")
-    tokens[700] = 7
+    tokens[700] += 1
     tokens.tofile("data/mine/train.bin")
     assert "data/mine/train.bin" in run("train.py", *SHORT, "--dataset=mine").error
     read_tokens("val", "mine")[::-1].tofile("data/mine/val.bin")

@@ -134,21 +134,18 @@ def test_data_of_another_tokenizer_is_refused_unless_asked_for(run, own_model, t
             assert f"data/{os.path.basename(name)}" in trained.error
             assert f"data/{os.path.basename(name)}" in evaluated.error
             assert run(*train, data, "--any_tokenizer").code == 0
-    error = run("eval.py", f"--models={own_model},{other}", "--dataset=same").error
-    assert own_model in error and str(other) in error
+    assert str(other) in run("eval.py", f"--models={own_model},{other}", "--dataset=same").error
 
 
-def test_prepare_says_what_a_tokenizer_loses(run, tmp_path):
+def test_prepare_says_what_a_tokenizer_loses(run):
     """Lower case, unknown words, and an end-of-text that is an ordinary word."""
     words = tokenizers.Tokenizer(models.WordLevel({"the": 0, "fox": 1, "[UNK]": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.normalizer = normalizers.Lowercase()
-    os.mkdir("words")
-    words.save("words/tokenizer.json")
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="the")
-    (tmp_path / "words/tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "a.txt").write_text("The fox and THE fox " * 100)
-    said = run("prepare_owt.py", "--files=a.txt", "--dataset=words", "--tokenizer=words").text
+    words.save("tokenizer.json")
+    Path("tokenizer_config.json").write_text('{"eos_token": "the"}')
+    Path("a.txt").write_text("The fox and THE fox " * 100)
+    said = run("prepare_owt.py", "--files=a.txt", "--dataset=words", "--tokenizer=.").text
     ids = read_tokens("train", "words").tolist()
     assert f"{ids.count(2) / len(ids):.3%} of data/words/train.bin is the unknown token" in said
     assert "loses text" in said

@@ -19,6 +19,8 @@ from model import GPT
 from parts.errors import UserError
 from parts.tokenizer import make_tokenizer, tokenizer_of
 
+FAST = dict(tokenizer_class="PreTrainedTokenizerFast")
+
 
 def tokenizer_in(directory):
     """The tokenizers library's, which leaves the spelled end-of-text as text."""
@@ -108,8 +110,7 @@ def test_sampled_words_keep_their_spaces(run):
         hf.transformer.wte.weight[:2] = 0  # it never says END
     hf.save_pretrained("words")
     bpe.save("words/tokenizer.json")
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END)
-    Path("words/tokenizer_config.json").write_text(json.dumps(config))
+    Path("words/tokenizer_config.json").write_text(json.dumps(FAST | dict(eos_token=END)))
     written = run("tools.sample", "words", "--prompt=one two", "--max_new_tokens=3", "--top_k=1").text
     ids = [vocab["\u2581" + word] for word in written.split()]
     assert ids == likeliest("words", ids[:2], 3)
@@ -133,7 +134,6 @@ def byte_level():
 
 
 USER = dict(content="<|user|>", special=False, lstrip=True, rstrip=False, normalized=True, single_word=False)
-FAST = dict(tokenizer_class="PreTrainedTokenizerFast")
 
 
 @pytest.mark.parametrize("form, config, more", [
