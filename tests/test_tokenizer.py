@@ -13,7 +13,7 @@ import tokenizers
 import torch
 from conftest import END, TINY, random_hf, read_json, read_tokens, text
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer
 
 from model import GPT
 from parts.errors import UserError
@@ -82,8 +82,6 @@ def test_it_goes_from_text_to_sampling_evaluation_and_exports(run, own_model, st
         assert run("tools.export", "out/run", f"--to={to}").code == 0
         found = AutoTokenizer.from_pretrained(f"out/run/{to}")("class Reader:").input_ids
         assert found == encode(own_model, "class Reader:")
-    written = pipeline("text-generation", "out/run/hf")("class Reader", max_new_tokens=4, do_sample=False)
-    assert written[0]["generated_text"].startswith("class Reader")
 
     # a run of another model takes it away
     assert os.path.exists("out/run/model/tokenizer.json")
