@@ -99,17 +99,15 @@ def test_circuit_tracer(plain, ids, logits):
     from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 
     hf = GPT2LMHeadModel.from_pretrained(plain).eval()
-    c = hf.config
     config = HookedTransformerConfig(
-        n_layers=c.n_layer, n_heads=c.n_head, d_model=c.n_embd, d_head=c.n_embd // c.n_head, d_mlp=4 * c.n_embd,
-        n_ctx=c.n_positions, d_vocab=c.vocab_size, normalization_type="LN", eps=c.layer_norm_epsilon,
-        act_fn="gelu_new", default_prepend_bos=False, model_name="gpt2", device="cpu")
+        n_layers=3, n_heads=4, d_model=64, d_head=16, d_mlp=256, n_ctx=32, d_vocab=300, normalization_type="LN",
+        eps=hf.config.layer_norm_epsilon, act_fn="gelu_new", default_prepend_bos=False, model_name="gpt2", device="cpu")
     hooked = HookedTransformer(config)
     as_it_is = dict(fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
     hooked.load_and_process_state_dict(convert_gpt2_weights(hf, hooked.cfg), **as_it_is)
     transcoders = {}
-    for i in range(c.n_layer):
-        transcoders[i] = SingleLayerTranscoder(c.n_embd, 128, F.relu, i, device="cpu", dtype=torch.float32)
+    for i in range(3):
+        transcoders[i] = SingleLayerTranscoder(64, 128, F.relu, i, device="cpu", dtype=torch.float32)
         for p in transcoders[i].parameters():
             p.data.normal_(std=0.1)
     transcoders = TranscoderSet(transcoders, "mlp.hook_in", "mlp.hook_out")

@@ -38,17 +38,11 @@ def saved_step():
 # --- kills
 
 
-@pytest.fixture
-def text(tmp_path, monkeypatch):
-    """data/text, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    soak.write_text()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("part, n", dict(kills=5, ranks=1, launcher=1, preparations=3).items())
-def test_what_is_killed_again_and_again_ends_with_the_same_bits(text, part, n):
+def test_what_is_killed_again_and_again_ends_with_the_same_bits(run, part, n):
     """A removal; one of its two processes, which ends the job; torchrun, whose processes save; a preparation."""
+    soak.write_text()
     soak.PARTS[part][0](n, random.Random(1))
 
 
@@ -56,8 +50,9 @@ def test_what_is_killed_again_and_again_ends_with_the_same_bits(text, part, n):
 
 
 @pytest.mark.slow
-def test_the_demos_first_steps_have_the_losses_that_they_had(text):
+def test_the_demos_first_steps_have_the_losses_that_they_had(run):
     """In float32, on any machine. A wrong schedule, order of the data or learning rate is off by more."""
+    soak.write_text()
     assert golden.losses() == pytest.approx(read_json(os.path.join(REPO, "tests/golden.json")), abs=2e-4)  # nats
 
 

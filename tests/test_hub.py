@@ -4,6 +4,7 @@ Weights from a hub, a tiny one on 127.0.0.1: fetched once, in all their forms, a
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,15 +71,14 @@ def test_all_forms_are_read_and_an_interrupted_download_goes_on_where_it_stopped
 
 def test_what_can_not_be_had_is_said_in_one_line(hub, tmp_path, monkeypatch):
     """Reading org/code would run code."""
-    for name in ("no_weights", "shard_missing", "code"):
+    for name in ("no_weights", "no_shard", "code", "empty"):
         hub.hf.config.save_pretrained(name)
-    index = tmp_path / "shard_missing/model.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "lost.safetensors"}}')
-    torch.save(torch.nn.Linear(1000, 1000), "code/pytorch_model.bin")
-    os.mkdir("empty")
-    for name, named in dict(empty="config.json", no_weights="model.safetensors", shard_missing="lost.safetensors",
-                            code="pytorch_model.bin", private="HF_TOKEN").items():
         hub.repos[f"org/{name}"] = tmp_path / name
+    Path("no_shard/model.safetensors.index.json").write_text('{"weight_map": {"a": "lost.safetensors"}}')
+    torch.save(torch.nn.Linear(1000, 1000), "code/pytorch_model.bin")
+    os.remove("empty/config.json")
+    for name, named in dict(empty="config.json", no_weights="model.safetensors", no_shard="lost.safetensors",
+                            code="pytorch_model.bin", private="HF_TOKEN").items():
         assert named in refusal(f"org/{name}")
     for source in ("org/nothing", "org/gated", "org/tiny@v9", "a/b/c", "org/broken", "org/bad_close", "org/bad_garbage",
                    "org/bad_loop", "org/bad_short", "org/bad_long", "org/bad_cut"):

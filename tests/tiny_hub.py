@@ -26,16 +26,15 @@ def serve(repos):
     .cut       {file: bytes after which the line is cut, the first time}
     .uploaded  {name: {file: bytes}}
     """
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos, server.requests, server.cut, server.uploaded = repos, [], {}, {}
-    address = f"http://127.0.0.1:{server.server_port}"
-    server.env = dict(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_ENDPOINT=address)
-    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.repos, server.requests, server.cut, server.uploaded = repos, [], {}, {}
+        address = f"http://127.0.0.1:{server.server_port}"
+        server.env = dict(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_ENDPOINT=address)
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
 
 
 def point_here(server, monkeypatch, cache):
@@ -45,9 +44,10 @@ def point_here(server, monkeypatch, cache):
     for name, value in (server.env | {"HF_HOME": str(cache)}).items():
         monkeypatch.setenv(name, value)
     address = server.env["HF_ENDPOINT"]
-    changes = dict(ENDPOINT=address, HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}",
-                   HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True, HF_HUB_CACHE=str(cache))
-    for name, value in changes.items():
+    for name, value in dict(
+        ENDPOINT=address, HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}",
+        HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True, HF_HUB_CACHE=str(cache),
+    ).items():
         monkeypatch.setattr(constants, name, value)
     fork = multiprocessing.get_context("fork")  # so that workers have these changes
     monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: fork)
@@ -103,21 +103,21 @@ class Hub(BaseHTTPRequestHandler):
         begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         if begin:
             headers |= dict(Content_Range=f"bytes {begin}-{len(content) - 1}/{len(content)}")
-        content = content[begin:]
-        part = content if self.command == "HEAD" else content[: self.server.cut.pop(name, None)]
-        self.send(206 if begin else 200, part, len(content), **headers)
+        part = content[begin:]
+        if self.command == "GET":
+            part = part[: self.server.cut.pop(name, None)]
+        self.send(206 if begin else 200, part, len(content) - begin, **headers)
 
     def mischief(self, kind):
         """Close the line, or cut it each time; what is no HTTP; a redirect to itself; more bytes or fewer than
         promised."""
-        content = b"{}" * 500
+        sent, promised = dict(long=(1000, 10**6), short=(1000, 10), cut=(500, 1000)).get(kind, (0, 0))
         if kind == "garbage":
             self.wfile.write(b"\0\xff no HTTP\r\n\r\n" * 10)
         elif kind == "loop":
             self.send(302, Location=self.path)
         elif kind != "close":
-            part, length = dict(long=(content, 10**6), short=(content, 10), cut=(content[:500], 1000))[kind]
-            self.send(200, part, length, ETag='"abc"', X_Repo_Commit=COMMIT)
+            self.send(200, b" " * sent, promised, ETag='"abc"', X_Repo_Commit=COMMIT)
 
     def do_POST(self):
         """Create a repository, say how each file is to come, take a commit of them: one answer to all three."""
