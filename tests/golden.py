@@ -1,6 +1,6 @@
 """
-The losses of the demo's first 30 steps, in float32, on the text that soak.py writes: tests/golden.json, for
-test_faults.py to compare with.
+tests/golden.json: the losses of the demo's first 30 steps, in float32, on the text that soak.py writes. Until step 30
+ln_2, ln_1qk and ln_1v go in all layers.
 
     python tests/golden.py > tests/golden.json    # after a change that is meant to change them
 """
@@ -11,17 +11,15 @@ import tempfile
 import soak
 from conftest import REPO, TINY, read_log
 
-STEPS = 30  # ln_2, ln_1qk and ln_1v go in all layers
-
 
 def losses():
     """In the working folder, where soak.write_text has been."""
     flags = [f"--init_from={TINY}", "--dataset=text", "--dtype=float32", "--eval_iters=1", "--log_interval=1"]
     process = soak.start(f"{REPO}/train.py", f"{REPO}/config/remove_ln_tiny.py", *flags)
-    soak.wait_for(process, f"step {STEPS:6}  loss")
+    soak.wait_for(process, "step     30  loss")
     process.terminate()
     process.communicate()
-    return read_log("out/remove_ln_tiny", "loss")[:STEPS]
+    return read_log("out/remove_ln_tiny", "loss")[:30]
 
 
 if __name__ == "__main__":

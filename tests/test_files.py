@@ -55,8 +55,7 @@ def test_of_a_data_folder_only_what_we_wrote_is_replaced_when_asked(refused, run
     os.makedirs("data/other")
     for path in ("data/mine", "data/other/train.bin"):
         shutil.copy("data/mytext/a.txt", path)
-    os.makedirs("elsewhere")
-    os.symlink("../elsewhere", "data/linked")
+    os.symlink("mine.tmp", "data/linked")
     Path("data/file").write_text("")
     refused(*prepare, "--dataset=mytext", names="data/mytext")
     for name in ("mytext", "mine", "other", "linked", "file"):
@@ -71,8 +70,7 @@ def test_what_a_run_starts_from_and_what_is_no_run_stay(run, refused, model):
     config.json; a link in a run's folder."""
     shutil.copytree("model", "project/model")
     os.symlink("project", "link")
-    pairs = [("model", "."), ("model", "model"), ("project/model", "project"), ("project/model", "link")]
-    for source, out_dir in pairs:
+    for source, out_dir in (("model", "."), ("model", "model"), ("project/model", "link")):
         refused(*TRAIN, f"--init_from={source}", f"--out_dir={out_dir}", names=f"init_from {source}")
     os.makedirs("nanogpt")
     Path("nanogpt/ckpt.pt").write_text("")
@@ -120,7 +118,6 @@ def test_a_run_is_only_replaced_with_force_and_by_one_process_at_a_time(run, ref
     shutil.rmtree("out/run/model")
     refused(*TRAIN, "--seed=2", names="--init_from=resume")
     assert run(*TRAIN, "--seed=2", "--init_from=resume").code == 0
-    assert os.path.exists("out/run/model/config.json")
 
 
 def test_without_fcntl_as_on_windows_folders_are_not_locked(tmp_path, monkeypatch):

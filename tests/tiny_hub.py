@@ -18,14 +18,9 @@ CONVERTED = "refs-convert-parquet"  # a repository's subfolder with what is on r
 
 @contextmanager
 def serve(repos):
-    """A server of repos, {name: folder}. It has
-
-    .env       environment variables that point a process at it
-    .repos     the same dict, to add to
-    .requests  [(method, repository, file, Range header)] that it got for files
-    .cut       {file: bytes after which the line is cut, the first time}
-    .uploaded  {name: {file: bytes}}
-    """
+    """A server of repos, {name: folder}: .repos, to add to. .env has the environment variables that point a process at
+    it; .requests the (method, repository, file, Range header) that it got for files; .cut {file: bytes after which the
+    line is cut, the first time}; .uploaded {name: {file: bytes}}."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.repos, server.requests, server.cut, server.uploaded = repos, [], {}, {}
         address = f"http://127.0.0.1:{server.server_port}"
