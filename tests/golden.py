@@ -1,30 +1,25 @@
 """
-The losses of the demo's first 30 steps, in float32, on the text that soak.py writes: tests/golden.json, for
-test_faults.py to compare with.
+tests/golden.json: the losses of the demo's first 30 steps, in float32, on the text that soak.py writes. Until step 30
+ln_2, ln_1qk and ln_1v go in all layers.
 
     python tests/golden.py > tests/golden.json    # after a change that is meant to change them
 """
 import json
 import os
-import subprocess
-import sys
 import tempfile
 
 import soak
 from conftest import REPO, TINY, read_log
 
-STEPS = 30  # ln_2, ln_1qk and ln_1v go in all layers
-
 
 def losses():
     """In the working folder, where soak.write_text has been."""
     flags = [f"--init_from={TINY}", "--dataset=text", "--dtype=float32", "--eval_iters=1", "--log_interval=1"]
-    command = [sys.executable, f"{REPO}/train.py", f"{REPO}/config/remove_ln_tiny.py", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith(f"step {STEPS:6}  "):
-                process.terminate()
-    return read_log("out/remove_ln_tiny", "loss")[:STEPS]
+    process = soak.start(f"{REPO}/train.py", f"{REPO}/config/remove_ln_tiny.py", *flags)
+    soak.wait_for(process, "step     30  loss")
+    process.terminate()
+    process.communicate()
+    return read_log("out/remove_ln_tiny", "loss")[:30]
 
 
 if __name__ == "__main__":

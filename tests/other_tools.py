@@ -3,13 +3,12 @@ The plain form and to_hooked's in tools that don't fit into one environment. Eac
 tool beside requirements.txt and pytest, and is skipped elsewhere.
 
     python -m pytest -q -rs tests/other_tools.py
-
-README's table says with which releases they passed.
 """
 import pytest
 import torch
 from conftest import without_layernorm
-from transformers import GPT2LMHeadModel
+from torch.nn import functional as F
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from parts.tokenizer import copy_tokenizer
 from tools import export
@@ -26,9 +25,9 @@ def removed(own_model):
 @pytest.fixture
 def plain(removed, own_model, tmp_path):
     """Its directory, as tools.export --to=hf writes it."""
-    export.plain_form(removed).save_pretrained(tmp_path / "hf")
-    copy_tokenizer(own_model, tmp_path / "hf")
-    return str(tmp_path / "hf")
+    export.plain_form(removed).save_pretrained(tmp_path)
+    copy_tokenizer(own_model, tmp_path)
+    return str(tmp_path)
 
 
 @pytest.fixture
@@ -37,9 +36,9 @@ def ids():
 
 
 @pytest.fixture
+@torch.no_grad()
 def logits(removed, ids):
-    with torch.no_grad():
-        return removed(ids)[0]
+    return removed(ids)[0]
 
 
 def assert_close(ours, theirs):
@@ -63,7 +62,7 @@ def test_pyvene(plain, ids, logits):
     zero = dict(layer=1, component="mlp_output", intervention_type=pyvene.ZeroIntervention)
     with torch.no_grad():
         changeable = pyvene.IntervenableModel(pyvene.IntervenableConfig([zero]), model=model)
-        where = {"base": list(range(20))}
+        where = {"base": [*range(20)]}
         before, after = changeable({"input_ids": ids}, unit_locations=where, output_original_output=True)
         model.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: out * 0)
         assert_close(before.logits, logits)
@@ -98,22 +97,17 @@ def test_circuit_tracer(plain, ids, logits):
     from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder, TranscoderSet
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-    from transformers import AutoTokenizer
 
     hf = GPT2LMHeadModel.from_pretrained(plain).eval()
-    c = hf.config
-    sizes = dict(n_layers=c.n_layer, n_heads=c.n_head, d_model=c.n_embd, d_head=c.n_embd // c.n_head,
-                 d_mlp=4 * c.n_embd, n_ctx=c.n_positions, d_vocab=c.vocab_size)
-    norm = dict(normalization_type="LN", eps=c.layer_norm_epsilon)
     config = HookedTransformerConfig(
-        **sizes, **norm, act_fn="gelu_new", default_prepend_bos=False, model_name="gpt2", device="cpu")
+        n_layers=3, n_heads=4, d_model=64, d_head=16, d_mlp=256, n_ctx=32, d_vocab=300, normalization_type="LN",
+        eps=hf.config.layer_norm_epsilon, act_fn="gelu_new", default_prepend_bos=False, model_name="gpt2", device="cpu")
     hooked = HookedTransformer(config)
     as_it_is = dict(fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
     hooked.load_and_process_state_dict(convert_gpt2_weights(hf, hooked.cfg), **as_it_is)
     transcoders = {}
-    for i in range(c.n_layer):
-        relu = torch.nn.functional.relu
-        transcoders[i] = SingleLayerTranscoder(c.n_embd, 128, relu, i, device="cpu", dtype=torch.float32)
+    for i in range(3):
+        transcoders[i] = SingleLayerTranscoder(64, 128, F.relu, i, device="cpu", dtype=torch.float32)
         for p in transcoders[i].parameters():
             p.data.normal_(std=0.1)
     transcoders = TranscoderSet(transcoders, "mlp.hook_in", "mlp.hook_out")
@@ -124,7 +118,6 @@ def test_circuit_tracer(plain, ids, logits):
     model.load_state_dict({key: weights.get(name, model.state_dict()[key]) for key, name in renamed.items()})
     with torch.no_grad():
         assert_close(model(ids), logits)
-
     prompt = torch.cat([torch.tensor([0]), ids[0, :10]])  # it wants a special token in front
     graph = attribute(prompt, model, verbose=False, batch_size=64, max_n_logits=3)
     with torch.no_grad():

@@ -4,9 +4,8 @@ What a checkout computes, as one sha256 a line: to see that a change of the code
     python tests/snapshot.py REPO FOLDER > list      # runs REPO's scripts below FOLDER
     diff before after
 
-Trained weights and logs (float32, bfloat16, with the control), a table's JSON, the token files of every kind
-of source, and the exports. The losses of two processes, which no two runs add up in one order, are printed to
-five digits instead. It takes about six minutes on two cores.
+Trained weights and logs, a table's JSON, the token files of every kind of source, and the exports. The losses of two
+processes, which no two runs add up in one order, are printed to five digits instead. About six minutes on two cores.
 """
 import hashlib
 import json
@@ -30,18 +29,11 @@ env = dict(os.environ, PYTHONPATH=repo, HF_HOME=os.path.join(folder, "cache"), O
 
 
 def python(*args):
-    """What it prints; it must not fail."""
+    """A script of REPO, or other Python; it must not fail."""
+    args = [f"{repo}/{arg}" if arg.endswith(".py") else arg for arg in args]
     done = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
     return done.stdout
-
-
-def prepare(*args):
-    python(f"{repo}/prepare_owt.py", *args)
-
-
-def train(*args, launcher=()):
-    python(*launcher, f"{repo}/train.py", *args)
 
 
 def show(name, content):
@@ -60,12 +52,7 @@ def read_log(run):
     return [{key: value for key, value in e.items() if key not in ("tokens_per_s", "mfu")} for e in entries]
 
 
-def show_log(run):
-    show(f"{run}/log.jsonl", json.dumps(read_log(run)).encode())
-
-
-# token files: the standard library, text files few and many and large, rows of text and of ids, a hub's
-# layouts
+# token files: the standard library, text files few and many and large, rows of text and of ids, a hub's layouts
 conftest.cache_gpt2_tokenizer(env, os.path.join(folder, "tiktoken"))
 rng = np.random.default_rng(0)
 source = Path(json.__file__).read_text()
@@ -75,63 +62,59 @@ os.makedirs("text")
 for i, doc in enumerate(docs[:100]):
     Path(f"text/{i}.txt").write_text(doc)
 Path("large.txt").write_text("\n".join(docs))
-rows = [dict(text=doc, meta=dict(pile_set_name=["Pile-CC", "Books3"][i % 2])) for i, doc in enumerate(docs)]
-Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+Path("rows.jsonl").write_text("".join(json.dumps(dict(text=doc)) + "\n" for doc in docs))
 pq.write_table(pa.table(dict(text=docs, body=docs[::-1])), "rows.parquet", row_group_size=500)
 pq.write_table(pa.table(dict(input_ids=[[i, i + 1, 50256, 7] for i in range(4000)])), "ids.parquet")
-prepare()
-prepare("--dataset=few", "--files=text/1.txt,text/2.txt")
-prepare("--dataset=many", "--files=text/*.txt", "--tokenizer=gpt2")
-prepare("--dataset=large", "--files=large.txt", "--tokenizer=gpt2")
-prepare("--dataset=jsonl", "--files=rows.jsonl", "--tokenizer=gpt2")
-prepare("--dataset=parquet", "--files=rows.parquet,text/1.txt", "--column=body", "--val_every=3")
-prepare("--dataset=some", "--files=rows.parquet", "--tokens=300_000")
-prepare("--dataset=own", "--files=ids.parquet", "--tokenizer=60000:5")
+for flags in (
+    "",
+    "--dataset=few --files=text/1.txt,text/2.txt",
+    "--dataset=many --files=text/*.txt --tokenizer=gpt2",
+    "--dataset=large --files=large.txt --tokenizer=gpt2",
+    "--dataset=jsonl --files=rows.jsonl --tokenizer=gpt2",
+    "--dataset=parquet --files=rows.parquet,text/1.txt --column=body --val_every=3",
+    "--dataset=some --files=rows.parquet --tokens=300_000",
+    "--dataset=own --files=ids.parquet --tokenizer=60000:5",
+):
+    python("prepare_owt.py", *flags.split())
 os.makedirs("hub/owt/refs-convert-parquet/plain_text/partial-train")
 os.makedirs("hub/stories/data")
 os.link("rows.parquet", "hub/owt/refs-convert-parquet/plain_text/partial-train/0000.parquet")
 os.link("rows.parquet", "hub/stories/data/train-0.parquet")
 os.link("ids.parquet", "hub/stories/data/test-0.parquet")
-repos = {"datasets/Skylion007/openwebtext": Path("hub/owt"), "datasets/org/stories": Path("hub/stories")}
-with serve(repos) as hub:
+with serve({"datasets/Skylion007/openwebtext": Path("hub/owt"), "datasets/org/stories": Path("hub/stories")}) as hub:
     env |= hub.env
-    prepare("--dataset=owt", "--tokens=1_000_000")
-    prepare("--dataset=org/stories")
+    python("prepare_owt.py", "--dataset=owt", "--tokens=1_000_000")
+    python("prepare_owt.py", "--dataset=org/stories")
 show_files("data")
 
 # a removal and its control, and what is made of them
-removal = [f"{repo}/config/remove_ln_tiny.py", f"--init_from={repo}/assets/tiny", "--max_iters=100",
-           "--lr_decay_iters=100", "--eval_interval=50"]
-for dtype in ("float32", "bfloat16"):
-    train(*removal, f"--dtype={dtype}", f"--out_dir=out/{dtype}")
-    show_log(f"out/{dtype}")
-train(removal[0], f"{repo}/config/control.py", *removal[1:], "--dtype=float32", "--out_dir=out/float32_control")
-train(*removal, "--dtype=float32", "--out_dir=out/extras", "--max_iters=90", "--aux_loss_weight=0.1", "--dropout=0.1",
-      "--gradient_checkpointing", "--gradient_accumulation_steps=2", "--batch_size=4")
-show_log("out/extras")
-train("--init_from=scratch", "--n_layer=2", "--n_head=2", "--n_embd=32", "--max_iters=20", "--compile=False",
-      "--dtype=float32", "--bias=False", "--out_dir=out/scratch")
+configs = ["train.py", "config/remove_ln_tiny.py"]
+flags = [f"--init_from={repo}/assets/tiny", "--max_iters=100", "--lr_decay_iters=100", "--eval_interval=50"]
+for name, *more in (
+    ["float32", "--dtype=float32"],
+    ["bfloat16", "--dtype=bfloat16"],
+    ["extras", "--dtype=float32", "--max_iters=90", "--aux_loss_weight=0.1", "--dropout=0.1",
+     "--gradient_checkpointing", "--gradient_accumulation_steps=2", "--batch_size=4"],
+):
+    python(*configs, *flags, f"--out_dir=out/{name}", *more)
+    show(f"out/{name}/log.jsonl", json.dumps(read_log(f"out/{name}")).encode())
+python(*configs, "config/control.py", *flags, "--dtype=float32", "--out_dir=out/float32_control")
+python("train.py", "--init_from=scratch", "--n_layer=2", "--n_head=2", "--n_embd=32", "--max_iters=20",
+       "--compile=False", "--dtype=float32", "--bias=False", "--out_dir=out/scratch")
 models = f"--models={repo}/assets/tiny,out/float32_control,out/float32"
-python(f"{repo}/eval.py", models, "--dataset=stdlib,residual", "--tokens=50_000", "--json=out/table.json")
+python("eval.py", models, "--dataset=stdlib,residual", "--tokens=50_000", "--json=out/table.json")
 table = conftest.read_json("out/table.json")
 del table["command"]
 show("out/table.json", json.dumps(table, sort_keys=True).replace(repo, "REPO").encode())
 for to, *more in (["hf"], ["folded"], ["hf", "--dtype=bfloat16"], ["hf", "--dtype=float16", "--eps=1e4"]):
     python("-m", "tools.export", "out/float32", f"--to={to}", f"--out=out/export_{to}_{len(more)}", *more)
 show_files("out")
-BRIDGE = """
-import hashlib, torch
-from model import GPT
-from tools.export import to_bridge
-with torch.no_grad():
-    logits = to_bridge(GPT.from_pretrained("out/float32/model").eval())(torch.arange(200)[None])
-print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
-"""
-print(python("-c", BRIDGE).split()[-1], "logits of the TransformerBridge")
+LOGITS = """import torch; from model import GPT; from tools.export import to_bridge; torch.set_grad_enabled(False)
+print(to_bridge(GPT.from_pretrained("out/float32/model").eval())(torch.arange(200)[None]).numpy().tobytes().hex())"""
+show("logits of the TransformerBridge", python("-c", LOGITS).split()[-1].encode())
 
 env["OMP_NUM_THREADS"] = "1"
-two = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
-halves = ["--batch_size=8", "--gradient_accumulation_steps=2"]
-train(*removal, "--dtype=float32", "--out_dir=out/two", *halves, launcher=two)
+python("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *configs, *flags, "--dtype=float32",
+       "--out_dir=out/two", "--batch_size=8", "--gradient_accumulation_steps=2")
 for entry in read_log("out/two"):
     print(*(f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in entry.items()))

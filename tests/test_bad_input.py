@@ -176,8 +176,11 @@ def constant(folder, value):
     (tensor("lm_head.weight", torch.ones(300, 64)), "lm_head.weight"),  # an unembedding that is not tied
     (lambda folder: os.truncate(folder / "model.safetensors", 1000), "hf"),
     (lambda folder: os.remove(folder / "config.json"), "config.json"),
+    (lambda folder: os.remove(folder / "model.safetensors"), "model.safetensors"),
     (lambda folder: (folder / "config.json").write_text("{"), "hf/config.json"),
     (config(model_type="gpt2_ln_mode"), "ln_state"),
+    (config(model_type="llama"), "llama"),
+    (config(activation_function="relu"), "relu"),
     (config(n_layer=10**12), "hf"),
     (config(n_head=7), "n_head"),
     (lambda folder: constant(folder, float("nan")), "hf"),

@@ -1,34 +1,20 @@
 """
 Only what we wrote is ever removed or replaced. Anything else is refused in one line and stays as it was.
 """
-import gc
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, SHORT, TINY, random_hf, read_json, set_all_fake, write_dataset
+from conftest import SHORT, TINY, read_json, set_all_fake, write_dataset
+from soak import contents
 
 from model import GPT
 from parts import files
 from parts.errors import UserError
 from parts.files import FolderLock
-from parts.run import lock_run, open_run
 
 TRAIN = ["train.py", *SHORT, "--max_iters=2", "--checkpoint_interval=1", "--dataset=mine"]
-PREPARE = ["prepare_owt.py", "--files=data/mytext/*.txt"]
-
-
-def contents(folder="."):
-    """{path: bytes} of all files below a folder, and {path: None} of what is neither a file nor a folder."""
-    found = {}
-    for below, _, names in os.walk(folder):
-        for name in names:
-            path = Path(below, name)
-            found[str(path)] = path.read_bytes() if path.is_file() else None
-    return found
 
 
 @pytest.fixture
@@ -46,13 +32,6 @@ def refused(run):
 
 
 @pytest.fixture
-def text(run):
-    """data/mytext/a.txt, the user's text."""
-    os.makedirs("data/mytext")
-    Path("data/mytext/a.txt").write_text("a" * 100)
-
-
-@pytest.fixture
 def model(run):
     """A model of the user's in model/, and data/mine."""
     shutil.copytree(TINY, "model")
@@ -62,50 +41,43 @@ def model(run):
 # --- prepare_owt.py
 
 
-def test_what_another_program_or_a_user_put_in_a_data_folder_stays(refused, run, text):
-    """Text where its tokens would be, or beside our tokens; nanoGPT's files, without a meta.json; a link; a file."""
-    assert run(*PREPARE, "--dataset=mine").code == 0
-    shutil.copy("data/mytext/a.txt", "data/mine")
-    os.makedirs("data/other")
-    shutil.copy("data/mytext/a.txt", "data/other/train.bin")
-    os.makedirs("elsewhere")
-    os.symlink("../elsewhere", "data/linked")
-    Path("data/file").write_text("")
-    refused(*PREPARE, "--dataset=mytext", names="data/mytext")
-    for name in ("mytext", "mine", "other", "linked", "file"):
-        refused(*PREPARE, "--force", f"--dataset={name}", names=f"data/{name}")
-
-
-def test_what_we_wrote_is_replaced_when_asked_and_a_folder_whose_name_ends_in_tmp_stays(run, text):
+def test_of_a_data_folder_only_what_we_wrote_is_replaced_when_asked(refused, run):
+    """Text where its tokens would be, or beside our tokens; nanoGPT's files, without a meta.json; a link; a file; a
+    folder whose name ends in .tmp."""
+    os.makedirs("data/mytext")
+    Path("data/mytext/a.txt").write_text("a" * 100)
+    prepare = ["prepare_owt.py", "--files=data/mytext/*.txt"]
     for name in ("mine.tmp", "mine"):
-        assert run(*PREPARE, f"--dataset={name}").code == 0
+        assert run(*prepare, f"--dataset={name}").code == 0
     before = contents("data")
-    assert run(*PREPARE, "--dataset=mine", "--force").code == 0
+    assert run(*prepare, "--dataset=mine", "--force").code == 0
     assert contents("data") == before
-    assert sorted(os.listdir("data")) == ["mine", "mine.tmp", "mytext"]
+    os.makedirs("data/other")
+    for path in ("data/mine", "data/other/train.bin"):
+        shutil.copy("data/mytext/a.txt", path)
+    os.symlink("mine.tmp", "data/linked")
+    Path("data/file").write_text("")
+    refused(*prepare, "--dataset=mytext", names="data/mytext")
+    for name in ("mytext", "mine", "other", "linked", "file"):
+        refused(*prepare, "--force", f"--dataset={name}", names=f"data/{name}")
 
 
 # --- train.py
 
 
-def test_what_a_run_starts_from_stays(run, refused, model):
-    """The model, also through a link, and the teacher."""
+def test_what_a_run_starts_from_and_what_is_no_run_stay(run, refused, model):
+    """The model, also through a link, and the teacher; nanoGPT's folder has a ckpt.pt too, and a model directory a
+    config.json; a link in a run's folder."""
     shutil.copytree("model", "project/model")
     os.symlink("project", "link")
-    pairs = [("model", "."), ("model", "model"), ("project/model", "project"), ("project/model", "link")]
-    for source, out_dir in pairs:
+    for source, out_dir in (("model", "."), ("model", "model"), ("project/model", "link")):
         refused(*TRAIN, f"--init_from={source}", f"--out_dir={out_dir}", names=f"init_from {source}")
-    assert run(*TRAIN).code == 0
-    refused(*TRAIN, "--init_from=model", "--kl_share=0.5", "--teacher=out/run", "--force", names="teacher out/run")
-
-
-def test_a_users_folder_and_a_link_in_a_runs_folder_stay(run, refused, model):
-    """nanoGPT's folder has a ckpt.pt too, and a model directory a config.json."""
     os.makedirs("nanogpt")
     Path("nanogpt/ckpt.pt").write_text("")
     for folder in ("nanogpt", "model"):
         refused(*TRAIN, f"--out_dir={folder}", names=f"out_dir {folder}")
     assert run(*TRAIN).code == 0
+    refused(*TRAIN, "--init_from=model", "--kl_share=0.5", "--teacher=out/run", "--force", names="teacher out/run")
     shutil.rmtree("out/run/model")
     os.symlink("../../model", "out/run/model")
     refused(*TRAIN, names="out/run/model")
@@ -123,36 +95,40 @@ def test_what_lies_beside_a_runs_own_files_stays(run, model):
         assert sorted(names) == ["ckpt-1.pt", "ckpt-500.pt", "ckpt.pt", "ckpt.pt.tmp"]
 
 
-def test_a_run_is_only_replaced_with_force_and_by_one_process_at_a_time(run, refused, model):
-    """A finished one, and one without model/, which can also be resumed."""
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_is_only_replaced_with_force_and_by_one_process_at_a_time(run, refused, model, at_step, there):
+    """One that goes on, in a new folder or an empty one; a finished one; one without model/, which can also be
+    resumed."""
+
+    def try_to_lock():
+        with pytest.raises(UserError, match="out/run"):
+            FolderLock("out/run")
+
+    if there:
+        os.makedirs("out/run")
+    at_step(0, try_to_lock)
     assert run(*TRAIN).code == 0
     refused(*TRAIN, "--seed=2", names="--force")
-    gc.collect()  # what ran in this process lets go of its folder
-    code = "from parts.files import FolderLock; lock = FolderLock('out/run'); print(flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(PYTHONPATH=REPO), text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    holder.stdout.readline()
+    holder = FolderLock("out/run")
     for flag in ("--force", "--init_from=resume"):
         refused(*TRAIN, flag, names="out/run is in use")
-    holder.communicate("\n")
+    del holder
     assert run(*TRAIN, "--seed=2", "--force").code == 0
     assert read_json("out/run/settings.json")["seed"] == 2
     shutil.rmtree("out/run/model")
     refused(*TRAIN, "--seed=2", names="--init_from=resume")
     assert run(*TRAIN, "--seed=2", "--init_from=resume").code == 0
-    assert os.path.exists("out/run/model/config.json")
 
 
 def test_without_fcntl_as_on_windows_folders_are_not_locked(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "fcntl", None)
-    assert len([files.FolderLock(tmp_path) for _ in range(2)]) == 2
+    assert len([FolderLock(tmp_path) for _ in range(2)]) == 2
 
 
 # --- eval.py and the tools
 
 
-def test_a_table_and_a_picture_replace_only_a_table(run, refused, model):
-    """A second table replaces the first one."""
+def test_a_table_replaces_only_a_table(run, refused, model):
     table = ["eval.py", "--models=model", "--tokens=512", "--dataset=residual,mine", "--block_size=64"]
     Path("notes.json").write_text('{"mine": 1}')
     os.symlink("/dev/null", "device.json")
@@ -164,25 +140,10 @@ def test_a_table_and_a_picture_replace_only_a_table(run, refused, model):
         assert run(*table, "--json=table.json").code == 0
     assert len(read_json("table.json")["rows"]) == 2
     assert Path("table.json.tmp").read_text() == "mine"
-    Path("table.png").write_text("mine")
-    refused("tools.plot", "table.json", names="table.png")
 
 
-def test_an_export_replaces_nothing(run, refused):
-    random_hf().save_pretrained("hf")
-    set_all_fake(GPT.from_pretrained("hf")).save_pretrained("free")
-    refused("tools.export", "free", "--out=hf", names="hf")
-    os.makedirs(files.unfinished("mine"))  # a kill left it
+def test_an_export_replaces_what_a_kill_left(run):
+    set_all_fake(GPT.from_pretrained(TINY)).save_pretrained("free")
+    os.makedirs(files.unfinished("mine"))
     assert run("tools.export", "free", "--out=mine").code == 0
-    assert not os.path.exists(files.unfinished("mine"))
-
-
-def test_the_folder_of_a_new_run_is_locked_from_its_first_moment(tmp_path, monkeypatch):
-    """Also one that was there and empty."""
-    monkeypatch.chdir(tmp_path)
-    os.mkdir("empty")
-    for out_dir in ("new", "empty"):
-        lock = open_run(out_dir, dict(init_from="scratch"), None, lock_run(out_dir))
-        with pytest.raises(UserError, match=out_dir):
-            FolderLock(out_dir)
-        del lock
+    assert sorted(os.listdir()) == ["free", "mine"]

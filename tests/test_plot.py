@@ -75,6 +75,7 @@ def test_only_the_picture_of_a_run_is_drawn_anew(run, figures):
     lines = [(line.get_linewidth(), line.get_ydata().tolist()) for line in figures[-1].axes[0].lines]
     assert lines == [(5, [2.0]), (3, [2.0]), (1, [2.0])]
     assert Path("r.png").read_bytes().startswith(PNG)
+    assert "r.png" in run("tools.plot", "r.json").error
 
 
 @pytest.mark.parametrize("args, named", [

@@ -11,20 +11,26 @@ from types import SimpleNamespace
 import pytest
 import tokenizers
 import torch
-from conftest import END, TINY, random_hf, read_json, read_tokens, text
+from conftest import END, TINY, random_hf, read_tokens, text
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer
 
 from model import GPT
 from parts.errors import UserError
 from parts.tokenizer import make_tokenizer, tokenizer_of
 
+FAST = dict(tokenizer_class="PreTrainedTokenizerFast")
 
-def encode(directory, content):
-    """What the tokenizers library gives, with the spelled end-of-text as text."""
+
+def tokenizer_in(directory):
+    """The tokenizers library's, which leaves the spelled end-of-text as text."""
     bpe = tokenizers.Tokenizer.from_file(directory + "/tokenizer.json")
     bpe.encode_special_tokens = True
-    return bpe.encode(content, add_special_tokens=False).ids
+    return bpe
+
+
+def encode(directory, content):
+    return tokenizer_in(directory).encode(content, add_special_tokens=False).ids
 
 
 def likeliest(directory, ids, n):
@@ -36,80 +42,60 @@ def likeliest(directory, ids, n):
     return ids
 
 
-@pytest.fixture
-def must(run):
-    """must("tools.export", ...): all that it prints; it must not fail."""
-
-    def must(*args):
-        done = run(*args)
-        assert done.code == 0, done.text
-        return done.text
-
-    return must
-
-
-def test_text_is_prepared_with_the_tokens_of_the_whole(must, own_model):
+def test_text_is_prepared_with_the_tokens_of_the_whole(run, own_model):
     content = text(80_000)
     assert len(content.encode()) > 1.2e6  # more than is read at one time
     Path("a.txt").write_text(content)
-    must("prepare_owt.py", "--files=a.txt", "--dataset=own", f"--tokenizer={own_model}")
-    meta = read_json("data/own/meta.json")
-    assert (meta["tokenizer"], meta["vocab_size"], meta["eot"]) == (own_model, 300, 0)
+    assert run("prepare_owt.py", "--files=a.txt", "--dataset=own", f"--tokenizer={own_model}").code == 0
     train, val = read_tokens("train", "own").tolist(), read_tokens("val", "own").tolist()
     assert train[-1] == val[-1] == 0
     assert train.count(0) == val.count(0) == 1  # what spells it in the text stays text
-    bpe = tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json")
-    halves = [bpe.decode(ids[:-1], skip_special_tokens=False) for ids in (train, val)]
+    halves = [tokenizer_in(own_model).decode(ids[:-1], skip_special_tokens=False) for ids in (train, val)]
     assert "".join(halves) == content
     assert train[:-1] == encode(own_model, halves[0])
 
 
 @pytest.mark.slow
-def test_it_goes_from_text_to_sampling_evaluation_and_exports(must, own_model, stdlib_data):
+def test_it_goes_from_text_to_sampling_evaluation_and_exports(run, own_model, stdlib_data):
+    shutil.copytree(own_model, "mine")
     Path("a.txt").write_text(text(900))
-    must("prepare_owt.py", "--files=*.txt", "--dataset=own", f"--tokenizer={own_model}")
+    prepare = ["prepare_owt.py", "--files=*.txt", "--dataset=own", "--tokenizer=mine"]
+    assert run(*prepare).code == 0
     schedule = [("ln_2", 1, 0), ("ln_1qk", 1, 0), ("ln_1v", 2, 0), ("ln_f", 2, None), ("bos", 3, None)]
-    short = ["--max_iters=4", "--batch_size=2", "--block_size=16", "--eval_iters=1", "--compile=False"]
-    must("train.py", f"--init_from={own_model}", "--dataset=own", *short, f"--ln_schedule={schedule}")
+    train = ["train.py", "--max_iters=4", "--batch_size=2", "--block_size=16", "--eval_iters=1", "--compile=False"]
+    assert run(*train, "--init_from=mine", "--dataset=own", f"--ln_schedule={schedule}").code == 0
     assert GPT.from_pretrained("out/run/model").config.eot == 0
 
     prompt = "def read(self, "
-    written = must("tools.sample", "out/run", f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0")
+    written = run("tools.sample", "out/run", f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0").text
     ids = likeliest("out/run/model", encode(own_model, prompt), 20)
-    expected = tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json").decode(ids, skip_special_tokens=False)
+    expected = tokenizer_in(own_model).decode(ids, skip_special_tokens=False)
     assert written.startswith(expected.partition(END)[0].rstrip("\ufffd"))
 
     Path("new.txt").write_text(text(200, 9))
-    must("eval.py", "--models=out/run", "--dataset=new.txt", "--json=r.json")
+    assert run("eval.py", "--models=out/run", "--dataset=new.txt", "--json=r.json").code == 0
     assert read_tokens("val", "eval_new.txt").tolist() == [*encode(own_model, text(200, 9)), 0]
 
     for to in ("hf", "folded"):
-        must("tools.export", "out/run", f"--to={to}")
+        assert run("tools.export", "out/run", f"--to={to}").code == 0
         found = AutoTokenizer.from_pretrained(f"out/run/{to}")("class Reader:").input_ids
         assert found == encode(own_model, "class Reader:")
-    written = pipeline("text-generation", "out/run/hf")("class Reader", max_new_tokens=4, do_sample=False)
-    assert written[0]["generated_text"].startswith("class Reader")
 
     # a run of another model takes it away
     assert os.path.exists("out/run/model/tokenizer.json")
     os.symlink(os.path.join(stdlib_data, "stdlib"), "data/stdlib")
-    must("train.py", f"--init_from={TINY}", *short, "--max_iters=1", "--force")
+    assert run(*train, f"--init_from={TINY}", "--max_iters=1", "--force").code == 0
     assert sorted(os.listdir("out/run/model")) == ["config.json", "model.safetensors"]
 
-
-@pytest.mark.slow
-def test_another_tokenizer_under_the_same_path_is_another_preparation(run, must, own_model):
-    shutil.copytree(own_model, "mine")
-    Path("a.txt").write_text(text(50))
-    args = ["prepare_owt.py", "--files=a.txt", "--dataset=own", "--tokenizer=mine"]
-    for _ in range(2):
-        must(*args)
+    # another tokenizer under the same path is another preparation
+    os.remove("new.txt")
+    assert run(*prepare).code == 0
     with open("mine/tokenizer.json", "a") as f:
         f.write("\n")
-    assert "tokenizer_sha256" in run(*args).error
+    assert "tokenizer_sha256" in run(*prepare).error
 
 
-def test_sampled_words_keep_their_spaces(must):
+def test_sampled_words_keep_their_spaces(run):
     """With a tokenizer whose decoder, as SentencePiece's, drops the space before the first word."""
     vocab = {END: 0, "\u2581": 1, "\u2581one": 2, "\u2581two": 3, "\u2581three": 4, "\u2581four": 5}
     bpe = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=END))
@@ -120,9 +106,8 @@ def test_sampled_words_keep_their_spaces(must):
         hf.transformer.wte.weight[:2] = 0  # it never says END
     hf.save_pretrained("words")
     bpe.save("words/tokenizer.json")
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END)
-    Path("words/tokenizer_config.json").write_text(json.dumps(config))
-    written = must("tools.sample", "words", "--prompt=one two", "--max_new_tokens=3", "--top_k=1")
+    Path("words/tokenizer_config.json").write_text(json.dumps(FAST | dict(eos_token=END)))
+    written = run("tools.sample", "words", "--prompt=one two", "--max_new_tokens=3", "--top_k=1").text
     ids = [vocab["\u2581" + word] for word in written.split()]
     assert ids == likeliest("words", ids[:2], 3)
 
@@ -134,98 +119,81 @@ NEXT = 280  # byte_level has as many ids
 PROBE = " Hello world def Read\n\n naïve <|user|> 1e-5  x"
 
 
-def byte_level(lower=False):
+def byte_level():
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    if lower:
-        bpe.normalizer = normalizers.Lowercase()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=NEXT, special_tokens=[GPT2_END], initial_alphabet=alphabet)
     bpe.train_from_iterator(["def read(self): return hello world Hello"] * 9, trainer)
-    assert bpe.get_vocab_size() == NEXT
     return bpe
 
 
 USER = dict(content="<|user|>", special=False, lstrip=True, rstrip=False, normalized=True, single_word=False)
 
 
-@pytest.mark.parametrize("form, lower, config, more", [
-    ("whole", False, {}, {}),
-    ("whole", True, {}, {}),  # GPT2Tokenizer drops the normalizer
-    ("whole", True, dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=GPT2_END), {}),
-    ("whole", False, dict(tokenizer_class="GPT2TokenizerFast", add_prefix_space=True), {}),
-    ("whole", False, dict(tokenizer_class="GPT2Tokenizer", added_tokens_decoder={NEXT: USER}), {}),
-    ("whole", False, {}, dict(added_tokens={"<|user|>": NEXT})),
-    ("whole", False, dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="a"),
-     dict(special_tokens_map=dict(eos_token=GPT2_END))),
-    ("parts", False, {}, {}),
-    ("parts", False, dict(add_prefix_space=True, eos_token="z"), {}),
+@pytest.mark.parametrize("form, config, more", [
+    ("whole", {}, {}),
+    ("lower", {}, {}),  # GPT2Tokenizer drops the normalizer
+    ("lower", FAST | dict(eos_token=GPT2_END), {}),
+    ("short", FAST | dict(eos_token=GPT2_END), {}),  # a document is taken whole
+    ("whole", dict(tokenizer_class="GPT2TokenizerFast", add_prefix_space=True), {}),
+    ("whole", dict(tokenizer_class="GPT2Tokenizer", added_tokens_decoder={NEXT: USER}), {}),
+    ("whole", {}, dict(added_tokens={"<|user|>": NEXT})),
+    ("whole", FAST | dict(eos_token="a"), dict(special_tokens_map=dict(eos_token=GPT2_END))),
+    ("parts", {}, {}),
+    ("parts", dict(add_prefix_space=True, eos_token="z"), {}),
 ])
-def test_the_ids_are_those_of_autotokenizer(tmp_path, form, lower, config, more):
-    bpe = byte_level(lower)
+def test_the_ids_are_those_of_autotokenizer(tmp_path, form, config, more):
+    bpe = byte_level()
+    if form == "lower":
+        bpe.normalizer = normalizers.Lowercase()
+    elif form == "short":
+        bpe.enable_truncation(8)
+        bpe.enable_padding(length=64)
     random_hf(vocab_size=300, n_layer=1).config.save_pretrained(tmp_path)
-    bpe.save(str(tmp_path / "tokenizer.json"))
     if form == "parts":
-        (tmp_path / "tokenizer.json").unlink()
         bpe.model.save(str(tmp_path))  # vocab.json and merges.txt
+    else:
+        bpe.save(str(tmp_path / "tokenizer.json"))
     for name, content in dict(tokenizer_config=config, **more).items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path), make_tokenizer(str(tmp_path))
     ids = theirs(PROBE, add_special_tokens=False).input_ids
+    assert len(ids) > 20
     assert ours.encode(PROBE).tolist() == ids
     assert ours.eot == theirs.eos_token_id
     assert ours.decode(ids) == theirs.decode(ids)
 
 
-def test_a_document_is_taken_whole_whatever_truncation_the_file_asks_for(own_model, tmp_path):
-    bpe = tokenizers.Tokenizer.from_file(own_model + "/tokenizer.json")
-    bpe.enable_truncation(16)
-    bpe.enable_padding(length=64)
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(eos_token=END)))
-    assert make_tokenizer(str(tmp_path)).encode(text(50)).tolist() == encode(own_model, text(50))
-
-
-WHOLE = byte_level().to_str()
-WITHOUT_UNKNOWN = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="?")).to_str()
-
-
-@pytest.mark.parametrize("files", [
-    {"spiece.model": "a"},
-    {"vocab.json": "{}"},
-    {"tokenizer_config.json": "{}"},
-    {"tokenizer.json": "{"},
-    {"tokenizer.json": WHOLE, "tokenizer_config.json": '{"tokenizer_class": "BertTokenizer"}'},
-    {"tokenizer.json": WHOLE, "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'},  # no end
-    {"tokenizer.json": WITHOUT_UNKNOWN, "tokenizer_config.json": '{"eos_token": "a"}'},
-    {"tokenizer.json": tokenizers.Tokenizer(models.BPE()).to_str(), "tokenizer_config.json": '{"eos_token": "a"}'},
-    {"tokenizer.json": tokenizers.Tokenizer(models.Unigram()).to_str(), "tokenizer_config.json": '{"eos_token": "a"}'},
-    {"tokenizer.json": WHOLE, "added_tokens.json": '{"<|user|>": 295}'},  # not the next id
-    {"tokenizer.json": WHOLE, "added_tokens.json": json.dumps({f"<{i}>": NEXT + i for i in range(21)})},  # 301 ids
+@pytest.mark.parametrize("whole, config, more", [
+    (byte_level(), dict(tokenizer_class="BertTokenizer"), {}),
+    (byte_level(), FAST, {}),  # no end
+    (tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="?")), dict(eos_token="a"), {}),
+    (tokenizers.Tokenizer(models.BPE()), dict(eos_token="a"), {}),
+    (byte_level(), {}, {"added_tokens.json": '{"<|user|>": 295}'}),  # not the next id
+    (byte_level(), {}, {"added_tokens.json": json.dumps({f"<{i}>": NEXT + i for i in range(21)})}),  # 301 ids
+    (None, {}, {}),
+    (None, {}, {"spiece.model": "a"}),
+    (None, {}, {"vocab.json": "{}"}),
 ])
-def test_what_can_not_be_read_as_transformers_does_is_refused(tmp_path, files):
+def test_what_can_not_be_read_as_transformers_does_is_refused(tmp_path, whole, config, more):
     random_hf(vocab_size=300, n_layer=1).config.save_pretrained(tmp_path)
-    for name, content in files.items():
+    if whole:
+        whole.save(str(tmp_path / "tokenizer.json"))
+    for name, content in {"tokenizer_config.json": json.dumps(config), **more}.items():
         (tmp_path / name).write_text(content)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=300, eot=299))
     with pytest.raises(UserError, match=str(tmp_path)):
-        tokenizer_of(SimpleNamespace(config=SimpleNamespace(vocab_size=300, eot=299)), str(tmp_path)).encode("a b")
+        tokenizer_of(model, str(tmp_path)).encode("a b")
 
 
-@pytest.mark.parametrize("vocab_size, eot, name", [
-    (50257, 50256, "gpt2"),
-    (50304, 50256, "gpt2"),
-    (52000, 50256, None),
-    (50257, 0, None),
-    (257, 256, "bytes"),
-    (320, 256, "bytes"),
-    (4096, 256, None),
-    (300, 50256, None),
-])
-def test_without_tokenizer_files_the_vocabulary_says_it(tmp_path, gpt2_tokenizer, vocab_size, eot, name):
-    model = SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size, eot=eot))
-    if name:
-        assert tokenizer_of(model, str(tmp_path)).name == name
-    else:
+def test_without_tokenizer_files_the_vocabulary_says_it(tmp_path, gpt2_tokenizer):
+    def found(vocab_size, eot):
+        return tokenizer_of(SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size, eot=eot)), str(tmp_path)).name
+
+    assert [found(vocab_size, 50256) for vocab_size in (50257, 50304)] == ["gpt2"] * 2
+    assert [found(vocab_size, 256) for vocab_size in (257, 320)] == ["bytes"] * 2
+    for sizes in ((52000, 50256), (50257, 0), (4096, 256)):
         with pytest.raises(UserError, match=str(tmp_path)):
-            tokenizer_of(model, str(tmp_path))
+            found(*sizes)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import multiprocessing
+import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,27 +18,18 @@ CONVERTED = "refs-convert-parquet"  # a repository's subfolder with what is on r
 
 @contextmanager
 def serve(repos):
-    """A server of repos, {name: folder}. It has
-
-    .env       environment variables that point a process at it
-    .repos     the same dict, to add to
-    .requests  [(method, repository, file, Range header)] that it got for files
-    .cut       {file: bytes after which the line is cut, the first time}
-    .uploaded  {name: {file: bytes}}
-    """
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos, server.requests, server.cut, server.uploaded = repos, [], {}, {}
-    server.env = {
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-    }
-    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+    """A server of repos, {name: folder}: .repos, to add to. .env has the environment variables that point a process at
+    it; .requests the (method, repository, file, Range header) that it got for files; .cut {file: bytes after which the
+    line is cut, the first time}; .uploaded {name: {file: bytes}}."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.repos, server.requests, server.cut, server.uploaded = repos, [], {}, {}
+        address = f"http://127.0.0.1:{server.server_port}"
+        server.env = dict(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_ENDPOINT=address)
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
 
 
 def point_here(server, monkeypatch, cache):
@@ -47,9 +39,10 @@ def point_here(server, monkeypatch, cache):
     for name, value in (server.env | {"HF_HOME": str(cache)}).items():
         monkeypatch.setenv(name, value)
     address = server.env["HF_ENDPOINT"]
-    changes = dict(ENDPOINT=address, HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}",
-                   HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True, HF_HUB_CACHE=str(cache))
-    for name, value in changes.items():
+    for name, value in dict(
+        ENDPOINT=address, HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}",
+        HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True, HF_HUB_CACHE=str(cache),
+    ).items():
         monkeypatch.setattr(constants, name, value)
     fork = multiprocessing.get_context("fork")  # so that workers have these changes
     monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: fork)
@@ -57,48 +50,43 @@ def point_here(server, monkeypatch, cache):
 
 class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
-        path = unquote(self.path.partition("?")[0]).lstrip("/").replace("refs/convert/parquet", CONVERTED)
-        if "org/bad_" in path:
-            self.mischief(path.partition("org/bad_")[2].partition("/")[0])
-        elif path.startswith("api/") and "/tree/" in path:
-            repo, revision = path.removeprefix("api/").removeprefix("models/").split("/tree/")
-            self.list_files(repo, revision)
-        elif path.startswith("api/models/"):
-            repo, _, revision = path.removeprefix("api/models/").partition("/revision/")
-            if self.folder(repo, revision):
-                self.send_json(dict(id=repo, sha=COMMIT, siblings=[]))
-        else:
-            repo, _, rest = path.partition("/resolve/")
-            revision, _, name = rest.partition("/")
+        path = unquote(self.path.partition("?")[0]).replace("refs/convert/parquet", CONVERTED)
+        repo, what, rest = re.fullmatch("/(?:api/)?(?:models/)?(.*?)(?:/(tree|revision|resolve)/(.*))?", path).groups()
+        revision, _, name = (rest or "main").partition("/")
+        if "org/bad_" in repo:
+            self.mischief(repo.removeprefix("org/bad_"))
+        elif what == "resolve":
             self.server.requests.append((self.command, repo, name, self.headers.get("Range")))
             self.send_file(self.folder(repo, revision), name)
+        elif what == "tree":
+            self.list_files(repo, revision)
+        elif self.folder(repo, revision):
+            self.send_json(dict(id=repo, sha=COMMIT, siblings=[]))
 
     do_HEAD = do_GET
+
+    def allowed(self):
+        return self.headers.get("Authorization") == "Bearer secret"
 
     def folder(self, repo, revision):
         """The folder of what is asked for; None if it is refused, and then the answer is sent."""
         folder = self.server.repos.get("org/tiny" if repo == "org/private" else repo)
-        if repo == "org/private" and self.headers.get("Authorization") != "Bearer secret":
-            self.send(401)
-        elif repo == "org/gated":
-            self.send(403, X_Error_Code="GatedRepo")
-        elif repo == "org/broken":
-            self.send(418)
-        elif folder is None:
-            self.send(404, X_Error_Code="RepoNotFound")
-        elif revision not in ("main", "v2", COMMIT, CONVERTED):
-            self.send(404, X_Error_Code="RevisionNotFound")
-        else:
-            return folder / CONVERTED if revision == CONVERTED else folder
+        code, error = {"org/gated": (403, "GatedRepo"), "org/broken": (418, "")}.get(repo, (404, "RepoNotFound"))
+        if repo == "org/private" and not self.allowed():
+            code, error, folder = 401, "", None
+        elif folder and revision not in ("main", "v2", COMMIT, CONVERTED):
+            error, folder = "RevisionNotFound", None
+        if folder is None:
+            return self.send(code, X_Error_Code=error)
+        return folder / CONVERTED if revision == CONVERTED else folder
 
     def list_files(self, repo, revision):
         folder = self.folder(repo, CONVERTED if revision == CONVERTED else "main")
-        if folder is None:
-            return
-        elsewhere = revision == "main" and folder / CONVERTED
-        files = [path for path in folder.rglob("*") if path.is_file() and elsewhere not in path.parents]
-        self.send_json([dict(type="file", path=str(path.relative_to(folder)), size=path.stat().st_size, oid="0" * 40)
-                        for path in files])
+        if folder:
+            elsewhere = revision == "main" and folder / CONVERTED
+            files = [path for path in folder.rglob("*") if path.is_file() and elsewhere not in path.parents]
+            self.send_json([dict(type="file", path=str(path.relative_to(folder)), size=path.stat().st_size,
+                                 oid="0" * 40) for path in files])
 
     def send_file(self, folder, name):
         if folder is None:
@@ -110,52 +98,44 @@ class Hub(BaseHTTPRequestHandler):
         begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         if begin:
             headers |= dict(Content_Range=f"bytes {begin}-{len(content) - 1}/{len(content)}")
-        content = content[begin:]
-        whole = self.command == "HEAD" or name not in self.server.cut
-        part = content if whole else content[: self.server.cut.pop(name)]
-        self.send(206 if begin else 200, part, len(content), **headers)
+        part = content[begin:]
+        if self.command == "GET":
+            part = part[: self.server.cut.pop(name, None)]
+        self.send(206 if begin else 200, part, len(content) - begin, **headers)
 
     def mischief(self, kind):
-        """Close the line, answer what is no HTTP, redirect to the same place, promise more bytes than are sent or fewer,
-        or cut the line each time."""
-        content = b"{}" * 500
+        """Close the line, or cut it each time; what is no HTTP; a redirect to itself; more bytes or fewer than
+        promised."""
+        sent, promised = dict(long=(1000, 10**6), short=(1000, 10), cut=(500, 1000)).get(kind, (0, 0))
         if kind == "garbage":
             self.wfile.write(b"\0\xff no HTTP\r\n\r\n" * 10)
         elif kind == "loop":
             self.send(302, Location=self.path)
         elif kind != "close":
-            part, length = dict(long=(content, 10**6), short=(content, 10), cut=(content[:500], 1000))[kind]
-            self.send(200, part, length, ETag='"abc"', X_Repo_Commit=COMMIT)
+            self.send(200, b" " * sent, promised, ETag='"abc"', X_Repo_Commit=COMMIT)
 
     def do_POST(self):
-        """Uploads: create a repository, say how each file is to come, take a commit of them."""
+        """Create a repository, say how each file is to come, take a commit of them: one answer to all three."""
         length = self.headers.get("Content-Length")
-        body = self.rfile.read(int(length)) if length else self.read_chunks()
-        if self.headers.get("Authorization") != "Bearer secret":
+        body = self.rfile.read(int(length)) if length else b"".join(self.chunks())
+        if not self.allowed():
             return self.send(401)
-        address, path = self.server.env["HF_ENDPOINT"], unquote(self.path)
-        reply = {}
-        if path == "/api/repos/create":
-            wanted = json.loads(body)
-            reply = dict(url=f"{address}/{wanted.get('organization', 'org')}/{wanted['name']}")
-        elif "/preupload/" in path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            reply = dict(files=[dict(path=name, uploadMode="regular", shouldIgnore=False) for name in names])
-        elif "/commit/" in path:
-            repo = path.removeprefix("/api/models/").partition("/commit/")[0]
-            lines = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
-            self.server.uploaded[repo] = {line["path"]: base64.b64decode(line["content"]) for line in lines}
-            reply = dict(success=True, commitOid=COMMIT, commitUrl=f"{address}/{repo}/commit/{COMMIT}")
-        self.send_json(reply)
+        lines = [json.loads(line) for line in body.splitlines()]
+        repo = unquote(self.path).removeprefix("/api/models/").partition("/commit/")[0]
+        files = [line["value"] for line in lines if line.get("key") == "file"]
+        if files:
+            self.server.uploaded[repo] = {file["path"]: base64.b64decode(file["content"]) for file in files}
+        here = f"{self.server.env['HF_ENDPOINT']}/org/any"
+        names = [file["path"] for file in lines[0].get("files", [])]
+        modes = [dict(path=name, uploadMode="regular", shouldIgnore=False) for name in names]
+        self.send_json(dict(url=here, files=modes, success=True, commitOid=COMMIT, commitUrl=f"{here}/commit/{COMMIT}"))
 
-    def read_chunks(self):
+    def chunks(self):
         """A body that comes in chunks, each after a line with its size."""
-        body = b""
         while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
+            yield self.rfile.read(size)
             self.rfile.readline()
         self.rfile.readline()
-        return body
 
     def send_json(self, content):
         self.send(200, json.dumps(content).encode(), Content_Type="application/json")

@@ -4,39 +4,33 @@ does not run beside release 4: `make test-tl3`.
 """
 import torch
 from conftest import SMALL, random_hf, without_layernorm
-from transformer_lens import HookedTransformer
 
 from tools import export
 
 
-def assert_hooked_has_the_logits_of(model):
+@torch.no_grad()
+def assert_hooked_has_the_logits_of(model, idx):
     hooked = export.to_hooked(model)
-    assert isinstance(hooked, HookedTransformer)
     assert hooked.cfg.normalization_type is None
     assert not any("Norm" in type(module).__name__ for module in hooked.modules())
-    idx = torch.randint(0, 256, (2, 60))
-    with torch.no_grad():
-        torch.testing.assert_close(hooked(idx), model(idx)[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(hooked(idx), model(idx)[0], atol=1e-4, rtol=0)
     return hooked
 
 
 def test_logits_of_gpt2_smalls_shape(tmp_path):
     random_hf(**SMALL).save_pretrained(tmp_path)
-    assert_hooked_has_the_logits_of(without_layernorm(tmp_path))
+    assert_hooked_has_the_logits_of(without_layernorm(tmp_path), torch.randint(0, 256, (2, 60)))
 
 
+@torch.no_grad()
 def test_direct_logit_attribution_is_exact_and_hooks_change_the_logits_as_our_own_do(removed):
     """TransformerLens's own decomposition: the components' outputs times the unembedding sum up to the logit."""
-    hooked = assert_hooked_has_the_logits_of(removed)
     idx = torch.randint(0, 256, (1, 60))
-    with torch.no_grad():
-        logits, cache = hooked.run_with_cache(idx)
-        components, labels = cache.decompose_resid(return_labels=True)
-        assert len(labels) == 2 + 2 * 4
-        attributed = (components @ hooked.W_U).sum(0) + hooked.b_U
-        torch.testing.assert_close(attributed, logits, atol=1e-4, rtol=0)
+    hooked = assert_hooked_has_the_logits_of(removed, idx)
+    logits, cache = hooked.run_with_cache(idx)
+    attributed = (cache.decompose_resid() @ hooked.W_U).sum(0) + hooked.b_U
+    torch.testing.assert_close(attributed, logits, atol=1e-4, rtol=0)
 
-        off = ("blocks.2.attn.hook_z", lambda z, hook: z * 0)
-        out = hooked.run_with_hooks(idx, fwd_hooks=[off])
-        removed.transformer.h[2].attn.c_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
-        torch.testing.assert_close(out, removed(idx)[0], atol=1e-4, rtol=0)
+    out = hooked.run_with_hooks(idx, fwd_hooks=[("blocks.2.attn.hook_z", lambda z, hook: z * 0)])
+    removed.transformer.h[2].attn.c_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+    torch.testing.assert_close(out, removed(idx)[0], atol=1e-4, rtol=0)
