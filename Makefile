@@ -9,7 +9,7 @@ CODE = train.py model.py schedule.py parts/loss.py parts/data.py config/remove_l
 
 demo: $(RUN)/done
 	@echo "3 of 3: original, control and LN-free on the same windows: about a minute"
-	.venv/bin/python eval.py --models=assets/tiny,$(RUN)_control,$(RUN) --dataset=stdlib --tokens=300_000 --json=$(RUN)/eval.json
+	.venv/bin/python eval.py $(RUN) --tokens=300_000
 	.venv/bin/python -m tools.plot $(RUN)
 	@echo "for these commands: source .venv/bin/activate"
 
