@@ -1,0 +1,266 @@
+"""
+Exact circuits of a model without LayerNorm: everything that reads the residual stream is affine in it, so a query, a
+neuron or a logit is a sum over what each head, MLP, bias and embedding has written. For a notebook:
+
+    from model import GPT
+    from tools import circuits
+    model = GPT.from_pretrained("out/remove_ln/model").fold().double()
+    written = circuits.components(model, ids)                              # ids (T,)
+    neurons = circuits.readers(model)["h.3 neurons"]
+    circuits.contributions(written, neurons)                               # (components before it, T, neurons)
+
+Sources: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", for QK and OV circuits, composition and
+paths; Dar et al. 2023, arXiv 2209.02535, for weights in the space of tokens. With LayerNorm (arXiv 2409.13710 has what
+goes wrong) the same sums need each token's std to be held at its value: `readers` of such a model do that.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+from model import std_of
+
+# --- activations: who writes to the residual stream, and what reads it
+
+
+@dataclass
+class Components:
+    """What is written to the residual stream, in the order of writing."""
+
+    names: list[str]  # "token embedding", "position embedding", "h.0 head 0", ..., "h.0 MLP", "h.0 MLP bias", ...
+    writes: torch.Tensor  # (components, T, C)
+
+    def before(self, reader):
+        """How many components are written before this Reader reads."""
+        return self.names.index(reader.first_unseen) if reader.first_unseen else len(self.names)
+
+    def stream(self, reader):
+        """The residual stream that this Reader reads, (T, C)."""
+        return self.writes[: self.before(reader)].sum(0)
+
+
+@dataclass
+class Reader:
+    """Rows that read the residual stream: row r gives weight[r] . stream + bias[r]."""
+
+    weight: torch.Tensor  # (rows, C)
+    bias: torch.Tensor  # (rows,)
+    first_unseen: str  # the first component that is written after the reading; "": none
+    eps: float | None = None  # of a LayerNorm: each position is divided by sqrt(var + eps) of its own stream
+
+    def __getitem__(self, rows):
+        return Reader(self.weight[rows], self.bias[rows], self.first_unseen, self.eps)
+
+    def scale(self, stream):
+        """stream (T, C) -> what the reading is divided by, (T, 1)."""
+        return stream.new_ones(len(stream), 1) if self.eps is None else std_of(stream, self.eps)
+
+
+@torch.no_grad()
+def components(model, ids):
+    """ids (T,) -> the Components of the model's forward pass. Their sum is the stream after the last block."""
+    wte, wpe = model.transformer.wte.weight, model.transformer.wpe.weight
+    names, writes, hooks = ["token embedding", "position embedding"], [wte[ids], wpe[: len(ids)]], []
+    for i, block in enumerate(model.transformer.h):
+
+        def see_heads(c_proj, args, i=i):
+            z = args[0][0].unflatten(-1, (model.config.n_head, -1))  # (T, heads, C / heads)
+            W = c_proj.weight.unflatten(1, (model.config.n_head, -1))  # (C, heads, C / heads)
+            names.extend(f"h.{i} head {head}" for head in range(model.config.n_head))
+            writes.extend(torch.einsum("thd,chd->htc", z, W))
+            see_bias(c_proj, f"h.{i} attention bias")
+
+        def see_hidden(c_proj, args, i=i):
+            names.append(f"h.{i} MLP")
+            writes.append(args[0][0] @ c_proj.weight.T)
+            see_bias(c_proj, f"h.{i} MLP bias")
+
+        def see_bias(linear, name):
+            if linear.bias is not None:
+                names.append(name)
+                writes.append(linear.bias.expand(len(ids), -1))
+
+        hooks.append(block.attn.c_proj.register_forward_pre_hook(see_heads))
+        hooks.append(block.mlp.c_proj.register_forward_pre_hook(see_hidden))
+    try:
+        model.hidden(ids[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Components(names, torch.stack(writes))
+
+
+@torch.no_grad()
+def readers(model):
+    """{"h.0 queries", "h.0 keys", "h.0 values", "h.0 neurons", ..., "logits": Reader} of a folded model, or of one with
+    all LNs real, whose weights and centring are folded into the rows. Queries, keys and values have a head's C / heads
+    rows after the other; a neuron's row is its value before the GELU. ValueError for a model in between."""
+    if model.any_removed():
+        raise ValueError("it has sites with and without LayerNorm, or is not folded: pass model.fold()")
+    found, eps = {}, None if model.config.folded else model.config.ln_eps
+
+    def add(name, W, b, site, first_unseen):
+        if site is not None:
+            shift = 0 if site.bias is None else W @ site.bias
+            b = shift + (W.new_zeros(len(W)) if b is None else b)
+            W = W * site.weight
+            W = W - W.mean(1, keepdim=True)
+        found[name] = Reader(W, b, first_unseen, eps)
+
+    for i, block in enumerate(model.transformer.h):
+        ln_1, ln_2 = (None, None) if block.folded else (block.ln_1qk, block.ln_2)
+        bias = block.attn.c_attn.bias
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        for name, W, b in zip(("queries", "keys", "values"), block.attn.c_attn.weight.chunk(3), biases):
+            add(f"h.{i} {name}", W, b, ln_1, f"h.{i} head 0")
+        add(f"h.{i} neurons", block.mlp.c_fc.weight, block.mlp.c_fc.bias, ln_2, f"h.{i} MLP")
+    ln_f = None if model.config.folded else model.transformer.ln_f
+    add("logits", model.lm_head.weight, model.lm_head.bias, ln_f, "")
+    return found
+
+
+def contributions(components, reader):
+    """What each component before the reader adds to its rows, (components, T, rows). The sum over components plus
+    reader.bias is what the model computes there; with LayerNorm, each position's std is held at its value."""
+    n = components.before(reader)
+    return components.writes[:n] @ reader.weight.T / reader.scale(components.stream(reader))
+
+
+@dataclass
+class AttentionScores:
+    """The scores of a head before the softmax, as sums over pairs of components. The last of the names is the bias."""
+
+    names: list[str]
+    queries: torch.Tensor  # (components + 1, T, C / heads)
+    keys: torch.Tensor  # the same
+
+    def pairs(self, query, key):
+        """The score of positions `query` and `key`, by query component and key component, (components + 1,) * 2."""
+        return self.queries[:, query] @ self.keys[:, key].T / math.sqrt(self.keys.shape[-1])
+
+    def total(self):
+        """(T, T): query position, key position."""
+        return self.queries.sum(0) @ self.keys.sum(0).T / math.sqrt(self.keys.shape[-1])
+
+
+def attention_scores(model, ids, layer, head):
+    """ids (T,) -> the AttentionScores of a head: bilinear in the stream, so exact without LayerNorm."""
+    written, reads, rows = components(model, ids), readers(model), head_rows(model, head)
+    sides = []
+    for name in ("queries", "keys"):
+        reader = reads[f"h.{layer} {name}"][rows]
+        bias = reader.bias.expand(1, len(ids), -1)
+        sides.append(torch.cat([contributions(written, reader), bias]))
+    names = written.names[: written.before(reader)]
+    return AttentionScores([*names, "bias"], *sides)
+
+
+def direct_path_patch(model, ids, other_ids, sender, reader):
+    """What `reader` reads on ids (T,) if the component named `sender` had written along this one path what it writes on
+    other_ids (T,): (T, rows). All other paths stay. Exact without LayerNorm; ValueError with it."""
+    if reader.eps is not None:
+        raise ValueError("with LayerNorm, one path changes the std that divides all of them")
+    written, other = components(model, ids), components(model, other_ids)
+    k = written.names.index(sender)
+    if k >= written.before(reader):
+        raise ValueError(f"{sender} writes after this reader reads")
+    stream = written.stream(reader) + other.writes[k] - written.writes[k]
+    return stream @ reader.weight.T + reader.bias
+
+
+# --- weights: what heads and neurons do whatever the text. For a folded model
+
+
+def head_rows(model, head):
+    """The rows of a head among its layer's queries, keys or values. ValueError if there is no such head."""
+    d = model.config.n_embd // model.config.n_head
+    if not 0 <= head < model.config.n_head:
+        raise ValueError(f"there is no head {head}: a layer has {model.config.n_head}")
+    return slice(head * d, head * d + d)
+
+
+@dataclass
+class QK:
+    """A head's scores are (W_q x + b_q) . (W_k y + b_k) / sqrt(C / heads), x and y being the streams at query and key."""
+
+    W_q: torch.Tensor  # (C / heads, C)
+    b_q: torch.Tensor  # (C / heads,)
+    W_k: torch.Tensor
+    b_k: torch.Tensor
+
+    def score(self, x, y):
+        """x (m, C), y (n, C) -> (m, n)."""
+        q, k = x @ self.W_q.T + self.b_q, y @ self.W_k.T + self.b_k
+        return q @ k.T / math.sqrt(len(self.b_q))
+
+
+@dataclass
+class OV:
+    """Attending to the stream y adds W_o (W_v y) + b to the head's output; b once, as the attention sums to 1."""
+
+    W_o: torch.Tensor  # (C, C / heads)
+    W_v: torch.Tensor  # (C / heads, C)
+    b: torch.Tensor  # (C,)
+
+    def write(self, y):
+        """y (n, C) -> (n, C)."""
+        return y @ self.W_v.T @ self.W_o.T + self.b
+
+
+def qk(model, layer, head):
+    """The QK circuit of a head (Elhage et al., "QK circuit")."""
+    reads, rows = readers(model), head_rows(model, head)
+    q, k = reads[f"h.{layer} queries"][rows], reads[f"h.{layer} keys"][rows]
+    return QK(q.weight, q.bias, k.weight, k.bias)
+
+
+def ov(model, layer, head):
+    """The OV circuit of a head (Elhage et al., "OV circuit")."""
+    rows = head_rows(model, head)
+    v = readers(model)[f"h.{layer} values"][rows]
+    W_o = model.transformer.h[layer].attn.c_proj.weight[:, rows]
+    return OV(W_o, v.weight, W_o @ v.bias)
+
+
+def token_scores(model, layer, head, queries, keys):
+    """Token ids (m,) and (n,) -> (m, n): the score of a query token with a key token, from their embeddings alone."""
+    wte = model.transformer.wte.weight
+    return qk(model, layer, head).score(wte[queries], wte[keys])
+
+
+def token_logits(model, layer, head, sources, targets):
+    """Token ids (m,) and (n,) -> (m, n): what attending to a source token's embedding adds to the target's logit."""
+    wte = model.transformer.wte.weight
+    return ov(model, layer, head).write(wte[sources]) @ model.lm_head.weight[targets].T
+
+
+@torch.no_grad()
+def composition(model):
+    """{"Q", "K", "V": (L, heads, L, heads)}: the composition of each head with each head of a later layer, 0 elsewhere,
+    as |A B| / (|A| |B|) in Frobenius norms (Elhage et al., "composition scores"): A is the earlier head's OV matrix and B
+    the later one's QK matrix, its transpose, or OV matrix. Random matrices of this shape score about 1 / sqrt(C)."""
+    L, H = model.config.n_layer, model.config.n_head
+    factors = []  # of each layer: W_q, W_k, W_v, W_o^T, (heads, C / heads, C) each
+    for i, block in enumerate(model.transformer.h):
+        W_q, W_k, W_v = (W.unflatten(0, (H, -1)) for W in block.attn.c_attn.weight.chunk(3))
+        factors.append((W_q, W_k, W_v, block.attn.c_proj.weight.T.unflatten(0, (H, -1))))
+    found = {kind: model.lm_head.weight.new_zeros(L, H, L, H) for kind in "QKV"}
+    for i in range(L):
+        _, _, W_v1, W_o1 = factors[i]
+        for j in range(i + 1, L):
+            W_q, W_k, W_v, W_o = factors[j]
+            for kind, reads, rest in (("Q", W_q, W_k), ("K", W_k, W_q), ("V", W_v, W_o)):
+                found[kind][i, :, j, :] = product_norms(W_o1, W_v1, reads, rest)
+    return found
+
+
+def product_norms(W_o, W_v, reads, rest):
+    """The composition scores of heads W_o^T W_v with heads reads^T rest: factors (heads, d, C) -> (heads, heads).
+    |X^T M Y|^2 = sum((X X^T M) * (M Y Y^T)) needs only d x d matrices."""
+    def norms(X, Y):
+        return ((X @ X.mT) * (Y @ Y.mT)).sum((-1, -2)).sqrt()  # of X^T Y
+
+    M = torch.einsum("adc,bec->abde", W_o, reads)
+    left, right = (W_v @ W_v.mT)[:, None], (rest @ rest.mT)[None]
+    both = ((left @ M) * (M @ right)).sum((-1, -2)).clamp(min=0).sqrt()
+    return both / (norms(W_o, W_v)[:, None] * norms(reads, rest)[None])
