@@ -5,7 +5,7 @@ does not run beside release 4: `make test-tl3`.
 import torch
 from conftest import SMALL, random_hf, without_layernorm
 
-from tools import export
+from tools import circuits, export
 
 
 @torch.no_grad()
@@ -34,3 +34,22 @@ def test_direct_logit_attribution_is_exact_and_hooks_change_the_logits_as_our_ow
     out = hooked.run_with_hooks(idx, fwd_hooks=[("blocks.2.attn.hook_z", lambda z, hook: z * 0)])
     removed.transformer.h[2].attn.c_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
     torch.testing.assert_close(out, removed(idx)[0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_circuits_are_transformer_lens_own(removed):
+    hooked, free = export.to_hooked(removed), removed.fold()
+    for kind, scores in circuits.composition(free).items():
+        torch.testing.assert_close(scores, hooked.all_composition_scores(kind), atol=1e-4, rtol=0)
+
+    ids = torch.randint(0, 256, (30,))
+    _, cache = hooked.run_with_cache(ids[None])
+    written = circuits.components(free, ids)
+    heads, labels = cache.stack_head_results(return_labels=True)
+    for head, label in zip(heads, labels):  # "L2H1"
+        layer, _, number = label[1:].partition("H")
+        ours = written.writes[written.names.index(f"h.{layer} head {number}")]
+        torch.testing.assert_close(head[0], ours, atol=1e-4, rtol=0)
+    scores = cache["blocks.2.attn.hook_attn_scores"][0, 1]  # -inf above the diagonal
+    ours = circuits.attention_scores(free, ids, 2, 1).total()
+    torch.testing.assert_close(scores.tril(), ours.tril(), atol=1e-4, rtol=0)
