@@ -160,3 +160,64 @@ def test_random_heads_compose_as_chance_says():
     scores = circuits.composition(GPT(config))
     for kind in "QKV":
         assert scores[kind][0, :, 1].mean().item() == pytest.approx(1 / math.sqrt(256), rel=0.05)
+
+
+def test_copying_is_the_share_of_positive_eigenvalues_in_the_space_of_tokens(free):
+    E, U = free.transformer.wte.weight, free.lm_head.weight
+    C, H = free.config.n_embd, free.config.n_head
+    rows = slice(C // H, 2 * C // H)
+    attn = free.transformer.h[2].attn
+    whole = U @ attn.c_proj.weight[:, rows] @ attn.c_attn.weight[2 * C :][rows] @ E.T
+    eigenvalues = torch.linalg.eigvals(whole)
+    expected = eigenvalues.real.sum() / eigenvalues.abs().sum()
+    assert circuits.copying(free)[2, 1].item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_patterns_are_transformers_attentions():
+    from transformers import GPT2LMHeadModel
+
+    hf = GPT2LMHeadModel.from_pretrained(TINY, attn_implementation="eager").eval()
+    half = torch.randint(0, 256, (50,), generator=torch.Generator().manual_seed(3))
+    ids = torch.cat([half, half])
+    with torch.no_grad():
+        expected = torch.cat(hf(ids[None], output_attentions=True).attentions)  # (L, heads, T, T)
+    tiny = GPT.from_pretrained(TINY).eval()
+    torch.testing.assert_close(circuits.patterns(tiny, ids), expected, atol=1e-5, rtol=0)
+    matching = sum(expected[:, :, i, i - 49] for i in range(50, 100)) / 50
+    torch.testing.assert_close(circuits.prefix_matching(tiny, 50, seed=3), matching, atol=1e-5, rtol=0)
+
+
+def test_connections_of_a_neuron_and_a_head_are_products_of_their_weights(free):
+    mlp1, mlp3, head2 = free.transformer.h[1].mlp, free.transformer.h[3].mlp, free.transformer.h[2].attn
+    C, d = free.config.n_embd, free.config.n_embd // free.config.n_head
+    found = circuits.connections(free, "h.1 neuron 5")
+    written, read = mlp1.c_proj.weight[:, 5], mlp1.c_fc.weight[5]
+    for name, weight in found["to neurons"]:
+        layer, k = int(name[2]), int(name.split()[-1])
+        assert weight == pytest.approx((free.transformer.h[layer].mlp.c_fc.weight[k] @ written).item(), abs=1e-12)
+    largest = max((block.mlp.c_fc.weight @ written).abs().max().item() for block in free.transformer.h[2:])
+    assert abs(found["to neurons"][0][1]) == pytest.approx(largest)
+    assert abs(found["to logits"][0][1]) == pytest.approx((free.lm_head.weight @ written).abs().max().item())
+    assert abs(found["from tokens"][0][1]) == pytest.approx((free.transformer.wte.weight @ read).abs().max().item())
+
+    found = circuits.connections(free, "h.2 head 1", n=10**9)
+    W_o, W_q = head2.c_proj.weight[:, d : 2 * d], head2.c_attn.weight[d : 2 * d]
+    weights = dict(found["to neurons"])
+    assert weights["h.3 neuron 7"] == pytest.approx((mlp3.c_fc.weight[7] @ W_o).norm().item())
+    assert weights["h.2 neuron 7"] > 0  # the MLP of its own layer reads it
+    assert dict(found["from neurons"])["query reads h.1 neuron 5"] == pytest.approx((W_q @ written).norm().item())
+    W_v3 = free.transformer.h[3].attn.c_attn.weight[2 * C :][:d]
+    assert dict(found["to heads"])["h.3 head 0 value"] == pytest.approx((W_v3 @ W_o).norm().item())
+
+
+@pytest.mark.parametrize("name", ["h.1 neuron 768", "h.4 head 0", "h.1 head 6", "mlp 3", ""])
+def test_a_name_that_the_model_does_not_have_is_refused(free, name):
+    with pytest.raises(ValueError):
+        circuits.connections(free, name)
+
+
+def test_a_model_with_layernorms_left_is_refused():
+    model = GPT.from_pretrained(TINY)
+    model.set_ln_mode("ln_2", 1, "fake")
+    with pytest.raises(ValueError):
+        circuits.readers(model)

@@ -14,6 +14,7 @@ paths; Dar et al. 2023, arXiv 2209.02535, for weights in the space of tokens. Wi
 goes wrong) the same sums need each token's std to be held at its value: `readers` of such a model do that.
 """
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -171,6 +172,18 @@ def direct_path_patch(model, ids, other_ids, sender, reader):
 # --- weights: what heads and neurons do whatever the text. For a folded model
 
 
+def parse(model, name):
+    """"h.1 neuron 5" -> ("neuron", 1, 5), and "h.1 head 2" -> ("head", 1, 2). ValueError if the model has no such one."""
+    found = re.fullmatch(r"h\.(\d+) (neuron|head) (\d+)", name)
+    if not found:
+        raise ValueError(f"{name!r} is neither a neuron, as h.1 neuron 5, nor a head, as h.1 head 2")
+    layer, kind, number = int(found[1]), found[2], int(found[3])
+    most = dict(neuron=4 * model.config.n_embd, head=model.config.n_head)[kind]
+    if layer >= model.config.n_layer or number >= most:
+        raise ValueError(f"there is no {name}: the model has {model.config.n_layer} layers of {most} {kind}s")
+    return kind, layer, number
+
+
 def head_rows(model, head):
     """The rows of a head among its layer's queries, keys or values. ValueError if there is no such head."""
     d = model.config.n_embd // model.config.n_head
@@ -264,3 +277,112 @@ def product_norms(W_o, W_v, reads, rest):
     left, right = (W_v @ W_v.mT)[:, None], (rest @ rest.mT)[None]
     both = ((left @ M) * (M @ right)).sum((-1, -2)).clamp(min=0).sqrt()
     return both / (norms(W_o, W_v)[:, None] * norms(reads, rest)[None])
+
+
+def copying(model):
+    """(L, heads), each in [-1, 1]: how much a head's OV circuit in the space of tokens, W_U OV W_E, raises the logit of
+    the token that it attends to: the sum of its eigenvalues over the sum of their sizes (Elhage et al., "copying")."""
+    L, H = model.config.n_layer, model.config.n_head
+    W_EU = model.transformer.wte.weight.T @ model.lm_head.weight  # (C, C): its eigenvalues need no vocabulary x vocabulary
+    scores = torch.zeros(L, H)
+    for layer in range(L):
+        for head in range(H):
+            circuit = ov(model, layer, head)
+            eigenvalues = torch.linalg.eigvals((circuit.W_v @ W_EU @ circuit.W_o).float())  # those of W_U W_o W_v W_E
+            scores[layer, head] = eigenvalues.real.sum() / eigenvalues.abs().sum()
+    return scores
+
+
+@torch.no_grad()
+def patterns(model, ids):
+    """ids (T,) -> the attention patterns, (L, heads, T, T). With LayerNorm or without."""
+    T, H = len(ids), model.config.n_head
+    future = torch.ones(T, T, dtype=torch.bool, device=ids.device).triu(1)
+    found, hooks = [], []
+
+    def see(attn, args):
+        q, k, _ = attn.query_key_value(*args[:2])
+        q, k = (t[0].unflatten(-1, (H, -1)).transpose(0, 1) for t in (q, k))  # (heads, T, C / heads)
+        found.append((q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf).softmax(-1))
+
+    for block in model.transformer.h:
+        hooks.append(block.attn.register_forward_pre_hook(see))
+    try:
+        model.hidden(ids[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)
+
+
+def prefix_matching(model, n=None, seed=0):
+    """(L, heads): the mean attention of the second half of a random sequence of n tokens, repeated once, to the token
+    after the same token in the first half: what an induction head looks at (Olsson et al. 2022, arXiv 2209.11895)."""
+    n = n or model.config.block_size // 2
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randint(0, model.config.eot, (n,), generator=generator).to(model.lm_head.weight.device)
+    found = patterns(model, torch.cat([half, half]))
+    i = torch.arange(n, 2 * n)
+    return found[:, :, i, i - n + 1].mean(-1)
+
+
+def previous_token(model):
+    """(L, heads): the mean attention to the previous position, from position embeddings alone: by weights."""
+    wpe = model.transformer.wpe.weight
+    future = torch.ones(len(wpe), len(wpe), dtype=torch.bool, device=wpe.device).triu(1)
+    rows = []
+    for layer in range(model.config.n_layer):
+        for head in range(model.config.n_head):
+            pattern = qk(model, layer, head).score(wpe, wpe).masked_fill(future, -math.inf).softmax(-1)
+            rows.append(pattern.diagonal(-1).mean())
+    return torch.stack(rows).view(model.config.n_layer, model.config.n_head)
+
+
+def induction_by_weights(model, scores=None):
+    """(L, heads): the largest K-composition above chance with an earlier head, weighted by how much that head attends to
+    the previous position."""
+    K = (scores or composition(model))["K"] - 1 / math.sqrt(model.config.n_embd)
+    return (previous_token(model)[:, :, None, None] * K).flatten(0, 1).amax(0).clamp(min=0)
+
+
+@torch.no_grad()
+def connections(model, name, n=10):
+    """name: "h.1 neuron 5" or "h.1 head 2" -> {"to neurons", "to heads", "to logits", "from tokens", "from neurons",
+    "from heads": [(name, weight)]}, the n largest of each.
+
+    A weight between two neurons, or of a neuron and a token, is the dot product of what one writes and the other reads.
+    With a head it is the Frobenius norm of a matrix: what it writes (W_o), and what its query, key or value reads."""
+    kind, layer, number = parse(model, name)
+    block, H = model.transformer.h[layer], model.config.n_head
+    if kind == "neuron":
+        written, own = block.mlp.c_proj.weight[:, [number]], {"": block.mlp.c_fc.weight[[number]]}
+    else:
+        rows = head_rows(model, number)
+        written = block.attn.c_proj.weight[:, rows]
+        own = {f"{of} reads ": W[rows] for of, W in zip(("query", "key", "value"), block.attn.c_attn.weight.chunk(3))}
+    found = {f"{way} {what}": [] for way, what in (("to", "neurons"), ("to", "heads"), ("to", "logits"),
+                                                    ("from", "tokens"), ("from", "neurons"), ("from", "heads"))}
+
+    def add(key, names, product):
+        """product (components, a, b): the weight between two vectors, or of two matrices their norm."""
+        weights = product.flatten(1)
+        weights = weights[:, 0] if weights.shape[1] == 1 else weights.norm(dim=1)
+        for k in weights.abs().topk(min(n, len(weights))).indices.tolist():
+            found[key].append((names(k), weights[k].item()))
+
+    for i, other in enumerate(model.transformer.h):
+        if i > layer or (i == layer and kind == "head"):
+            add("to neurons", lambda k: f"h.{i} neuron {k}", (other.mlp.c_fc.weight @ written)[:, None])
+        if i > layer:
+            for of, W in zip(("query", "key", "value"), other.attn.c_attn.weight.chunk(3)):
+                add("to heads", lambda k: f"h.{i} head {k} {of}", (W @ written).unflatten(0, (H, -1)))
+        for of, W in own.items():
+            if i < layer:
+                add("from neurons", lambda k: f"{of}h.{i} neuron {k}", (W @ other.mlp.c_proj.weight).T[..., None])
+            if i < layer or (i == layer and kind == "neuron"):
+                product = (W @ other.attn.c_proj.weight).T.unflatten(0, (H, -1))
+                add("from heads", lambda k: f"{of}h.{i} head {k}", product)
+    add("to logits", lambda k: f"logit {k}", (model.lm_head.weight @ written)[:, None])
+    for of, W in own.items():
+        add("from tokens", lambda k: f"{of}token {k}", (model.transformer.wte.weight @ W.T)[:, None])
+    return {key: sorted(rows, key=lambda row: -abs(row[1]))[:n] for key, rows in found.items()}
