@@ -1,6 +1,10 @@
 """
 Exact circuits of a model without LayerNorm: everything that reads the residual stream is affine in it, so a query, a
-neuron or a logit is a sum over what each head, MLP, bias and embedding has written. For a notebook:
+neuron or a logit is a sum over what each head, MLP, bias and embedding has written.
+
+    python -m tools.circuits out/remove_ln_tiny     # a page on the model, and SOURCE/circuits.png
+
+For a notebook:
 
     from model import GPT
     from tools import circuits
@@ -9,17 +13,34 @@ neuron or a logit is a sum over what each head, MLP, bias and embedding has writ
     neurons = circuits.readers(model)["h.3 neurons"]
     circuits.contributions(written, neurons)                               # (components before it, T, neurons)
 
-Sources: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", for QK and OV circuits, composition and
-paths; Dar et al. 2023, arXiv 2209.02535, for weights in the space of tokens. With LayerNorm (arXiv 2409.13710 has what
-goes wrong) the same sums need each token's std to be held at its value: `readers` of such a model do that.
+Sources: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", for QK and OV circuits, composition
+and paths; Dar et al. 2023, arXiv 2209.02535, for weights in the space of tokens. With LayerNorm the same sums need each
+token's std to be held at its value, which ablation would change: `readers` of such a model hold it.
 """
 import math
+import os
 import re
+import sys
 from dataclasses import dataclass
 
-import torch
+from parts.errors import UserError, begin_script, command, say_next
 
-from model import std_of
+if __name__ == "__main__":
+    begin_script()  # before the slow imports
+
+import torch
+from matplotlib.figure import Figure
+
+from configurator import configure, take_source
+from model import GPT, std_of
+from parts.run import model_directory
+from parts.tokenizer import tokenizer_of
+from tools.plot import check_picture, save
+
+# -----------------------------------------------------------------------------
+top = 8  # rows in each list
+out = ""  # the picture; "": circuits.png in SOURCE
+# -----------------------------------------------------------------------------
 
 # --- activations: who writes to the residual stream, and what reads it
 
@@ -173,7 +194,7 @@ def direct_path_patch(model, ids, other_ids, sender, reader):
 
 
 def parse(model, name):
-    """"h.1 neuron 5" -> ("neuron", 1, 5), and "h.1 head 2" -> ("head", 1, 2). ValueError if the model has no such one."""
+    """"h.1 neuron 5" -> ("neuron", 1, 5), and "h.1 head 2" -> ("head", 1, 2). ValueError if it is not in the model."""
     found = re.fullmatch(r"h\.(\d+) (neuron|head) (\d+)", name)
     if not found:
         raise ValueError(f"{name!r} is neither a neuron, as h.1 neuron 5, nor a head, as h.1 head 2")
@@ -194,7 +215,7 @@ def head_rows(model, head):
 
 @dataclass
 class QK:
-    """A head's scores are (W_q x + b_q) . (W_k y + b_k) / sqrt(C / heads), x and y being the streams at query and key."""
+    """A head's scores are (W_q x + b_q) . (W_k y + b_k) / sqrt(C / heads), with the streams x at query and y at key."""
 
     W_q: torch.Tensor  # (C / heads, C)
     b_q: torch.Tensor  # (C / heads,)
@@ -250,8 +271,8 @@ def token_logits(model, layer, head, sources, targets):
 @torch.no_grad()
 def composition(model):
     """{"Q", "K", "V": (L, heads, L, heads)}: the composition of each head with each head of a later layer, 0 elsewhere,
-    as |A B| / (|A| |B|) in Frobenius norms (Elhage et al., "composition scores"): A is the earlier head's OV matrix and B
-    the later one's QK matrix, its transpose, or OV matrix. Random matrices of this shape score about 1 / sqrt(C)."""
+    as |A B| / (|A| |B|) in Frobenius norms (Elhage et al., "composition scores"): A is the earlier head's OV matrix and
+    B the later one's QK matrix, its transpose, or OV matrix. Random matrices of this shape score about 1 / sqrt(C)."""
     L, H = model.config.n_layer, model.config.n_head
     factors = []  # of each layer: W_q, W_k, W_v, W_o^T, (heads, C / heads, C) each
     for i, block in enumerate(model.transformer.h):
@@ -283,7 +304,7 @@ def copying(model):
     """(L, heads), each in [-1, 1]: how much a head's OV circuit in the space of tokens, W_U OV W_E, raises the logit of
     the token that it attends to: the sum of its eigenvalues over the sum of their sizes (Elhage et al., "copying")."""
     L, H = model.config.n_layer, model.config.n_head
-    W_EU = model.transformer.wte.weight.T @ model.lm_head.weight  # (C, C): its eigenvalues need no vocabulary x vocabulary
+    W_EU = model.transformer.wte.weight.T @ model.lm_head.weight  # (C, C), and nothing is vocabulary x vocabulary
     scores = torch.zeros(L, H)
     for layer in range(L):
         for head in range(H):
@@ -339,8 +360,8 @@ def previous_token(model):
 
 
 def induction_by_weights(model, scores=None):
-    """(L, heads): the largest K-composition above chance with an earlier head, weighted by how much that head attends to
-    the previous position."""
+    """(L, heads): the largest K-composition above chance with an earlier head, times the attention of that head to the
+    previous position."""
     K = (scores or composition(model))["K"] - 1 / math.sqrt(model.config.n_embd)
     return (previous_token(model)[:, :, None, None] * K).flatten(0, 1).amax(0).clamp(min=0)
 
@@ -386,3 +407,104 @@ def connections(model, name, n=10):
     for of, W in own.items():
         add("from tokens", lambda k: f"{of}token {k}", (model.transformer.wte.weight @ W.T)[:, None])
     return {key: sorted(rows, key=lambda row: -abs(row[1]))[:n] for key, rows in found.items()}
+
+
+# --- the page
+
+
+@torch.no_grad()
+def most_connected(model, n):
+    """[("h.1 neuron 5", weight)]: the n neurons with the largest Frobenius norm of their weights to all later neurons,
+    queries, keys, values and logits."""
+    reads = readers(model)
+    gram, found = model.lm_head.weight.T @ model.lm_head.weight, []  # |W w|^2 = w^T (W^T W) w
+    for layer in reversed(range(model.config.n_layer)):
+        written = model.transformer.h[layer].mlp.c_proj.weight  # (C, 4 C)
+        weights = (written * (gram @ written)).sum(0).sqrt()
+        found += [(f"h.{layer} neuron {k}", weight) for (k,), weight in largest(weights, n)]
+        for name in ("queries", "keys", "values", "neurons"):
+            W = reads[f"h.{layer} {name}"].weight
+            gram = gram + W.T @ W
+    return sorted(found, key=lambda row: -row[1])[:n]
+
+
+def largest(scores, n):
+    """(L, heads, ...) -> [(indices, score)], the n largest first."""
+    flat = scores.flatten()
+    chosen = flat.topk(min(n, len(flat))).indices
+    return [(torch.unravel_index(k, scores.shape), flat[k].item()) for k in chosen]
+
+
+def show(model, scores, copies, by_weights, matching, decode):
+    chance = 1 / math.sqrt(model.config.n_embd)
+    print(f"strongest compositions; random matrices of this shape score about {chance:.3f}")
+    rows = [(score, kind, i) for kind in "QKV" for i, score in largest(scores[kind], top)]
+    for score, kind, (l1, h1, l2, h2) in sorted(rows, key=lambda row: -row[0])[:top]:
+        print(f"  {kind}  h.{l1} head {h1} -> h.{l2} head {h2}{score:>10.3f}{score / chance:>8.1f} x chance")
+    print("\ncopying heads: share of positive eigenvalues of W_U OV W_E, from -1 to 1")
+    for (layer, head), score in largest(copies, top):
+        print(f"  h.{layer} head {head}{score:>10.3f}")
+    print("\ninduction heads: by weights, and the attention that they pay to the token after the last occurrence in a\n"
+          f"repeated random sequence (an even pattern pays {math.log(2) / (model.config.block_size // 2):.3f})")
+    for (layer, head), score in largest(by_weights, top):
+        print(f"  h.{layer} head {head}{score:>10.4f}{matching[layer, head].item():>10.3f}")
+    print(f"  rank correlation over all heads: {rank_correlation(by_weights.flatten(), matching.flatten()):.2f}")
+    print("\nmost connected neurons: norm of the weights to all that reads them")
+    for name, weight in most_connected(model, top):
+        (logit, most), = connections(model, name, 1)["to logits"]
+        print(f"  {name:<20}{weight:>9.2f}   most to {decode(logit)} ({most:+.2f})")
+
+
+def rank_correlation(x, y):
+    """Spearman's, of x (n,) and y (n,)."""
+    ranks = torch.stack([t.argsort().argsort().double() for t in (x, y)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def draw(model, scores, copies, matching, path):
+    fig = Figure(figsize=(14, 4.5), layout="constrained")
+    left, middle, right = fig.subplots(1, 3)
+    for axis, values, title, limits in ((left, copies, "copying score", (-1, 1)),
+                                        (middle, matching, "attention to the token after the last occurrence", (0, 1))):
+        image = axis.imshow(values, cmap="coolwarm" if limits[0] < 0 else "Blues", vmin=limits[0], vmax=limits[1])
+        fig.colorbar(image, ax=axis, shrink=0.7)
+        axis.set(title=title, xlabel="head", ylabel="layer", xticks=range(values.shape[1]), yticks=range(len(values)))
+    later = torch.ones(model.config.n_layer, model.config.n_layer, dtype=torch.bool).triu(1)
+    for kind, color in zip("QKV", ("tab:purple", "tab:green", "tab:brown")):
+        values = scores[kind].permute(0, 2, 1, 3)[later].flatten().sort(descending=True).values
+        right.plot(torch.arange(len(values)) + 1, values, color=color, label=f"{kind}-composition")
+    right.axhline(1 / math.sqrt(model.config.n_embd), color="black", linewidth=0.8, label="random matrices")
+    right.set(title="composition of all pairs of heads", xlabel="pair, the strongest first", xscale="log")
+    right.legend()
+    save(fig, path)
+
+
+def main():
+    source = take_source("python -m tools.circuits OUT_DIR_OR_MODEL")
+    configure(globals(), sys.argv[1:], __doc__, at_least=dict(top=1))
+    path = out or (os.path.join(source, "circuits.png") if os.path.isdir(source) else "circuits.png")
+    check_picture(path)
+    directory = model_directory(source)
+    model = GPT.from_pretrained(directory).eval()
+    if not model.ln_free():
+        raise UserError(f"{source} is not LN-free: {model.why_not_ln_free()[0]}")
+    model = model if model.config.folded else model.fold()
+    model.requires_grad_(False)
+    scores, copies, matching = composition(model), copying(model), prefix_matching(model)
+    try:
+        tokenizer = tokenizer_of(model, directory)
+    except UserError:
+        tokenizer = None
+
+    def decode(name):
+        """"logit 65" -> "'A'", if the tokenizer is known."""
+        token = int(name.split()[1])
+        return repr(tokenizer.decode([token])) if tokenizer and token < tokenizer.vocab_size else name
+
+    show(model, scores, copies, induction_by_weights(model, scores), matching, decode)
+    draw(model, scores, copies, matching, path)
+    say_next(command("tools.lens", source, "--prompt=TEXT"))
+
+
+if __name__ == "__main__":
+    main()

@@ -171,11 +171,11 @@ def plot_residual(source):
 
 
 def check_picture(path):
-    """UserError unless path is free, or a loss.png or lens.png in a run's folder, which is drawn anew."""
+    """UserError unless path is free, or a picture of ours in a run's folder, which is drawn anew."""
     folder, name = os.path.split(path)
     if not name.endswith((".png", ".pdf", ".svg")):
         raise UserError(f"{path} does not end in .png, .pdf or .svg")
-    if os.path.lexists(path) and not (name in ("loss.png", "lens.png") and run_settings(folder)):
+    if os.path.lexists(path) and not (name in ("loss.png", "lens.png", "circuits.png") and run_settings(folder)):
         raise UserError(f"{path} exists: move it away")
 
 
