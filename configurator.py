@@ -16,7 +16,7 @@ import sys
 
 from parts.errors import UserError, first_line
 
-TEXTS = ("prompt", "token")  # settings in which ~ is no folder
+TEXTS = ("prompt", "of")  # settings in which ~ is no folder
 
 
 def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}, configs=False):

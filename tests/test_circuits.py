@@ -3,6 +3,7 @@ tools/circuits.py: every sum is what the model itself computes, in float64, with
 are those of the matrices written out.
 """
 import math
+import os
 
 import pytest
 import torch
@@ -221,3 +222,13 @@ def test_a_model_with_layernorms_left_is_refused():
     model.set_ln_mode("ln_2", 1, "fake")
     with pytest.raises(ValueError):
         circuits.readers(model)
+
+
+def test_a_page_on_a_run_and_a_refusal(run):
+    without_layernorm(TINY).save_pretrained("mine/model")
+    done = run("tools.circuits", "mine", "--top=3")
+    assert done.code == 0, done.text
+    assert os.path.getsize("mine/circuits.png") > 10_000
+    scores = circuits.composition(GPT.from_pretrained("mine/model").fold())
+    assert f"{max(kind.max().item() for kind in scores.values()):.3f}" in done.text
+    assert "h.0.ln_1qk" in run("tools.circuits", TINY).error

@@ -86,13 +86,13 @@ def draw(model, scores, copies, matching, path):
     left, middle, right = fig.subplots(1, 3)
     for axis, values, title, limits in ((left, copies, "copying score", (-1, 1)),
                                         (middle, matching, "attention to the token after the last occurrence", (0, None))):
-        image = axis.imshow(values, cmap="coolwarm" if limits[0] < 0 else "Blues", vmin=limits[0], vmax=limits[1])
+        image = axis.imshow(values.numpy(), cmap="coolwarm" if limits[0] < 0 else "Blues", vmin=limits[0], vmax=limits[1])
         fig.colorbar(image, ax=axis, shrink=0.7)
         axis.set(title=title, xlabel="head", ylabel="layer", xticks=range(values.shape[1]), yticks=range(len(values)))
     later = torch.ones(model.config.n_layer, model.config.n_layer, dtype=torch.bool).triu(1)
     for kind, color in zip("QKV", ("tab:purple", "tab:green", "tab:brown")):
         values = scores[kind].permute(0, 2, 1, 3)[later].flatten().sort(descending=True).values
-        right.plot(torch.arange(len(values)) + 1, values, color=color, label=f"{kind}-composition")
+        right.plot(range(1, len(values) + 1), values.tolist(), color=color, label=f"{kind}-composition")
     right.axhline(1 / math.sqrt(model.config.n_embd), color="black", linewidth=0.8, label="random matrices")
     right.set(title="composition of all pairs of heads", xlabel="pair, the strongest first", xscale="log")
     right.legend()
