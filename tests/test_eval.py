@@ -236,8 +236,9 @@ def test_residual_stds_and_the_sink_rate_against_transformers(rows_of, stdlib):
             assert found["others"]["mean"] == pytest.approx(std[others].mean().item(), rel=1e-4)
             assert found["others"]["spread"] == pytest.approx(std[others].std(unbiased=False).item(), rel=1e-3)
             assert (found["eot"]["tokens"] if found["eot"] else 0) == ((x == 256) & later).sum()
-    sinks = torch.stack(out.attentions)[:, :, :, 1:, 0] > 0.3  # (layers, n, heads, queries)
-    assert row["sink_rate"] == pytest.approx(sinks.float().mean().item(), abs=1e-4)
+    to_0 = torch.stack(out.attentions)[:, :, :, 1:, 0]  # (layers, n, heads, queries)
+    assert row["sink_rate"] == pytest.approx((to_0 > 0.3).float().mean().item(), abs=1e-4)
+    assert row["sink_heads"] == pytest.approx((to_0.mean((1, 3)) > 0.3).float().mean().item(), abs=1e-4)
 
 
 def test_folded_and_unfolded_models_have_the_same_residual_stream(removed):
