@@ -3,6 +3,7 @@ Pictures of a run and of a residual stream.
 
     python -m tools.plot out/remove_ln_tiny   # loss against step, with every removal -> out/remove_ln_tiny/loss.png
     python -m tools.plot residual.json        # from eval.py --dataset=residual --json=residual.json -> residual.png
+    python -m tools.plot circuits.json        # from eval.py --dataset=circuits --json=circuits.json -> circuits.png
 
 A run is drawn beside its control, out/remove_ln_tiny_control, if there is one.
 """
@@ -170,6 +171,44 @@ def plot_residual(source):
     save(fig, source.removesuffix(".json") + ".png")
 
 
+# --- circuits
+
+
+def read_circuits(source):
+    """A table of eval.py -> [(role, {"prefix_matching_by_head", "copying_by_head": (L, heads), and for all but the
+    reference "attention_js_by_head"})], the reference first. UserError."""
+    with reading(source, f"write it with `python eval.py --dataset=circuits --json={source}`"):
+        rows = [row for row in read_json(source)["rows"] if row["dataset"] == "circuits"]
+        keys = ("prefix_matching_by_head", "copying_by_head", "attention_js_by_head")
+        found = [(row["role"], {key: np.array(row[key], float) for key in keys if key in row}) for row in rows]
+        found.sort(key=lambda item: len(item[1]))
+        if not found or len(found[0][1]) != 2:
+            raise ValueError("it has no rows of --dataset=circuits")
+    return found
+
+
+def plot_circuits(source):
+    """Each head's scores against the reference's, and how far attention patterns are from the reference's, by layer."""
+    (reference, theirs), *others = read_circuits(source)
+    fig = Figure(figsize=(15, 5), layout="constrained")
+    *axes, right = fig.subplots(1, 3)
+    for axis, key in zip(axes, ("prefix_matching_by_head", "copying_by_head")):
+        for role, ours in others:
+            label = role.replace("ln_free", "LN-free")
+            axis.plot(theirs[key].ravel(), ours[key].ravel(), "o", color=ROLES[role], label=label, alpha=0.7)
+        ends = [*axis.get_xlim(), *axis.get_ylim()]
+        axis.plot([min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=0.8, label="equal")
+        name = key.removesuffix("_by_head").replace("_", " ")
+        axis.set(title=f"{name} score of each head", xlabel=reference, ylabel="the others")
+    for role, ours in others:
+        right.plot(ours["attention_js_by_head"].mean(1), "o-", color=ROLES[role], label=role.replace("ln_free", "LN-free"))
+    right.set(title="attention patterns, mean over heads", xlabel="layer",
+              ylabel=f"Jensen-Shannon divergence to {reference}, nats", ylim=(0, None))
+    for axis in (*axes, right):
+        axis.legend()
+    save(fig, source.removesuffix(".json") + ".png")
+
+
 def check_picture(path):
     """UserError unless path is free, or a picture of ours in a run's folder, which is drawn anew."""
     folder, name = os.path.split(path)
@@ -189,10 +228,11 @@ def save(fig, path):
 def main():
     source = take_source("python -m tools.plot OUT_DIR, or a .json file of eval.py")
     configure(globals(), sys.argv[1:], __doc__)
-    if source.endswith(".json"):
-        plot_residual(source)
-    else:
-        plot_run(source)
+    if not source.endswith(".json"):
+        return plot_run(source)
+    with reading(source):
+        names = {row["dataset"] for row in read_json(source)["rows"]}
+    plot_circuits(source) if "circuits" in names else plot_residual(source)
 
 
 if __name__ == "__main__":
