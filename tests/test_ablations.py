@@ -3,6 +3,7 @@ The testbed and its table of runs: what is on one side of the text is on no othe
 """
 import csv
 import os
+import re
 import runpy
 import zipfile
 
@@ -13,22 +14,20 @@ from schedule import timeline
 
 
 def test_each_package_is_pinned_and_on_one_side():
-    with open(os.path.join(REPO, "dev", "testbed", "packages.txt")) as f:
+    with open(f"{REPO}/dev/testbed/packages.txt") as f:
         lines = [line.split() for line in f if not line.startswith("#")]
     assert {side for side, _ in lines} == {"pretrain", "tune", "choose", "report"}
-    names = [requirement.split("==")[0] for _, requirement in lines]
+    names = [re.fullmatch(r"(\S+)==[^=]+", requirement)[1] for _, requirement in lines]
     assert len(set(names)) == len(names)
-    assert all(requirement.count("==") == 1 for _, requirement in lines)
 
 
 def test_a_wheel_gives_its_source_without_tables_and_other_encodings(tmp_path):
+    files = dict(good="x = 'é'\n", table="x" * 200_001, empty="", latin="é".encode("latin-1"))
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
-        archive.writestr("a/good.py", "x = 'é'\n")
-        archive.writestr("a/table.py", "x" * 200_001)
-        archive.writestr("a/empty.py", "")
-        archive.writestr("a/latin.py", "é".encode("latin-1"))
+        for name, content in files.items():
+            archive.writestr(f"a/{name}.py", content)
         archive.writestr("a/data.txt", "x")
-    texts = runpy.run_path(os.path.join(REPO, "dev", "testbed", "texts.py"))
+    texts = runpy.run_path(f"{REPO}/dev/testbed/texts.py")
     assert list(texts["sources"](tmp_path / "a.whl")) == [("a/good.py", "x = 'é'\n")]
 
 
@@ -40,7 +39,7 @@ def test_every_run_of_the_table_has_settings_that_train_py_knows():
 
 
 def test_orders_are_changes_of_the_configs_own_rows():
-    assert ablations.RECIPE == runpy.run_path(os.path.join(REPO, ablations.CONFIG))["ln_schedule"]
+    assert ablations.RECIPE == runpy.run_path(f"{REPO}/{ablations.CONFIG}")["ln_schedule"]
     for rows in (ablations.AT_ONCE, ablations.SLOW):
         assert len(timeline(rows, n_layer=4, max_iters=150)) == 3 * 4 + 3
 

@@ -12,9 +12,6 @@ from conftest import REPO
 
 from dev import bench
 
-TOY = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=300, batch_size=2, steps=1, rounds=1, block_size=16)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("part, expected", [
     ("speed", ["bfloat16, not compiled", "to transformers, torch.bfloat16"]),
@@ -33,7 +30,8 @@ def test_a_part_of_the_report(part, expected, tmp_path):
 
 @pytest.fixture
 def toy(monkeypatch):
-    for name, value in TOY.items():
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=300, batch_size=2, steps=1, rounds=1, block_size=16)
+    for name, value in sizes.items():
         monkeypatch.setattr(bench, name, value)
 
 

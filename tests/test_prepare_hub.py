@@ -63,53 +63,38 @@ def fetched(hub):
 
 
 def test_a_hub_dataset_is_nanogpts_tokens_with_every_200th_document_in_val(hub, run, tmp_path):
-    """A cached file of another size is fetched again."""
-    docs = texts(450)
-    write_parquet(tmp_path / "repo/data/train-00000-of-00002.parquet", docs[:300])
-    write_parquet(tmp_path / "repo/data/train-00001-of-00002.parquet", docs[300:])
-    write_parquet(tmp_path / "repo/data/test-00000-of-00001.parquet", ["not this"])
-    hub.repos["datasets/org/stories"] = tmp_path / "repo"
-    for again in ([], ["--force"]):
-        assert run("prepare_owt.py", "--dataset=org/stories", "--val_every=200", *again).code == 0
-        assert_every_200th_is_val("stories", docs)
-        for path in (tmp_path / "cache").rglob("*00001-of-00002.parquet"):
-            os.truncate(path.resolve(), 100)
-    assert len(fetched(hub)) == 3
-
-
-def test_tokens_stops_at_the_end_of_the_document_that_reaches_them(hub, run, tmp_path):
-    """And files behind it are not fetched."""
+    """--tokens stops at the end of the document that reaches them, and files behind it are not fetched. A cached file
+    of another size is fetched again."""
     docs = texts(900)
     for i in range(3):
-        write_parquet(tmp_path / f"repo/train-{i}.parquet", docs[300 * i : 300 * i + 300])
+        write_parquet(tmp_path / f"repo/data/train-0000{i}-of-00003.parquet", docs[300 * i : 300 * i + 300])
+    write_parquet(tmp_path / "repo/data/test-00000-of-00001.parquet", ["not this"])
     hub.repos["datasets/org/stories"] = tmp_path / "repo"
-    enough = len(nanogpt(docs[:412])) - 3
-    args = ["--dataset=org/stories", f"--tokens={enough}", "--val_every=200"]
-    assert run("prepare_owt.py", *args).code == 0
+    prepare = ["prepare_owt.py", "--dataset=org/stories", "--val_every=200"]
+    assert run(*prepare, f"--tokens={len(nanogpt(docs[:412])) - 3}").code == 0
     assert_every_200th_is_val("stories", docs[:412])
-    assert sorted(fetched(hub)) == ["train-0.parquet", "train-1.parquet"]
+    assert len(fetched(hub)) == 2
 
-
-def save(path, docs):
-    """Rows with the documents in the column `body`, in the format that the path's ending says."""
-    table = pandas.DataFrame(dict(body=docs))
-    match path.suffix:
-        case ".parquet":
-            table.to_parquet(path)
-        case ".csv":
-            table.to_csv(path)
-        case "":
-            datasets.Dataset.from_pandas(table).save_to_disk(path, num_shards=3)
-        case suffix:
-            table.to_json(path, orient="records", lines=suffix != ".json")
+    for path in (tmp_path / "cache").rglob("*00001-of-00003.parquet"):
+        os.truncate(path.resolve(), 100)
+    assert run(*prepare, "--force").code == 0
+    assert_every_200th_is_val("stories", docs)
+    assert read_json("data/stories/meta.json")["train"]["documents"] == 895
+    assert len(fetched(hub)) == 4
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.ndjson", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.csv",
                                   "saved"])
-def test_rows_of_every_format_are_the_same_tokens(run, tmp_path, gpt2_tokenizer, name):
+def test_rows_of_every_format_are_the_same_tokens(run, gpt2_tokenizer, name):
     docs = texts(210)
     docs[7] = "NA"  # which is text in a .csv too
-    save(tmp_path / name, docs)
+    table = pandas.DataFrame(dict(body=docs))
+    if name == "saved":
+        datasets.Dataset.from_pandas(table).save_to_disk(name, num_shards=3)
+    elif name in ("a.parquet", "a.csv"):
+        getattr(table, "to_" + name[2:])(name)
+    else:
+        table.to_json(name, orient="records", lines=name != "a.json")
     args = [f"--files={name}", "--column=body", "--tokenizer=gpt2", "--val_every=200"]
     assert run("prepare_owt.py", *args).code == 0
     assert_every_200th_is_val("files", docs)
@@ -162,19 +147,14 @@ def test_rows_of_ids_are_documents_or_windows(run, tmp_path, kind, row_type):
     assert meta["eot_appended"] == (0 if found == "windows" else unmarked)
 
 
-def test_padding_is_left_out_where_a_mask_says_so(run, tmp_path):
-    rows, masks = [[5, 6, 1, 1], [7, 1, 1, 1]], [[1, 1, 1, 0], [1, 0, 0, 0]]
+def test_padding_is_left_out_where_a_mask_says_so_and_the_share_of_end_of_text_is_said(run, tmp_path):
+    rows, masks = [[9] * 4, [5, 6, 1, 1], [7, 1, 1, 1]], [[1] * 4, [1] * 4, [1, 0, 0, 0]]
     write_parquet(tmp_path / "a.parquet", rows, "input_ids", attention_mask=masks)
-    assert run("prepare_owt.py", "--files=a.parquet", "--tokenizer=4096:1", "--val_every=1").code == 0
-    assert tokens("val", "files") == [5, 6, 1, 7, 1]
-
-
-def test_the_share_of_end_of_text_is_said(run, tmp_path):
-    write_parquet(tmp_path / "a.parquet", [[5, 6, 1, 1], [7, 8, 9, 1]] * 5, "input_ids")
     args = ["--files=a.parquet", "--tokenizer=4096:1", "--rows=windows", "--val_every=100"]
     said = run("prepare_owt.py", *args).text
-    assert f"{13 / 36:.3%}" in said
-    assert "4 of 13" in said
+    assert tokens("train", "files") == [5, 6, 1, 1, 7]
+    assert "40.000%" in said
+    assert "1 of 2 doubled" in said
 
 
 @pytest.mark.parametrize("tokenizer, taken", [("bytes", [*b"ab", 256]), ("4096:1", [7, 8, 1])])
