@@ -32,13 +32,11 @@ def test_a_wheel_gives_its_source_without_tables_and_other_encodings(tmp_path):
 
 
 def test_every_run_of_the_table_has_settings_that_train_py_knows():
+    """The orders are changes of the config's own rows."""
     known = default_settings()
     for name, flags in ablations.settings_of_runs().items():
         for flag in flags:
             assert flag == "config/control.py" or flag[2:].split("=")[0] in known, name
-
-
-def test_orders_are_changes_of_the_configs_own_rows():
     assert ablations.RECIPE == runpy.run_path(f"{REPO}/{ablations.CONFIG}")["ln_schedule"]
     for rows in (ablations.AT_ONCE, ablations.SLOW):
         assert len(timeline(rows, n_layer=4, max_iters=150)) == 3 * 4 + 3
@@ -58,8 +56,8 @@ def test_the_table_has_means_over_seeds_and_the_gap_to_the_best_model_with_ln(ru
             ("control b", 300, 1, 3.25, 3.00),  # better on report alone
             ("recipe", 150, 1, 3.40, 3.60),
         ):
-            losses = dict(choose_loss=choose, report_loss=report)
-            writer.writerow(dict(name=name, steps=steps, seed=seed) | dict.fromkeys(ablations.NUMBERS, 0.5) | losses)
+            numbers = dict.fromkeys(ablations.NUMBERS, 0.5) | dict(choose_loss=choose, report_loss=report)
+            writer.writerow(dict(name=name, steps=steps, seed=seed, **numbers))
     done = run("dev.ablations", "--show", "--path=mine.csv")
     assert done.code == 0, done.text
     _, *lines = done.text.strip("\n").splitlines()

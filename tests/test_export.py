@@ -5,7 +5,6 @@ refuses what it can't export, and asks before it uploads.
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -90,6 +89,8 @@ def test_direct_logit_attribution_is_exact_without_layernorm_and_only_then(remov
     with torch.no_grad():
         bridge = export.to_bridge(removed)
         logits, cache = bridge.run_with_cache(idx)
+        with pytest.raises(AssertionError):
+            bridge.to_tokens("text")  # it has no tokenizer
         assert apart(cache, removed.fold().lm_head, logits) < 1e-4
         likeliest = logits.argmax(-1)
         components, labels = cache.decompose_resid(return_labels=True)
@@ -102,14 +103,6 @@ def test_direct_logit_attribution_is_exact_without_layernorm_and_only_then(remov
         original.measure_std(idx)
         logits, cache = TransformerBridge.boot_transformers(TINY).run_with_cache(idx)
         assert apart(cache, set_all_fake(original).fold().lm_head, logits) > 1
-
-
-def test_the_bridge_has_gpt2s_tokenizer_or_refuses_text(removed, gpt2_run):
-    text = "Hello, naïve world"
-    found = export.to_bridge(gpt2_run).to_tokens(text, prepend_bos=False)
-    assert found.tolist() == [tiktoken.get_encoding("gpt2").encode_ordinary(text)]
-    with pytest.raises(AssertionError):
-        export.to_bridge(removed).to_tokens(text)
 
 
 def test_hooks_of_the_bridge_and_of_nnsight_change_the_logits_as_our_own_do(removed):
@@ -145,26 +138,19 @@ def gpt2_run(run, gpt2_tokenizer):
     return model
 
 
-def test_the_export_opens_in_a_pipeline_with_its_tokenizer(run, gpt2_run):
+def test_the_export_opens_in_a_pipeline_and_with_the_bridge_has_gpt2s_tokenizer(run, gpt2_run):
     assert run("tools.export", "out/mine", "--to=hf").code == 0
     assert set(os.listdir("out/mine/hf")) == FILES | {"merges.txt", "tokenizer_config.json", "vocab.json"}
 
     text = "Hello, naïve world!  def f(x):\n\treturn x<|endoftext|>"
     expected = tiktoken.get_encoding("gpt2").encode(text, allowed_special="all")
     assert AutoTokenizer.from_pretrained("out/mine/hf")(text).input_ids == expected
+    assert export.to_bridge(gpt2_run).to_tokens(text, prepend_bos=False).tolist() == [expected]
 
     generator = pipeline("text-generation", "out/mine/hf")
     (written,) = generator("Once upon a time", max_new_tokens=8, do_sample=False)
     greedy = ["--prompt=Once upon a time", "--max_new_tokens=8", "--temperature=0"]
     assert run("tools.sample", "out/mine", *greedy).text == written["generated_text"] + "\n"
-
-
-def test_the_folded_export_has_the_same_logits_and_the_script_says_how_near(run, gpt2_run):
-    said = run("tools.export", "out/mine", "--to=folded", "--out=folded").text
-    idx = torch.from_numpy(np.random.default_rng(0).integers(0, 50257, (1, 64)))  # those that the script compares on
-    off = (logits_of(GPT.from_pretrained("folded").eval(), idx) - logits_of(gpt2_run, idx)).abs().max().item()
-    assert 0 < off < 1e-4
-    assert f"within {off:.1e} of" in said
 
 
 def test_an_export_in_bfloat16_is_read_back_with_the_weights_that_it_has(run, gpt2_run):

@@ -251,33 +251,23 @@ ROWS = [b'{"text": 5}', b'{"text": {"a": 1}}', b'{"text": ["a", "b"]}', b'{"text
 BAD |= {f"row{i}.jsonl": row for i, row in enumerate(ROWS)}
 
 
-def assert_refused(run, flags, named):
-    """In one line with this name, and it leaves nothing."""
-    os.makedirs("data", exist_ok=True)
-    assert named in run("prepare_owt.py", *flags.split()).error
-    assert os.listdir("data") == [], flags
-
-
 @pytest.mark.parametrize("names", [["bad.txt", "late.jsonl"], pytest.param([*BAD], marks=pytest.mark.slow)])
-def test_a_bad_file_is_named_in_one_line_and_leaves_nothing(run, tmp_path, gpt2_tokenizer, names):
+def test_bad_input_is_named_in_one_line_and_leaves_nothing(run, tmp_path, gpt2_tokenizer, names):
     for name in names:
         (tmp_path / name).write_bytes(BAD[name])
-        assert_refused(run, f"--files={name} --tokenizer=gpt2", name)
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "zero.parquet")
-    os.mkdir("folder")
-    os.mkfifo("pipe")
-    for name in ("zero.parquet", "folder", "pipe", "nothing.txt"):
-        assert_refused(run, f"--files={name}", name)
-
-
-def test_a_setting_that_can_not_be_met_is_named_in_one_line_and_leaves_nothing(run, tmp_path):
     (tmp_path / "a.txt").write_text("a" * 100)
     (tmp_path / "ids.jsonl").write_text('{"input_ids": [4, 4095]}')
-    for flags in ("", "--tokenizer=4095:1"):
-        assert_refused(run, f"--files=ids.jsonl {flags}", "4095")
-    assert_refused(run, "--files=a.txt --tokenizer=4096:1", "a.txt")
-    for flag in ("--tokenizer=gpt5", "--tokenizer=70000:1", "--tokenizer=10:10", "--dataset=../up", "--dataset=.hidden",
-                 "--dataset=stdlib", "--rows=lines"):
-        assert_refused(run, f"--files=a.txt {flag}", flag.partition("=")[2])
-    assert_refused(run, "--dataset=mytext", "mytext")
-    assert_refused(run, "--files=,", ",")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "zero.parquet")
+    for folder in ("folder", "data"):
+        os.mkdir(folder)
+    os.mkfifo("pipe")
+    refused = [(f"--files={name} --tokenizer=gpt2", name) for name in names]
+    refused += [(f"--files={name}", name) for name in ("zero.parquet", "folder", "pipe", "nothing.txt", ",")]
+    refused += [(f"--files=ids.jsonl {flag}", "4095") for flag in ("", "--tokenizer=4095:1")]
+    refused += [(f"--files=a.txt {flag}", flag.partition("=")[2]) for flag in (
+        "--tokenizer=gpt5", "--tokenizer=70000:1", "--tokenizer=10:10", "--dataset=../up", "--dataset=.hidden",
+        "--dataset=stdlib", "--rows=lines")]
+    refused += [("--files=a.txt --tokenizer=4096:1", "a.txt"), ("--dataset=mytext", "mytext")]
+    for flags, named in refused:
+        assert named in run("prepare_owt.py", *flags.split()).error
+        assert os.listdir("data") == [], flags

@@ -4,6 +4,7 @@ or windows, OpenWebText's layouts are found, and what goes wrong is one line.
 """
 import json
 import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -19,13 +20,9 @@ import prepare_owt
 
 
 def texts(n):
-    """n documents of source code, of very different lengths, one empty."""
-    with open(json.__file__) as f:
-        source = f.read()
-    rng = np.random.default_rng(0)
-    docs = [source[i : i + length] for i, length in zip(rng.integers(0, 5000, n), rng.integers(1, 3000, n))]
-    docs[n // 2] = ""
-    return docs
+    """n documents of source code, of very different lengths, the first one empty."""
+    source = Path(json.__file__).read_text()
+    return [source[i : i + i**2 % 3000] for i in range(n)]
 
 
 def nanogpt(docs):
