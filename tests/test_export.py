@@ -71,9 +71,6 @@ def test_forms_of_gpt2_smalls_shape_have_the_same_logits_and_the_plain_one_holds
     assert change(plain(small, tmp_path / "plain")) < 3 * change(random_hf(**SMALL))
 
 
-# --- TransformerLens 4
-
-
 def test_direct_logit_attribution_is_exact_without_layernorm_and_only_then(removed):
     """Each component's output times the unembedding sums up to the logit of the LN-free model, and is far from it with
     LN. TransformerLens's own logit_attrs agrees."""
@@ -188,9 +185,6 @@ def test_lm_evaluation_harness_scores_the_export(run, gpt2_run, tmp_path):
     assert result["results"]["endings"]["acc,none"] == pytest.approx(right.mean())
 
 
-# --- bad input
-
-
 def test_what_can_not_be_exported_is_named_in_one_line_and_nothing_is_written(run, removed):
     removed.save_pretrained("mine")
     removed.fold().save_pretrained("folded")
@@ -221,9 +215,6 @@ def test_what_can_not_be_exported_is_named_in_one_line_and_nothing_is_written(ru
         assert named in refused.error
         assert refused.text == refused.error
         assert sorted(os.listdir()) == before
-
-
-# --- upload
 
 
 @pytest.mark.slow

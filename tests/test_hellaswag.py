@@ -91,14 +91,6 @@ def test_equal_endings_have_equal_losses_so_that_the_first_wins(tmp_path):
     assert (sums[:, 2:] == sums[:, :2]).all()
 
 
-def test_position_0_keeps_its_constant_with_fake_sites_and_the_bos_treatment(removed):
-    removed.set_ln_mode("ln_2", 1, "real")
-    removed.set_treatment("bos", True)
-    found, _ = our_scores(removed, EXAMPLES[:8])
-    sums, _ = one_at_a_time(lambda ids: removed(ids)[0], EXAMPLES[:8], encode_bytes, 256)
-    assert np.allclose(found, sums, rtol=1e-5, atol=1e-3)
-
-
 # --- the file
 
 
