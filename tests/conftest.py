@@ -222,8 +222,6 @@ def cache_gpt2_tokenizer(env, cache):
 @pytest.fixture(scope="session")
 def gpt2_tokenizer(tmp_path_factory):
     cache_gpt2_tokenizer(os.environ, tmp_path_factory.mktemp("tiktoken"))
-    yield
-    del os.environ["TIKTOKEN_CACHE_DIR"]
 
 
 # --- models
@@ -250,9 +248,6 @@ def set_all_fake(model):
     for site in model.sites().values():
         site.ln_mode = "fake"
     return model
-
-
-# --- a model with a tokenizer of its own
 
 
 END = "<end>"
@@ -286,9 +281,6 @@ def own_model(tmp_path_factory):
     return str(directory)
 
 
-# --- a model without LayerNorm, and a finished run of a removal
-
-
 def without_layernorm(directory):
     """Its model with all sites fake, untrained: the constants are those of random tokens, ln_1v's of others than
     ln_1qk's."""
@@ -305,18 +297,14 @@ def removed():
     return without_layernorm(TINY)
 
 
-@pytest.fixture(scope="session")
-def trained_once(tmp_path_factory):
-    return tmp_path_factory.mktemp("trained")
-
-
 @pytest.fixture
-def demo(run, stdlib, trained_once):
+def demo(run, stdlib, tmp_path_factory):
     """out/demo, a short removal, and out/demo_control, both at a rate that moves the weights little."""
-    if not os.listdir(trained_once):
-        rate = ["--learning_rate=1e-5", "--min_lr=1e-5"]
-        assert run("train.py", *SHORT, *rate, f"--ln_schedule={SCHEDULE}", "--out_dir=out/demo").code == 0
-        assert run("train.py", *SHORT, *rate, "--out_dir=out/demo_control").code == 0
-        shutil.copytree("out", trained_once / "out")
-    else:
-        shutil.copytree(trained_once / "out", "out")
+    trained = tmp_path_factory.getbasetemp() / "trained"  # once for all tests
+    if trained.exists():
+        shutil.copytree(trained, "out")
+        return
+    rate = ["--learning_rate=1e-5", "--min_lr=1e-5"]
+    assert run("train.py", *SHORT, *rate, f"--ln_schedule={SCHEDULE}", "--out_dir=out/demo").code == 0
+    assert run("train.py", *SHORT, *rate, "--out_dir=out/demo_control").code == 0
+    shutil.copytree("out", trained)

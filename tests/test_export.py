@@ -2,16 +2,13 @@
 tools/export.py: an LN-free model has the same logits in transformers, TransformerLens and nnsight as in our code. It
 refuses what it can't export, and asks before it uploads.
 """
-import json
 import os
-import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import REPO, SMALL, TINY, random_hf, read_json, run_alone, set_all_fake, without_layernorm
+from conftest import REPO, SMALL, TINY, random_hf, run_alone, set_all_fake, without_layernorm
 from tiny_hub import serve
 from transformers import AutoTokenizer, GPT2LMHeadModel, pipeline
 
@@ -44,7 +41,6 @@ def assert_every_form_has_the_logits_of(model, tmp_path, atol):
     idx[0, 9] = model.config.eot
     expected = logits_of(model, idx)
     hf = plain(model, tmp_path / "plain")
-    assert read_json(tmp_path / "plain/config.json")["model_type"] == "gpt2"
     again = GPT.from_pretrained(tmp_path / "plain").eval()
     assert again.ln_free()
     for form in (model.fold(), hf, again, export.to_bridge(model)):
@@ -75,70 +71,56 @@ def test_forms_of_gpt2_smalls_shape_have_the_same_logits_and_the_plain_one_holds
     assert change(plain(small, tmp_path / "plain")) < 3 * change(random_hf(**SMALL))
 
 
-# --- TransformerLens 4
-
-
 def test_direct_logit_attribution_is_exact_without_layernorm_and_only_then(removed):
     """Each component's output times the unembedding sums up to the logit of the LN-free model, and is far from it with
     LN. TransformerLens's own logit_attrs agrees."""
     from transformer_lens.model_bridge import TransformerBridge
 
     idx = torch.randint(0, 256, (1, 60))
+    names = [f"blocks.{i}.hook_{sublayer}_out" for i in range(4) for sublayer in ("attn", "mlp")]
+    names += ["hook_embed", "hook_pos_embed"]
 
-    def apart(bridge, head):
-        logits, cache = bridge.run_with_cache(idx)
-        names = [f"blocks.{i}.hook_{sublayer}_out" for i in range(4) for sublayer in ("attn", "mlp")]
-        names += ["hook_embed", "hook_pos_embed"]
+    def apart(cache, head, logits):
         return (sum(cache[name] for name in names) @ head.weight.T + head.bias - logits).abs().max().item()
 
     with torch.no_grad():
         bridge = export.to_bridge(removed)
-        assert apart(bridge, removed.fold().lm_head) < 1e-4
-        # with LN the unembedding is folded as far as it goes: the weight, the centring and the mean std
-        original = GPT.from_pretrained(TINY)
-        original.measure_std(idx)
-        head = set_all_fake(original).fold().lm_head
-        assert apart(TransformerBridge.boot_transformers(TINY), head) > 1
-
         logits, cache = bridge.run_with_cache(idx)
+        with pytest.raises(AssertionError):
+            bridge.to_tokens("text")  # it has no tokenizer
+        assert apart(cache, removed.fold().lm_head, logits) < 1e-4
         likeliest = logits.argmax(-1)
         components, labels = cache.decompose_resid(return_labels=True)
         attributed = cache.logit_attrs(components, likeliest).sum(0) + bridge.b_U[likeliest]
-    assert len(labels) == 10  # token and position embedding, and two for each of 4 layers
-    torch.testing.assert_close(attributed, logits.gather(-1, likeliest[..., None])[..., 0], atol=1e-4, rtol=0)
-    assert logits.abs().max() > 1
+        assert len(labels) == len(names)
+        torch.testing.assert_close(attributed, logits.max(-1).values, atol=1e-4, rtol=0)
 
-
-def test_the_bridge_has_gpt2s_tokenizer_or_refuses_text(removed, gpt2_run):
-    text = "Hello, naïve world"
-    found = export.to_bridge(gpt2_run).to_tokens(text, prepend_bos=False)
-    assert found.tolist() == [tiktoken.get_encoding("gpt2").encode_ordinary(text)]
-    with pytest.raises(AssertionError):
-        export.to_bridge(removed).to_tokens(text)
+        # with LN the unembedding is folded as far as it goes: the weight, the centring and the mean std
+        original = GPT.from_pretrained(TINY)
+        original.measure_std(idx)
+        logits, cache = TransformerBridge.boot_transformers(TINY).run_with_cache(idx)
+        assert apart(cache, set_all_fake(original).fold().lm_head, logits) > 1
 
 
 def test_hooks_of_the_bridge_and_of_nnsight_change_the_logits_as_our_own_do(removed):
     from nnsight import NNsight
 
     idx = torch.randint(0, 256, (1, 30))
+    plain_logits = logits_of(removed, idx)
     traced = NNsight(removed.fold().eval())
     with traced.trace(idx):
-        mlp = traced.transformer.h[1].mlp.output.save()
-        logits = traced.output[0].save()
-    with traced.trace(idx):
+        mlp = traced.transformer.h[1].mlp.output.clone().save()
         traced.transformer.h[1].mlp.output[:] = 0
         patched = traced.output[0].save()
     off = ("blocks.1.hook_mlp_out", lambda value, hook: value * 0)
     hooked = export.to_bridge(removed).run_with_hooks(idx, fwd_hooks=[off])
-    torch.testing.assert_close(logits, logits_of(removed, idx), atol=1e-4, rtol=0)
 
     seen = []
     removed.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: seen.append(out) or out * 0)
     expected = logits_of(removed, idx)
-    torch.testing.assert_close(hooked, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(patched, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(mlp, seen[0], atol=1e-4, rtol=0)
-    assert not torch.allclose(patched, logits, atol=0.1)
+    for found, ours in ((mlp, seen[0]), (patched, expected), (hooked, expected)):
+        torch.testing.assert_close(found, ours, atol=1e-4, rtol=0)
+    assert not torch.allclose(expected, plain_logits, atol=0.1)
 
 
 # --- the files
@@ -153,22 +135,14 @@ def gpt2_run(run, gpt2_tokenizer):
     return model
 
 
-def within(done):
-    """How near its logits are, as the script prints it."""
-    return float(re.search(r"within (\S+) of", done.text)[1])
-
-
-def test_the_export_opens_in_a_pipeline_with_its_tokenizer(run, gpt2_run):
-    """Also after a kill, which leaves an unfinished folder."""
-    os.makedirs("out/mine/.hf.unfinished/half")
-    done = run("tools.export", "out/mine", "--to=hf")
-    assert done.code == 0, done.text
+def test_the_export_opens_in_a_pipeline_and_with_the_bridge_has_gpt2s_tokenizer(run, gpt2_run):
+    assert run("tools.export", "out/mine", "--to=hf").code == 0
     assert set(os.listdir("out/mine/hf")) == FILES | {"merges.txt", "tokenizer_config.json", "vocab.json"}
-    assert sorted(os.listdir("out/mine")) == ["hf", "model"]
 
     text = "Hello, naïve world!  def f(x):\n\treturn x<|endoftext|>"
     expected = tiktoken.get_encoding("gpt2").encode(text, allowed_special="all")
     assert AutoTokenizer.from_pretrained("out/mine/hf")(text).input_ids == expected
+    assert export.to_bridge(gpt2_run).to_tokens(text, prepend_bos=False).tolist() == [expected]
 
     generator = pipeline("text-generation", "out/mine/hf")
     (written,) = generator("Once upon a time", max_new_tokens=8, do_sample=False)
@@ -176,24 +150,10 @@ def test_the_export_opens_in_a_pipeline_with_its_tokenizer(run, gpt2_run):
     assert run("tools.sample", "out/mine", *greedy).text == written["generated_text"] + "\n"
 
 
-def test_the_folded_export_is_read_by_from_pretrained_and_has_no_layernorm(run, gpt2_run):
-    done = run("tools.export", "out/mine", "--to=folded", "--out=folded")
-    assert done.code == 0, done.text
-    folded = GPT.from_pretrained("folded").eval()
-    idx = torch.from_numpy(np.random.default_rng(0).integers(0, 50257, (1, 64)))  # those that the script compares on
-    off = (logits_of(folded, idx) - logits_of(gpt2_run, idx)).abs().max().item()
-    assert 0 < off < 1e-4
-    assert within(done) == pytest.approx(off, rel=0.06)
-    assert not folded.sites()
-    assert folded.lm_head.bias is not None
-    assert folded.lm_head.weight is not folded.transformer.wte.weight
-
-
 def test_an_export_in_bfloat16_is_read_back_with_the_weights_that_it_has(run, gpt2_run):
     """Against transformers in float32: dividing by 1e6 rounds nothing a second time."""
     idx = torch.randint(0, 50000, (1, 40))
-    done = run("tools.export", "out/mine", "--dtype=bfloat16")
-    assert done.code == 0, done.text
+    assert run("tools.export", "out/mine", "--dtype=bfloat16").code == 0
     hf = GPT2LMHeadModel.from_pretrained("out/mine/hf", dtype="auto").eval()
     assert hf.dtype == torch.bfloat16
     theirs = logits_of(hf.float(), idx)
@@ -210,80 +170,51 @@ def test_lm_evaluation_harness_scores_the_export(run, gpt2_run, tmp_path):
 
     assert run("tools.export", "out/mine").code == 0
     lines = Path(REPO, "tests/hellaswag_42.jsonl").read_text().splitlines()[:10]
-    rows = [json.loads(line) for line in lines]
     Path("task.jsonl").write_text("\n".join(lines))
-    (tmp_path / "endings.yaml").write_text(f"""task: endings
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {tmp_path}/task.jsonl}}, cache_dir: {tmp_path}/cache}}
-output_type: multiple_choice
-validation_split: validation
-doc_to_text: "{{{{ctx}}}}"
-doc_to_target: "{{{{label}}}}"
-doc_to_choice: "{{{{endings}}}}"
-metric_list: [{{metric: acc}}]
-""")
-    result = lm_eval.simple_evaluate(
-        model="hf",
-        model_args="pretrained=out/mine/hf,dtype=float32,device=cpu",
-        tasks=["endings"],
-        task_manager=lm_eval.tasks.TaskManager(include_path="."),
-        bootstrap_iters=0,
-    )
+    files = dict(data_files=dict(validation=str(tmp_path / "task.jsonl")), cache_dir=str(tmp_path / "cache"))
+    task = dict(task="endings", dataset_path="json", dataset_kwargs=files, output_type="multiple_choice",
+                validation_split="validation", doc_to_text="{{ctx}}", doc_to_target="{{label}}",
+                doc_to_choice="{{endings}}", metric_list=[dict(metric="acc")])
+    args = "pretrained=out/mine/hf,dtype=float32,device=cpu"
+    result = lm_eval.simple_evaluate(model="hf", model_args=args, tasks=[task], bootstrap_iters=0)
 
     encode = tiktoken.get_encoding("gpt2").encode_ordinary
-    sums, _ = hellaswag.score(gpt2_run, hellaswag.read_examples("task.jsonl"), encode, "cpu", torch.no_grad())
-    right = sums.argmin(1) == [row["label"] for row in rows]
+    examples = hellaswag.read_examples("task.jsonl")
+    sums, _ = hellaswag.score(gpt2_run, examples, encode, "cpu", torch.no_grad())
+    right = sums.argmin(1) == [example.label for example in examples]
     assert result["results"]["endings"]["acc,none"] == pytest.approx(right.mean())
 
 
-# --- bad input
-
-
-def test_a_model_that_is_not_ln_free_or_finite_is_refused(run, removed):
+def test_what_can_not_be_exported_is_named_in_one_line_and_nothing_is_written(run, removed):
+    removed.save_pretrained("mine")
+    removed.fold().save_pretrained("folded")
     removed.set_ln_mode("ln_2", 3, "real")
-    removed.save_pretrained("half/model")
+    removed.save_pretrained("half")
     os.mkdir("unfinished")
     checkpoint.save("unfinished", 1, removed, [], dict(init_from="scratch", ln_schedule=[]))
     removed.set_ln_mode("ln_2", 3, "fake")
-    removed.set_treatment("bos", True)
-    removed.save_pretrained("treated")
-    removed.set_treatment("bos", False)
     removed.transformer.wpe.weight.data[3] = float("nan")
-    removed.save_pretrained("bad")
+    removed.save_pretrained("nan")
+    os.mkdir("there")
+    Path("notes.txt").touch()
     before = sorted(os.listdir())
-    for source, named in (
+    for args, named in (
         ("half", "h.3.ln_2"),
         ("unfinished", "h.3.ln_2"),
-        ("treated", "bos"),
-        ("bad", "not finite"),
-        (TINY, "h.0.ln_1qk is still real, h.0.ln_1v is still real"),
+        ("nan", "finite"),
+        ("folded", "folded"),  # GPT-2 has no lm_head.bias
+        ("nowhere", "nowhere"),
+        ("--to=hf", "tools.export"),
+        ("mine --to=onnx", "onnx"),
+        ("mine --dtype=float16", "float16"),
+        ("mine --out=there", "there"),
+        ("mine --out=notes.txt", "notes.txt"),
+        ("mine --out=notes.txt/x", "notes.txt/"),
     ):
-        assert named in run("tools.export", source).error
-    assert sorted(os.listdir()) == before
-
-
-@pytest.mark.parametrize("args, named", [
-    (["--to=hf"], "tools.export"),
-    (["nowhere"], "nowhere"),
-    (["mine", "--to=onnx"], "onnx"),
-    (["mine", "--dtype=float16"], "float16"),
-    (["mine", "--out=there"], "there exists"),
-    (["mine", "--out=notes.txt"], "notes.txt exists"),
-    (["mine", "--out=notes.txt/x"], "notes.txt/"),
-    (["folded"], "folded"),  # GPT-2 has no lm_head.bias
-])
-def test_bad_settings_end_in_one_line_and_write_nothing(run, removed, args, named):
-    removed.save_pretrained("mine")
-    removed.fold().save_pretrained("folded")
-    os.makedirs("there")
-    open("notes.txt", "w").close()
-    refused = run("tools.export", *args)
-    assert named in refused.error
-    assert refused.text == refused.error
-    assert sorted(os.listdir()) == ["folded", "mine", "notes.txt", "there"]
-
-
-# --- upload
+        refused = run("tools.export", *args.split())
+        assert named in refused.error
+        assert refused.text == refused.error
+        assert sorted(os.listdir()) == before
 
 
 @pytest.mark.slow
@@ -296,12 +227,9 @@ def test_push_asks_and_uploads_what_was_written(removed, tmp_path):
             args = ["mine", f"--out={out}", "--push=org/mine"]
             return run_alone("tools.export", *args, env=env, cwd=tmp_path, input=answer)
 
-        no = push("n\n", "secret", "no")
-        assert no.code == 1
+        assert push("n\n", "secret", "no").code == 1
         assert not hub.uploaded
-
-        yes = push("y\n", "secret", "yes")
-        assert yes.code == 0, yes.text
+        assert push("y\n", "secret", "yes").code == 0
         uploaded = hub.uploaded["org/mine"]
         assert uploaded.keys() == FILES
         for name, content in uploaded.items():

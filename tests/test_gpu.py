@@ -2,7 +2,6 @@
 dev/gpu.sh and dev/bench.py at toy sizes, on the CPU or whatever device there is.
 """
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -11,9 +10,6 @@ import pytest
 from conftest import REPO
 
 from dev import bench
-
-TOY = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=300, batch_size=2, steps=1, rounds=1, block_size=16)
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part, expected", [
@@ -33,7 +29,8 @@ def test_a_part_of_the_report(part, expected, tmp_path):
 
 @pytest.fixture
 def toy(monkeypatch):
-    for name, value in TOY.items():
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=300, batch_size=2, steps=1, rounds=1, block_size=16)
+    for name, value in sizes.items():
         monkeypatch.setattr(bench, name, value)
 
 
@@ -50,9 +47,3 @@ def test_all_ways_of_training_have_the_same_loss(toy):
     assert losses.pop("bfloat16, with a teacher") == pytest.approx(expected / 2, rel=1e-2)
     assert losses.pop("float32") == pytest.approx(expected, rel=1e-6)
     assert list(losses.values()) == pytest.approx([expected] * len(losses), rel=1e-2)
-
-
-@pytest.mark.parametrize("system, unit", [("linux", 1024), ("darwin", 1)])
-def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch, system, unit):
-    monkeypatch.setattr(bench.sys, "platform", system)
-    assert bench.peak_memory() == pytest.approx(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, rel=0.01)
