@@ -14,6 +14,7 @@ document can span several; the error of a difference is that of the windows' dif
 divergence compare next-token distributions, in nats per token.
 """
 import glob
+import itertools
 import os
 import platform
 import re
@@ -67,6 +68,24 @@ NANOGPT_VAL_DOCUMENTS = 4007  # documents in nanoGPT's val split of OpenWebText
 WIDTH = 80  # columns of a printed table
 # column heading for each role
 TITLES = dict(original="original", control="control", ln_free="LN-free", part="partly removed")
+LINES = (  # of the tables: key in the JSON, label, format
+    ("loss", "nats per {word}", ".4f"),
+    ("gap", "gap to {control}", "+.4f"),
+    ("to_original", "minus original", "+.4f"),
+    ("median", "median {word}", ".4f"),
+    ("p99_9", "99.9th percentile", ".4f"),
+    ("max", "largest", ".4f"),
+    ("nonfinite", "tokens not finite", ","),
+    ("entropy", "entropy", ".4f"),
+    ("calibration", "calibration error", ".4f"),
+    ("kl", "KL from reference", ".4f"),
+    ("js", "Jensen-Shannon", ".4f"),
+    ("agree", "same top token", ".2%"),
+    ("correlation", "loss correlation", ".4f"),
+    ("acc_norm", "length-normalised", ".2%"),
+    ("acc", "accuracy", ".2%"),
+    ("sink_rate", "attention sink > 0.3", ".1%"),
+)
 
 
 # --- which models
@@ -139,8 +158,7 @@ def window_of(candidates):
     for c in candidates:
         window = run_settings(c.source).get("block_size")
         trained[c.source] = window if isinstance(window, int) else c.model.config.block_size
-    source = min(trained, key=trained.get)
-    most = min(c.model.config.block_size for c in candidates)
+    source, most = min(trained, key=trained.get), min(c.model.config.block_size for c in candidates)
     if not block_size and trained[source] < most:
         ranks.say(f"note: windows of {trained[source]} tokens, as {source} was trained on, though the models can see "
                   f"{most}: --block_size={most}")
@@ -227,48 +245,39 @@ def cross_entropy(folder, candidates, original, faithful_to, autocast):
     controls = [c.source for c in candidates if c.role == "control"]
     rows = []
     for c in candidates:
-        losses = found[c.source]["loss"]
-        row = dict(windows=len(losses), tokens=losses.size, nonfinite=int((~np.isfinite(losses)).sum()))
-        row["val"] = f"{count} of {meta.get('source', 'an unknown source')}"
-        row["not_published"] = why_not_published(folder, losses.size)
-        row["loss"], row["loss_se"] = mean_and_error(losses.mean(1))
+        mine = found[c.source]
+        losses = mine["loss"]
+        row = dict(windows=len(losses), tokens=losses.size, nonfinite=int((~np.isfinite(losses)).sum()),
+                   val=f"{count} of {meta.get('source', 'an unknown source')}",
+                   not_published=why_not_published(folder, losses.size),
+                   to_original_source=original if c.role != "original" else None, gap_to=None)
         row["median"], row["p99_9"], row["max"] = np.quantile(losses, [0.5, 0.999, 1])
-        row["to_original_source"] = original if c.role != "original" else None
-        row["gap_to"] = None
-        if c.role in ("ln_free", "part"):
-            row["gap_to"] = control_of(c.source, controls) if controls else original
+        if c.role in ("ln_free", "part"):  # its own control, or the only one; none, if there are several
+            own = [control for control in controls if control == c.source + "_control" or len(controls) == 1]
+            row["gap_to"] = own[0] if own else None if controls else original
+        by_window = dict(loss=losses.mean(1))
         for key, other in (("gap", row["gap_to"]), ("to_original", row["to_original_source"])):
-            row[key] = row[key + "_se"] = None
-            if other:
-                row[key], row[key + "_se"] = mean_and_error(losses.mean(1) - found[other]["loss"].mean(1))
+            by_window[key] = losses.mean(1) - found[other]["loss"].mean(1) if other else None
         if faithful_to:
-            row["entropy"], row["entropy_se"] = mean_and_error(found[c.source]["entropy"])
-            row["calibration"] = calibration_error(*(found[c.source][key].ravel() for key in ("confidence", "hit")))
+            by_window["entropy"] = mine["entropy"]
+            row["calibration"] = calibration_error(mine["confidence"].ravel(), mine["hit"].ravel())
         if faithful_to and c.source != faithful_to:
+            by_window |= {key: mine[key] for key in ("kl", "js", "agree")}
             row["reference"] = faithful_to
-            for key in ("kl", "js", "agree"):
-                row[key], row[key + "_se"] = mean_and_error(found[c.source][key])
             row["correlation"] = np.corrcoef(losses.ravel(), found[faithful_to]["loss"].ravel())[0, 1]
+        for key, windows in by_window.items():
+            row[key], row[key + "_se"] = (None, None) if windows is None else mean_and_error(windows)
         row["loss_by_position"] = losses.mean(0, dtype=np.float64).tolist()
         rows.append(row)
     return rows
 
 
-def control_of(source, controls):
-    """Its own control, or the only one; None if there are several, and none is its own."""
-    if source + "_control" in controls:
-        return source + "_control"
-    return controls[0] if len(controls) == 1 else None
-
-
 def residual(folder, candidates, autocast):
     """On rank 0; the other ranks return []."""
-    if ranks.RANK > 0:
-        return []
     data = open_tokens(folder, "val", block_size, candidates[0].model.config.vocab_size)
     starts = val_starts(data, max(1, min(tokens or 100_000, len(data)) // block_size), block_size)
     rows = []
-    for c in candidates:
+    for c in candidates if ranks.RANK == 0 else []:
         c.model.config.eot = read_meta(folder)["eot"]
         bar = tqdm(range(0, len(starts), batch_size), c.source, unit="batch", leave=False, disable=None)
         batches = (read_windows(data, starts[i : i + batch_size], block_size, device)[0] for i in bar)
@@ -277,14 +286,16 @@ def residual(folder, candidates, autocast):
     return rows
 
 
-def hellaswag_accuracies(examples, encode, candidates, autocast):
+def hellaswag_accuracies(candidates, autocast):
+    examples = hellaswag.fetch_examples()
+    tokenizer = tokenizer_of(candidates[0].model, model_directory(candidates[0].source))
     labels = np.array([example.label for example in examples])
     rows = []
     for c in candidates:
         name = c.source if ranks.RANK == 0 else ""
-        scores = hellaswag.score(c.model, examples[ranks.RANK :: ranks.WORLD], encode, device, autocast, name)
-        accuracies = hellaswag.accuracies(*map(ranks.gather_rows, scores), labels)
-        rows.append(dict(examples=len(examples)) | accuracies)
+        own = examples[ranks.RANK :: ranks.WORLD]
+        scores = hellaswag.score(c.model, own, lambda text: tokenizer.encode(text).tolist(), device, autocast, name)
+        rows.append(dict(examples=len(examples)) | hellaswag.accuracies(*map(ranks.gather_rows, scores), labels))
     return rows
 
 
@@ -293,54 +304,30 @@ def hellaswag_accuracies(examples, encode, candidates, autocast):
 
 def show(rows):
     """The table of a data set's rows, and notes on how to read it."""
-    first, name = rows[0], rows[0]["dataset"]
-    if name == "residual":
-        return show_residual(rows)
+    first, name, word = rows[0], rows[0]["dataset"], token_word(rows[0]["dataset"])
+    lines = []
     if name == "hellaswag":
         title = f"{name}: share of right endings ± binomial standard error, {first['examples']:,} examples"
-        lines = [("length-normalised", "acc_norm", ".2%"), ("accuracy", "acc", ".2%")]
-        return print_table(title, rows, [[label, *cells(rows, key, form)] for label, key, form in lines])
-    word = token_word(name)
-    controls = sum(row["role"] == "control" for row in rows)
-    gap = [("gap to its control" if controls > 1 else "gap to control", "gap", "+.4f")] if controls else []
-    title = (f"{name}: cross-entropy in nats per {word} ± standard error\n"
-             f"over {first['windows']:,} windows of {block_size} val tokens, of {first['val']}")
-    lines = [
-        (f"nats per {word}", "loss", ".4f"),
-        *gap,
-        ("minus original", "to_original", "+.4f"),
-        (f"median {word}", "median", ".4f"),
-        ("99.9th percentile", "p99_9", ".4f"),
-        ("largest", "max", ".4f"),
-        *[("tokens not finite", "nonfinite", ",")] * any(row["nonfinite"] for row in rows),
-        ("entropy", "entropy", ".4f"),
-        ("calibration error", "calibration", ".4f"),
-        ("KL from reference", "kl", ".4f"),
-        ("Jensen-Shannon", "js", ".4f"),
-        ("same top token", "agree", ".2%"),
-        ("loss correlation", "correlation", ".4f"),
-    ]
-    print_table(title, rows, [[label, *cells(rows, key, form)] for label, key, form in lines])
-    if first["not_published"]:
-        print(f"note: not to be compared with the published figures: {first['not_published']}")
-
-
-def show_residual(rows):
-    sites = list(max((row["sites"] for row in rows), key=len))  # the deepest model has the most
-    shown = list(dict.fromkeys(sites[round(i * (len(sites) - 1) / 5)] for i in range(6)))  # a screenful
-    title = (f"residual: std before {len(shown)} of {len(sites)} sites (--json has all), mean ± spread\n"
-             f"over tokens of {rows[0]['windows']:,} windows of {block_size} of data/{rows[0]['data']}")
-    lines = []
-    for site in shown:
-        for kind in ("position_0", "eot", "others"):
+    elif name == "residual":
+        sites = list(max((row["sites"] for row in rows), key=len))  # the deepest model has the most
+        shown = list(dict.fromkeys(sites[round(i * (len(sites) - 1) / 5)] for i in range(6)))  # a screenful
+        title = (f"residual: std before {len(shown)} of {len(sites)} sites (--json has all), mean ± spread\n"
+                 f"over tokens of {first['windows']:,} windows of {block_size} of data/{first['data']}")
+        for site, kind in itertools.product(shown, ("position_0", "eot", "others")):
             stds = [row["sites"].get(site, {}).get(kind) or {} for row in rows]
             numbers = [number(std.get("mean"), std.get("spread"), ".3f") for std in stds]
             lines.append([f"{site} {kind.replace('_', ' ')}", *numbers])
-    print_table(title, rows, [*lines, ["attention sink > 0.3", *cells(rows, "sink_rate", ".1%")]])
-
-
-def cells(rows, key, form):
-    return [number(row.get(key), row.get(key + "_se"), form) for row in rows]
+    else:
+        title = (f"{name}: cross-entropy in nats per {word} ± standard error\n"
+                 f"over {first['windows']:,} windows of {block_size} val tokens, of {first['val']}")
+    controls = sum(row["role"] == "control" for row in rows)
+    for key, label, form in LINES:
+        if (key != "gap" or controls) and (key != "nonfinite" or any(row.get(key) for row in rows)):
+            label = label.format(word=word, control="its control" if controls > 1 else "control")
+            lines.append([label, *(number(row.get(key), row.get(key + "_se"), form) for row in rows)])
+    print_table(title, rows, lines)
+    if first.get("not_published"):
+        print(f"note: not to be compared with the published figures: {first['not_published']}")
 
 
 def number(value, error, form):
@@ -368,25 +355,14 @@ def print_table(title, rows, lines):
             print("  ".join([label.ljust(label_width), *row]).rstrip())
 
 
-def write_result(rows, data_hashes, candidates):
+def write_result(paths, rows, data_hashes, candidates):
     """The file of --json: the rows, and what they were measured with."""
-    result = dict(
-        command=shlex.join(["python", *sys.argv]),
-        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-        dtype=dtype,
-        device=device,
-        data_sha256=data_hashes,
-        weights_sha256={c.source: c.sha256 for c in candidates},
-        rows=rows,
-    )
-    for path in [json] if json else own_results(candidates):
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    hashes = {c.source: c.sha256 for c in candidates}
+    result = dict(command=shlex.join(["python", *sys.argv]), versions=versions, dtype=dtype, device=device,
+                  data_sha256=data_hashes, weights_sha256=hashes, rows=rows)
+    for path in paths:
         write_json(path, parse_json(dumps(result, default=float)))  # parse_json turns NaN into None
-
-
-def own_results(candidates):
-    """The files that keep a result without --json: eval.json of each LN-free run here."""
-    runs = [c.source for c in candidates if c.role == "ln_free" and run_settings(c.source)]
-    return [os.path.join(run, "eval.json") for run in runs if os.access(run, os.W_OK)]
 
 
 def verify_models(sources):
@@ -398,8 +374,31 @@ def verify_models(sources):
     sys.exit(1 if any(reasons.values()) else 0)
 
 
+def open_all(run):
+    """(candidates, the data sets' names, {name: folder in data/}) of the settings and the run, or "" for the last one.
+    Sets block_size."""
+    global block_size
+    sources, default = items(models), ""
+    if run or not sources:
+        of_run, default = models_of(run or last_removal())
+        sources = list(dict.fromkeys([*of_run, *sources]))
+    if reference and reference not in sources:
+        sources.insert(0, reference)
+    candidates = [open_candidate(source) for source in sources]
+    check_comparable(candidates)
+    block_size = window_of(candidates)
+    default = default or ("owt" if candidates[0].model.config.vocab_size > 50256 else "stdlib")
+    names = items(dataset) or [default]
+    token_files = [name for name in names if name not in ("hellaswag", "residual")]
+    folders = prepare_all(token_files or [default] * ("residual" in names), candidates)
+    if "hellaswag" in names:
+        hellaswag.fetch_examples()
+        tokenizer_of(candidates[0].model, model_directory(candidates[0].source))
+    return candidates, names, folders
+
+
 def main():
-    global block_size, device
+    global device
     run = take_source()
     configure(globals(), sys.argv[1:], __doc__, at_least=dict(batch_size=1),
               choices=dict(dtype=("float32", "bfloat16")))
@@ -417,23 +416,10 @@ def main():
     ranks.join("cpu")  # gloo: a few results at the end, whatever the device
 
     with ranks.rank_0_first():  # rank 0 downloads and prepares
-        sources, run_dataset = items(models), ""
-        if run or not sources:
-            of_run, run_dataset = models_of(run or last_removal())
-            sources = list(dict.fromkeys([*of_run, *sources]))
-        if reference and reference not in sources:
-            sources.insert(0, reference)
-        candidates = [open_candidate(source) for source in sources]
-        check_comparable(candidates)
-        block_size = window_of(candidates)
-        default = run_dataset or ("owt" if candidates[0].model.config.vocab_size > 50256 else "stdlib")
-        names = items(dataset) or [default]
-        token_files = [name for name in names if name not in ("hellaswag", "residual")]
-        folders = prepare_all(token_files or [default] * ("residual" in names), candidates)
-        if "hellaswag" in names:
-            encode = tokenizer_of(candidates[0].model, model_directory(candidates[0].source)).encode
-            examples = hellaswag.fetch_examples()
-    for path in own_results(candidates):
+        candidates, names, folders = open_all(run)
+    runs = [c.source for c in candidates if c.role == "ln_free" and run_settings(c.source)]
+    paths = [json] if json else [os.path.join(run, "eval.json") for run in runs if os.access(run, os.W_OK)]
+    for path in paths:
         check_file(path, ["command", "rows"])
     for c in candidates:
         c.model.to(device)
@@ -447,7 +433,7 @@ def main():
     rows, data_hashes = [], {}
     for name in names:
         if name == "hellaswag":
-            measured = hellaswag_accuracies(examples, lambda text: encode(text).tolist(), candidates, autocast)
+            measured = hellaswag_accuracies(candidates, autocast)
         elif name == "residual":
             measured = residual(next(iter(folders.values())), candidates, autocast)
         else:
@@ -457,12 +443,11 @@ def main():
         if ranks.RANK == 0:
             found = [dict(dataset=name, source=c.source, role=c.role) | row for c, row in zip(candidates, measured)]
             rows += found
-            write_result(rows, data_hashes, candidates)  # before it is shown, which can fail
+            write_result(paths, rows, data_hashes, candidates)  # before it is shown, which can fail
             show(found)
-    removed = [c.source for c in candidates if c.role == "ln_free" and run_settings(c.source)]
     commands = [command("tools.plot", json)] * bool(json and "residual" in names)
-    for run in removed[-1:]:
-        commands += [command("tools.plot", run), command("tools.export", run, "--to=hf")]
+    if runs:
+        commands += [command("tools.plot", runs[-1]), command("tools.export", runs[-1], "--to=hf")]
     if ranks.RANK == 0:
         say_next(*commands)
     ranks.leave()

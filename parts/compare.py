@@ -58,14 +58,11 @@ def measure(models, reference, tokens, starts, block_size, batch_size, device, a
     models: {name: GPT}; reference: one of the names, or None for the losses alone."""
     found = {}
     for name in models:
-        keys = ["loss"]
-        if reference is not None:
-            keys += ["confidence", "hit", "entropy"] + ["kl", "js", "agree"] * (name != reference)
-        found[name] = {}
-        for key in keys:
-            by_token = key in BY_TOKEN
-            shape = (len(starts), block_size) if by_token else len(starts)
-            found[name][key] = np.zeros(shape, np.float32 if by_token else np.float64)
+        by_window = ["entropy", "kl", "js", "agree"][: 1 if name == reference else 4]
+        found[name] = {key: np.zeros((len(starts), block_size), np.float32) for key in BY_TOKEN}
+        found[name] |= {key: np.zeros(len(starts)) for key in by_window}
+        if reference is None:
+            found[name] = dict(loss=found[name]["loss"])
     firsts = range(0, len(starts), batch_size)
     for i in tqdm(firsts, "windows", unit="batch", leave=False, disable=None if RANK == 0 else True):
         x, y = read_windows(tokens, starts[i : i + batch_size], block_size, device)

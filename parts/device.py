@@ -76,16 +76,9 @@ def check_compiler():
 # --- how fast it could be
 
 
-PEAK_FLOPS = {  # dense bfloat16, from the data sheets
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "4090": 165e12,
-}
+# dense bfloat16, from the data sheets
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12,
+              "A10G": 70e12, "4090": 165e12}
 
 
 def peak_flops(device):

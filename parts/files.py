@@ -41,17 +41,6 @@ def read_dict(path):
         return {}
 
 
-def read_lines(path, advice=""):
-    """Yields (line, dict) of a file with a JSON object on each line, such as a log. A last line without a newline,
-    which a kill leaves, is left out. UserError names the line."""
-    with reading(path, advice), open(path, "rb") as f:
-        for n, line in enumerate(iter(lambda: f.readline(LARGEST_JSON), b""), 1):
-            if not line.endswith(b"\n"):
-                return
-            with reading(f"{path}, line {n}", advice):
-                yield line, parse_json(line)
-
-
 def run_settings(folder):
     """The settings.json of a folder that train.py wrote; {} for any other folder."""
     settings = read_dict(os.path.join(folder, "settings.json"))

@@ -14,8 +14,8 @@ import torch
 from model import GPT
 from parts import checkpoint, ranks
 from parts.errors import UserError, command, on_disk, reading
-from parts.files import FolderLock, read_lines, remove_empty, remove_files, run_settings
-from parts.files import unfinished, whole_file, write_json
+from parts.files import LARGEST_JSON, FolderLock, parse_json, remove_empty, remove_files, run_settings, unfinished
+from parts.files import whole_file, write_json
 from parts.tokenizer import remove_copied_tokenizer
 
 # settings that may change when a run continues
@@ -141,13 +141,19 @@ class Log:
 
 
 def log_entries(path):
-    """Yields (line, entry) of a log.jsonl, without a last line that a kill cut. UserError if it is not a log."""
-    for line, entry in read_lines(path, "move it away to continue without it"):
-        with reading(path, "move it away to continue without it"):
-            numbers = [entry["step"], *(entry[key] for key in ("loss", "val_loss") if entry.get(key) is not None)]
-            if not all(isinstance(number, (int, float)) for number in numbers):
-                raise ValueError(f"{numbers} are not numbers")
-        yield line, entry
+    """Yields (line, entry) of a log.jsonl, without a last line that a kill cut. UserError names a line that is not
+    one."""
+    advice = "move it away to continue without it"
+    with reading(path, advice), open(path, "rb") as f:
+        for n, line in enumerate(iter(lambda: f.readline(LARGEST_JSON), b""), 1):
+            if not line.endswith(b"\n"):
+                return
+            with reading(f"{path}, line {n}", advice):
+                entry = parse_json(line)
+                numbers = [entry["step"], *(entry[key] for key in ("loss", "val_loss") if entry.get(key) is not None)]
+                if not all(isinstance(number, (int, float)) for number in numbers):
+                    raise ValueError(f"{numbers} are not numbers")
+            yield line, entry
 
 
 def start_wandb(project, out_dir, settings):

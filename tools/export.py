@@ -16,7 +16,7 @@ import sys
 import tempfile
 from dataclasses import replace
 
-from parts.errors import UserError, begin_script, first_line, on_disk, say_next
+from parts.errors import UserError, asking_hub, begin_script, on_disk, say_next
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
@@ -170,12 +170,10 @@ def upload(folder):
     print(f"upload {', '.join(sorted(os.listdir(folder)))} to {hub.constants.ENDPOINT}/{push}? [y/N]")
     if not sys.stdin or sys.stdin.readline().strip().lower() not in ("y", "yes"):
         sys.exit(f"not uploaded; {folder} stays")
-    try:
+    with asking_hub(f"{folder} stays: it can't be uploaded to {push} on",
+                    f"log in with `hf auth login`, or upload it with `hf upload {push} {folder}`"):
         hub.create_repo(push, exist_ok=True)
         hub.upload_folder(repo_id=push, folder_path=folder, commit_message="GPT-2 without LayerNorm")
-    except Exception as e:  # huggingface_hub raises many kinds
-        raise UserError(f"can't upload to {push}: {first_line(e)}; {folder} stays: log in with `hf auth login`, or "
-                        f"upload it with `hf upload {push} {folder}`") from None
     print(f"uploaded to {hub.constants.ENDPOINT}/{push}")
 
 

@@ -21,6 +21,7 @@ from parts.errors import UserError, begin_script, command, say_next
 if __name__ == "__main__":
     begin_script()  # before the slow imports
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -95,12 +96,10 @@ def attribute(model, components, target):
     x = sum(components.values())
     W, b = unembedding(model, x)
     logit = logit_of(model, x, target)
-    found = []
-    for name, component in components.items():
-        effect = logit - logit_of(model, x - component, target)
-        found.append((name, ((W[target] @ component).item(), effect.item())))
-    found.sort(key=lambda item: -abs(item[1][0]))
-    return dict(found), b[target].item(), logit.item()
+    found = {name: ((W[target] @ component).item(), (logit - logit_of(model, x - component, target)).item())
+             for name, component in components.items()}
+    largest_first = sorted(found.items(), key=lambda item: -abs(item[1][0]))
+    return dict(largest_first), b[target].item(), logit.item()
 
 
 def logit_lens(model, components, target):
@@ -117,19 +116,17 @@ def logit_lens(model, components, target):
 
 def show(free, with_ln):
     """The table of what attribute returned for the two models. Effect and error are those of the one with LN."""
-    (found, bias, logit), (old, old_bias, old_logit) = free, with_ln
+    (found, *mine), (old, *theirs) = free, with_ln  # the bias and the logit of each
     print(f"{'':<20}{'contribution':>13}{'original, std held':>20}{'measured effect':>17}{'error':>9}")
-    for name in list(found)[:top]:
+    names = list(found)
+    for name in names[:top]:
         contribution, effect = old[name]
-        error = contribution - effect
-        print(f"{name:<20}{found[name][0]:>13.4f}{contribution:>20.4f}{effect:>17.4f}{error:>+9.4f}")
-    rest = list(found)[top:]
-    sums = {f"{len(rest)} more components": [sum(model[name][0] for name in rest) for model in (found, old)]}
-    sums["unembedding bias"] = bias, old_bias
-    sums["sum"] = [sum(model[name][0] for name in found) + b for model, b in ((found, bias), (old, old_bias))]
-    sums["the logit itself"] = logit, old_logit
-    for name, (number, old_number) in sums.items():
-        print(f"{name:<20}{number:>13.4f}{old_number:>20.4f}")
+        print(f"{name:<20}{found[name][0]:>13.4f}{contribution:>20.4f}{effect:>17.4f}{contribution - effect:>+9.4f}")
+    both = np.array([[model[name][0] for name in names] for model in (found, old)])  # (2, components)
+    biases, logits = np.transpose([mine, theirs])
+    for name, numbers in ((f"{len(names[top:])} more components", both[:, top:].sum(1)), ("unembedding bias", biases),
+                          ("sum", both.sum(1) + biases), ("the logit itself", logits)):
+        print(f"{name:<20}{numbers[0]:>13.4f}{numbers[1]:>20.4f}")
 
 
 def show_layers(free, with_ln, tokenizer):
