@@ -50,14 +50,14 @@ def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}
         key, equals, value = arg[2:].partition("=")
         check_name(names, key, f"--{key}")
         default = settings[key]
-        if not equals and isinstance(default, bool) and (not argv or argv[0].lower() not in ("true", "false")):
+        if not equals and isinstance(default, bool) and [*argv, ""][0].lower() not in ("true", "false"):
             value = "True"  # --force alone
         elif not equals:
             if not argv:
                 raise UserError(f"--{key} needs a value, as in --{key}={default!r}")
             value = argv.pop(0)
         if not isinstance(default, str):
-            with suppress(ValueError, SyntaxError):  # else it stays a text, which assign refuses
+            with suppress(ValueError, SyntaxError):  # then it stays a text, which assign refuses
                 value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
         assign(settings, key, value, default, f"--{key}")
     for name in names:
@@ -88,8 +88,8 @@ def take_source(usage=""):
 
 
 def apply_file(settings, names, path, effects):
-    """Execute a config file. Returns the settings that it changes. UserError if it undoes all that an earlier file does:
-    control.py before another config, say."""
+    """Execute a config file. Returns the settings that it changes. UserError if it undoes all that an earlier file
+    does: control.py before another config, say."""
     if not os.path.isfile(path):
         raise UserError(f"there is no config file {path}")
     before = {name: settings[name] for name in names}
@@ -120,8 +120,6 @@ def assign(settings, key, value, default, where):
         value = list(value)
     if type(value) is not type(default):
         raise UserError(f"{where} must be {type(default).__name__}, such as {default!r}, but is {value!r}")
-    if type(value) is str and value != value.encode(errors="replace").decode():
-        raise UserError(f"{where} is not UTF-8 text: {value!r}")
     if type(value) is float and not math.isfinite(value):
         raise UserError(f"{where} must be a finite number, but is {value!r}")
     if (key, value) == ("init_from", "auto"):  # init_from keeps what a new run starts from

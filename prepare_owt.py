@@ -83,11 +83,11 @@ def with_val(sources, chosen):
     every = val_every or max(5, min(VAL_EVERY, asked // (VAL_TOKENS * per_token)))
     found = sum(source.size for source in sources if not source.rows_format and place(source.name) < share)
     whole_files = needed / 2 < found / size < 0.6
-    pairs = []
-    for source in sources:
-        val = val_every == 1 or (place(source.name) < share if whole_files else share)
-        pairs.append((source, None if source.rows_format else val))
-    return pairs, every, share
+
+    def val(source):
+        return val_every == 1 or (place(source.name) < share if whole_files else share)
+
+    return [(source, None if source.rows_format else val(source)) for source in sources], every, share
 
 
 def nanogpt_val_documents(n=OWT_DOCUMENTS):
@@ -153,10 +153,8 @@ def make_batches(job, made):
     name = column or ("input_ids" if made.encode is None else "")
     batch, size = [], 0
     for source, val in job:
-        if source.rows_format:
-            pieces = read_rows(source, name, made.eot, WINDOWS[rows])
-        else:
-            pieces = read_text(source, val, seam)
+        is_rows = bool(source.rows_format)
+        pieces = read_rows(source, name, made.eot, WINDOWS[rows]) if is_rows else read_text(source, val, seam)
         for piece in split_pieces(pieces) if split_on else pieces:
             batch.append(piece)
             size += len(piece.content)
@@ -207,7 +205,13 @@ def encode(made, batch):
         with reading(piece.name):
             if made.encode is None and not is_ids:
                 raise ValueError("it holds text, not token ids: tokenize it first, into rows with a column input_ids")
-            ids = checked_ids(piece.content, made) if is_ids else made.encode(piece.content)
+            ids = np.array(piece.content) if is_ids else made.encode(piece.content)
+            if ids.size and (ids.dtype.kind not in "iu" or ids.ndim != 1):
+                raise ValueError(f"these are not token ids: {str(piece.content)[:40]}")
+            if ids.size and not 0 <= ids.min() <= ids.max() < made.vocab_size:
+                raise ValueError(f"token ids from {ids.min()} to {ids.max()}, but the tokenizer has {made.vocab_size}: "
+                                 "give theirs with --tokenizer")
+            ids = ids.astype("<u2")
         appended = marked = piece.ends and not piece.window
         if marked and is_ids and len(ids):  # ids may have one already, first or last
             first, last = ids[0] == made.eot, ids[-1] == made.eot
@@ -215,17 +219,6 @@ def encode(made, batch):
         spelled = 0 if is_ids else sum(map(piece.content.count, special))
         found.append((piece, np.append(ids, made.eot).astype("<u2") if marked else ids, appended, spelled))
     return found
-
-
-def checked_ids(ids, made):
-    """A list of token ids as uint16. ValueError if it holds anything else, or ids that are too large."""
-    found = np.array(ids)
-    if found.size and (found.dtype.kind != "i" or found.ndim != 1):
-        raise ValueError(f"these are not token ids: {str(ids)[:40]}")
-    if found.size and not 0 <= found.min() <= found.max() < made.vocab_size:
-        raise ValueError(f"token ids from {found.min()} to {found.max()}, but the tokenizer has {made.vocab_size}: "
-                         "give theirs with --tokenizer")
-    return found.astype("<u2")
 
 
 # --- from parts to token files
@@ -278,16 +271,12 @@ def join(half, parts, every, share, eot):
 # --- from asking to files
 
 
-def say_what_val_shows(n, word):
-    """The standard error to expect of a gap over n val tokens, each a byte or a token."""
-    error = TOKEN_SD[word] / math.sqrt(max(1, n))
-    print(f"{n:,} val tokens: expect a standard error of about {error:.4f} nats of a gap")
-    if error > 0.005:
-        print(f"note: a gap is about 0.02 nats, too small for this: prepare more text, for {VAL_TOKENS:,} val tokens")
-
-
-def say_special_tokens(path, made, meta):
-    """Print how many tokens are end-of-text or unknown, and how many special tokens stayed text."""
+def say_what_is_there(done, made, meta):
+    """Print the sizes; how many tokens are end-of-text or unknown, and how many special tokens stayed text; and the
+    standard error to expect of a gap over the val tokens."""
+    for which in ("train", "val"):
+        print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
+    path = os.path.join(done, "train.bin")
     ids = token_file(path)
     found = doubled = unknown = 0
     for i in range(0, len(ids), 2**24):
@@ -301,11 +290,19 @@ def say_special_tokens(path, made, meta):
     if unknown:
         share = unknown / len(ids)
         print(f"{'note: ' if share > 0.01 else ''}{share:.3%} of {path} is the unknown token")
-    if meta.get("spelled"):
+    if meta["spelled"]:
         print(f"note: {meta['spelled']:,} special tokens are spelled in the text, and stay text: if they end "
               f"documents, use --split_on='{made.special[0]}'")
     for note in made.notes():
         print(f"note: {note}")
+    documents = meta["train"]["documents"] + meta["val"]["documents"]
+    if dataset == "owt" and documents != OWT_DOCUMENTS:
+        print(f"this is a part of OpenWebText: {documents:,} of {OWT_DOCUMENTS:,} documents")
+    n = meta["val"]["tokens"]
+    error = TOKEN_SD["byte" if made.name == "bytes" else "token"] / math.sqrt(max(1, n))
+    print(f"{n:,} val tokens: expect a standard error of about {error:.4f} nats of a gap")
+    if error > 0.005:
+        print(f"note: a gap is about 0.02 nats, too small for this: prepare more text, for {VAL_TOKENS:,} val tokens")
 
 
 def next_command(name, made):
@@ -410,13 +407,7 @@ def main():
         remove_files(done, TOKEN_FILES)  # meta.json last: until then it is ours
         remove_empty(done)
         os.rename(half, done)
-    for which in ("train", "val"):
-        print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
-    say_special_tokens(os.path.join(done, "train.bin"), made, meta)
-    documents = meta["train"]["documents"] + meta["val"]["documents"]
-    if dataset == "owt" and documents != OWT_DOCUMENTS:
-        print(f"this is a part of OpenWebText: {documents:,} of {OWT_DOCUMENTS:,} documents")
-    say_what_val_shows(meta["val"]["tokens"], "byte" if made.name == "bytes" else "token")
+    say_what_is_there(done, made, meta)
     if val_every != 1:
         say_next(next_command(name, made))
 

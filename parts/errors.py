@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 # what a user, a scheduler or a closed terminal ends a process with; Windows has only two of them
 ENDINGS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-PATIENCE = 20  # seconds
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -65,7 +64,7 @@ def asking_hub(what, advice=""):
     from huggingface_hub import constants  # only here: local files do without
 
     line = f"still waiting for {constants.ENDPOINT}; Ctrl-C stops and loses nothing"
-    timer = threading.Timer(PATIENCE, print, [line], dict(file=sys.stderr))
+    timer = threading.Timer(20, print, [line], dict(file=sys.stderr))
     timer.daemon = True
     if os.environ.get("RANK", "0") == "0":
         timer.start()
@@ -90,10 +89,8 @@ def begin_script():
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="replace")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # a line that can't be written fails where it is printed
+        if hasattr(getattr(sys, name), "reconfigure"):  # a line that can't be written fails where it is printed
+            getattr(sys, name).reconfigure(errors="replace", line_buffering=True)
 
 
 def command(script, *args):
@@ -113,7 +110,13 @@ def say_next(*commands):
 
 def show(kind, error, traceback):
     if issubclass(kind, OSError):
-        end_if_stdout_fails()
+        try:
+            os.write(1, b"\n")
+        except BrokenPipeError:  # a reader of our output that has enough, such as `head`, is not an error
+            os._exit(128 + signal.SIGPIPE)
+        except OSError as e:  # a full disk is one
+            print(f"error: can't write the output: {e.strerror}", file=sys.stderr)
+            os._exit(1)
     text = str(error)
     if issubclass(kind, UserError):
         line = text
@@ -127,17 +130,6 @@ def show(kind, error, traceback):
         time.sleep(3)  # every rank finds the same mistake: rank 0 prints it, and torchrun ends the others
     print(f"error: {line}", file=sys.stderr)
     tell_torchrun(f"error: {line}")
-
-
-def end_if_stdout_fails():
-    """A reader of our output that has enough, such as `head`, is not an error. A full disk is one."""
-    try:
-        os.write(1, b"\n")
-    except BrokenPipeError:
-        os._exit(128 + signal.SIGPIPE)
-    except OSError as e:
-        print(f"error: can't write the output: {e.strerror}", file=sys.stderr)
-        os._exit(1)
 
 
 def tell_torchrun(line):

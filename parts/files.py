@@ -3,6 +3,7 @@ What may be replaced on disk: what we wrote, and nothing else. Files that are wh
 """
 import json
 import os
+import weakref
 from contextlib import contextmanager
 
 from parts.errors import UserError, on_disk, reading
@@ -87,10 +88,8 @@ def write_json(path, content):
 
 def check_folder(folder, names, marks):
     """UserError unless folder may be replaced: it is missing, empty, or holds one of marks and only files of names."""
-    if os.path.islink(folder):
-        raise UserError(f"{folder} is a link and would be replaced: choose another name")
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise UserError(f"{folder} is a file: choose another name")
+    if os.path.lexists(folder) and (os.path.islink(folder) or not os.path.isdir(folder)):
+        raise UserError(f"{folder} is a file or a link: choose another name")
     found = sorted(os.listdir(folder)) if os.path.exists(folder) else []
     strangers = [name for name in found if name not in names]
     if not strangers and not set(marks) & set(found):
@@ -102,10 +101,8 @@ def check_folder(folder, names, marks):
 
 def check_file(path, keys):
     """UserError unless path may be replaced: it is missing, or is a JSON file of ours, with these keys."""
-    if not os.path.lexists(path):
-        return
     ours = os.path.isfile(path) and not os.path.islink(path) and set(keys) <= read_dict(path).keys()
-    if not ours:
+    if os.path.lexists(path) and not ours:
         raise UserError(f"{path} exists and was not written here: choose another name")
 
 
@@ -127,17 +124,13 @@ class FolderLock:
     On Windows it does nothing."""
 
     def __init__(self, folder):
-        self.handle = None
         if fcntl is None:
             return
-        self.handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, handle)
         try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another process: wait for it, or choose another") from None
         except OSError:
             pass  # a file system without locks
-
-    def __del__(self):
-        if self.handle is not None:
-            os.close(self.handle)

@@ -66,10 +66,11 @@ def read_config(directory):
             if alias in hf and hf.setdefault(key, hf[alias]) != hf[alias]:
                 raise ValueError(f"{key} is {hf[key]!r}, but {alias} is {hf[alias]!r}")
         if kind == "gpt2":
-            can = dict(activation_function=GELU_NEW, add_cross_attention=(None, False), n_inner=(None, 4 * hf["n_embd"]))
-            for key, values in can.items():
+            ours = dict(activation_function=GELU_NEW, add_cross_attention=(False, None),
+                        n_inner=(4 * hf["n_embd"], None))
+            for key, values in ours.items():
                 if hf.get(key) not in values:
-                    raise ValueError(f"{key} is {hf[key]!r}, but model.py has {values[0] or values[1]!r}")
+                    raise ValueError(f"{key} is {hf[key]!r}, but model.py has {values[0]!r}")
     return hf
 
 
@@ -104,9 +105,11 @@ def read_tensors(paths, expected):
             raise ValueError("lm_head.weight is not wte.weight, but GPT-2's unembedding is tied to its embedding")
         for name, tensor in expected.items():
             found = tensors[name]  # else a KeyError with the name
-            if found.shape != tensor.shape or not found.is_floating_point() or not found.isfinite().all():
-                raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, but config.json makes it "
-                                 f"{tuple(tensor.shape)}, of finite numbers")
+            if found.shape != tensor.shape or not found.is_floating_point():
+                raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, but config.json makes it floating "
+                                 f"point {tuple(tensor.shape)}")
+            if not found.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
         masks = (".attn.bias", ".attn.masked_bias")  # old files hold causal masks as buffers
         strangers = [name for name in tensors if name not in expected and not name.endswith(masks)]
         if strangers:

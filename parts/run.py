@@ -46,13 +46,10 @@ def check_out_dir(out_dir, init_from, teacher, force):
         if os.path.islink(os.path.join(out_dir, name)):
             raise UserError(f"{os.path.join(out_dir, name)} is a link and would be replaced: remove it, "
                             "or choose another out_dir")
-    if init_from == "resume" or force:
-        return
-    if os.path.exists(os.path.join(out_dir, "model", "config.json")):
-        raise UserError(f"out_dir {out_dir} holds a finished run: choose another, or replace it with --force")
-    if checkpoint.found(out_dir):
-        raise UserError(f"out_dir {out_dir} holds an unfinished run: continue it with --init_from=resume, or replace "
-                        "it with --force")
+    finished = os.path.exists(os.path.join(out_dir, "model", "config.json"))
+    if init_from != "resume" and not force and (finished or checkpoint.found(out_dir)):
+        raise UserError(f"out_dir {out_dir} holds {'a finished' if finished else 'an unfinished'} run: choose another, "
+                        "continue it with --init_from=resume, or replace it with --force")
 
 
 def lock_run(out_dir):
@@ -157,8 +154,8 @@ def log_entries(path):
 
 
 def start_wandb(project, out_dir, settings):
-    """On rank 0, the wandb module with a run in it, which goes on when the run is resumed. UserError: not installed, not
-    logged in, or no network."""
+    """On rank 0, the wandb module with a run in it, which goes on when the run is resumed. UserError: not installed,
+    not logged in, or no network."""
     if ranks.RANK > 0:
         return None
     try:
@@ -199,10 +196,8 @@ def control_command(out_dir):
 
 def as_typed(argv):
     """A command line of this script, with python or torchrun."""
-    launcher = ["python"]
-    if ranks.WORLD > 1:
-        launcher = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks.WORLD)}"]
-    return shlex.join([*launcher, *argv])
+    torchrun = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks.WORLD)}"]
+    return shlex.join([*(torchrun if ranks.WORLD > 1 else ["python"]), *argv])
 
 
 def next_command(settings, removed):
@@ -221,20 +216,20 @@ def next_command(settings, removed):
 # --- models that a run or another script starts from
 
 
-def load_teacher(source, model, block_size):
-    """The model with LN that `model` learns from, frozen. UserError if it can't teach it."""
+def load_teacher(source, model, block_size, role="teacher"):
+    """The model with LN that `model` learns from or is compared with, frozen. UserError if it can't be."""
     if source == "scratch":
-        raise UserError("kl_share needs a teacher: give --teacher")
-    teacher = GPT.from_pretrained(model_directory(source)).eval().requires_grad_(False)
-    if teacher.config.vocab_size != model.config.vocab_size:
-        raise UserError(f"teacher {source} has a vocabulary of {teacher.config.vocab_size}, but the model of "
-                        f"{model.config.vocab_size}")
-    if teacher.config.folded or teacher.any_removed():
-        raise UserError(f"teacher {source} has lost its LayerNorms: name the model with LN")
-    if teacher.config.block_size < block_size:
-        most = teacher.config.block_size
-        raise UserError(f"block_size {block_size} is beyond the {most} positions of teacher {source}")
-    return teacher
+        raise UserError(f"there is no {role}: name one with --{role}")
+    found = GPT.from_pretrained(model_directory(source)).eval().requires_grad_(False)
+    config, vocab_size = found.config, model.config.vocab_size
+    for wrong, problem in (
+        (config.vocab_size != vocab_size, f"has a vocabulary of {config.vocab_size}, but the model of {vocab_size}"),
+        (config.folded or found.any_removed(), "has lost its LayerNorms: name the model with LN"),
+        (config.block_size < block_size, f"has {config.block_size} positions, fewer than {block_size}"),
+    ):
+        if wrong:
+            raise UserError(f"{role} {source} {problem}")
+    return found
 
 
 def model_directory(source):

@@ -7,9 +7,7 @@ import gzip
 import hashlib
 import os
 import re
-import shutil
 import sysconfig
-import tempfile
 from dataclasses import dataclass
 
 from parts.errors import UserError, asking_hub, reading
@@ -91,15 +89,10 @@ def stdlib_sources(dataset):
     root = sysconfig.get_path("stdlib")
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     begin, end = STDLIB_SHARES[dataset]
-    found = []
-    for below, folders, names in os.walk(root):
-        folders[:] = [folder for folder in folders if folder not in skip]
-        for name in names:
-            path = os.path.join(below, name)
-            inside = os.path.relpath(path, root).replace(os.sep, "/")
-            if name.endswith(".py") and (place(inside) < 0.05 or begin <= place(inside) < end):
-                found.append(local_source(inside, path))
-    return sorted(found, key=lambda source: source.name)
+    names = [name.replace(os.sep, "/") for name in glob.glob("**/*.py", root_dir=root, recursive=True)]
+    found = sorted(name for name in names if not skip & {*name.split("/")}
+                   and (place(name) < 0.05 or begin <= place(name) < end))
+    return [local_source(name, os.path.join(root, name)) for name in found]
 
 
 def local_sources(patterns, split):
@@ -242,7 +235,8 @@ def read_text(source, val, seam):
     """Yields a text file in Pieces of about PIECE bytes, so that a file of any size fits into memory. They begin at
     seams, so that their tokens are the whole text's. val: True, False, or the share of the file, at its end, that
     becomes a val document. UserError."""
-    with reading(source.name), open_text(source.path) as f:
+    open_text = gzip.open if source.path.lower().endswith(".gz") else open
+    with reading(source.name), open_text(source.path, "rb") as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(0)
         head = f.read(8000)
@@ -252,8 +246,11 @@ def read_text(source, val, seam):
             raise ValueError(f"it has {size:,} bytes, and this tokenizer takes at most {LARGEST_WHOLE:,}, because it "
                              "needs the whole text in memory: give it as several files, or as rows")
         documents = [(0, size, val)]
-        if isinstance(val, float):
-            border = val_border(f, size, val, GPT2_SEAM if seam is NO_SEAM else seam)
+        if isinstance(val, float):  # cut at a seam or, if there is none, not within a UTF-8 character
+            border = f.seek(size - int(size * val))
+            ahead = f.read(PIECE)
+            found = (GPT2_SEAM if seam is NO_SEAM else seam).search(ahead) or re.match(rb"[\x80-\xbf]*", ahead)
+            border += found.end()
             documents = [(0, border, False), (border, size, True)]
         for at, end, is_val in documents:
             f.seek(at)
@@ -267,22 +264,3 @@ def read_text(source, val, seam):
                     yield Piece(source.name, part[: seams[-1]], False, False, is_val)
                     part = part[seams[-1] :]
             yield Piece(source.name, part, True, end == size and is_val is documents[-1][2], is_val)
-
-
-def open_text(path):
-    """A text file to read and seek in; a .gz is unpacked first."""
-    if not path.lower().endswith(".gz"):
-        return open(path, "rb")
-    unpacked = tempfile.TemporaryFile(dir="data")
-    with gzip.open(path) as packed:
-        shutil.copyfileobj(packed, unpacked)
-    return unpacked
-
-
-def val_border(f, size, share, seam):
-    """The byte at which the last share begins: at a seam or, if there is none, not within a UTF-8 character."""
-    border = size - int(size * share)
-    f.seek(border)
-    ahead = f.read(PIECE)
-    found = seam.search(ahead) or re.match(rb"[\x80-\xbf]*", ahead)
-    return border + found.end()

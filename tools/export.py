@@ -133,17 +133,6 @@ def to_hooked(model):
 # --- files
 
 
-@torch.no_grad()
-def largest_difference(new, model):
-    """Between the logits of the export and the model, over 64 random tokens. UserError if it is another function."""
-    T = min(64, model.config.block_size)
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, model.config.vocab_size, (1, T)))
-    difference = (new(ids)[0] - model(ids)[0]).abs().max().item()
-    if not difference < 0.1:
-        raise UserError(f"can't export it: the logits would be off by {difference:.2g}; nan: they are not finite")
-    return difference
-
-
 def write_tokenizer(model, folder, directory=""):
     """Copy the tokenizer files beside the model in `directory`, or write GPT-2's if the model has its vocabulary.
     Returns whether it did."""
@@ -192,7 +181,11 @@ def main():
         reasons = model.why_not_ln_free()
         raise UserError(f"{source} is not LN-free ({len(reasons)} reasons): {', '.join(reasons[:6])}")
     new = plain_form(model) if to == "hf" else model if model.config.folded else model.fold()
-    difference = largest_difference(new, model)
+    idx = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, min(64, model.config.block_size)))
+    with torch.no_grad():
+        difference = (new(torch.from_numpy(idx))[0] - model(torch.from_numpy(idx))[0]).abs().max().item()
+    if not difference < 0.1:
+        raise UserError(f"can't export it: the logits would be off by {difference:.2g}; nan: they are not finite")
     rows, why_none = evaluation(source, weights_sha256(model))
     half = unfinished(folder)
     shutil.rmtree(half, ignore_errors=True)  # a kill left it

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from configurator import configure, take_source
 from model import GPT, std_of
 from parts.files import run_settings
-from parts.run import model_directory
+from parts.run import load_teacher, model_directory
 from parts.tokenizer import tokenizer_of
 from tools.plot import ROLES, check_picture, save
 
@@ -49,25 +49,25 @@ def components_of(model, ids):
         "token embedding": model.transformer.wte.weight[ids[-1]],
         "position embedding": model.transformer.wpe.weight[len(ids) - 1],
     }
-    hooks = []
-    for i, block in enumerate(model.transformer.h):
+    seen = {}  # {module: its input and its output, at the last position}
 
-        def see_heads(c_proj, args, i=i):
-            heads = args[0][0, -1].view(model.config.n_head, -1)  # (heads, C / heads)
-            weights = c_proj.weight.view(-1, *heads.shape)  # (C, heads, C / heads)
-            for head in range(len(heads)):
-                found[f"h.{i} head {head}"] = weights[:, head] @ heads[head]
-            if c_proj.bias is not None:
-                found[f"h.{i} attention bias"] = c_proj.bias
+    def see(module, args, out):
+        seen[module] = args[0][0, -1], out[0, -1]
 
-        def see_mlp(mlp, args, out, i=i):
-            found[f"h.{i} MLP"] = out[0, -1]
-
-        hooks.append(block.attn.c_proj.register_forward_pre_hook(see_heads))
-        hooks.append(block.mlp.register_forward_hook(see_mlp))
+    blocks = model.transformer.h
+    hooks = [module.register_forward_hook(see) for block in blocks for module in (block.attn.c_proj, block.mlp)]
     model(ids[None])
     for hook in hooks:
         hook.remove()
+    for i, block in enumerate(blocks):
+        c_proj = block.attn.c_proj
+        heads = seen[c_proj][0].view(model.config.n_head, -1)  # (heads, C / heads)
+        weights = c_proj.weight.view(-1, *heads.shape)  # (C, heads, C / heads)
+        for head in range(len(heads)):
+            found[f"h.{i} head {head}"] = weights[:, head] @ heads[head]
+        if c_proj.bias is not None:
+            found[f"h.{i} attention bias"] = c_proj.bias
+        found[f"h.{i} MLP"] = seen[block.mlp][1]
     return found
 
 
@@ -162,16 +162,6 @@ def draw(found, old, path, title):
     save(fig, path)
 
 
-def target_of(tokenizer, model, ids):
-    """The id of --token, or of the likeliest token. UserError."""
-    if not token:
-        return model(ids[None])[0][0, -1, : tokenizer.vocab_size].argmax().item()
-    found = tokenizer.encode(token).tolist()
-    if len(found) != 1:
-        raise UserError(f"--token={token!r} must be one token, but is {len(found)}")
-    return found[0]
-
-
 def main():
     source = take_source("python -m tools.lens OUT_DIR_OR_MODEL --prompt=TEXT")
     configure(globals(), sys.argv[1:], __doc__, at_least=dict(top=1))
@@ -179,24 +169,19 @@ def main():
     model = GPT.from_pretrained(directory).eval()
     if not model.ln_free():
         raise UserError(f"{source} is not LN-free: {model.why_not_ln_free()[0]}")
-    name = original or run_settings(source).get("init_from", "scratch")
-    if name == "scratch":
-        raise UserError(f"no original to compare {source} with: name it with --original=DIRECTORY")
-    with_ln = GPT.from_pretrained(model_directory(name)).eval()
-    if with_ln.any_removed() or with_ln.config.folded:
-        raise UserError(f"{name} is not an original: it has lost LayerNorms")
-    if with_ln.config.vocab_size != model.config.vocab_size:
-        raise UserError(f"{name} has another vocabulary than {source}")
     tokenizer = tokenizer_of(model, directory)
     ids = torch.tensor(tokenizer.encode(prompt).astype("int64"))
-    most = min(model.config.block_size, with_ln.config.block_size)
-    if not 0 < len(ids) <= most:
-        raise UserError(f"--prompt has {len(ids)} tokens, but must have 1 to {most}")
+    if not 0 < len(ids) <= model.config.block_size:
+        raise UserError(f"--prompt has {len(ids)} tokens, but must have 1 to {model.config.block_size}")
+    with_ln = load_teacher(original or run_settings(source).get("init_from", "scratch"), model, len(ids), "original")
     path = out or (os.path.join(source, "lens.png") if os.path.isdir(source) else "lens.png")
     check_picture(path)
 
     free = model if model.config.folded else model.fold()
-    target = target_of(tokenizer, free, ids)
+    named = tokenizer.encode(token).tolist()
+    if token and len(named) != 1:
+        raise UserError(f"--token={token!r} must be one token, but is {len(named)}")
+    target = named[0] if token else free(ids[None])[0][0, -1, : tokenizer.vocab_size].argmax().item()
     components, old_components = components_of(free, ids), components_of(with_ln, ids)
     found, old = attribute(free, components, target), attribute(with_ln, old_components, target)
     print(f"the logit of {tokenizer.decode([target])!r} after {prompt!r}\n")

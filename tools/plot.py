@@ -34,16 +34,12 @@ BESIDE = dict(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)  # the leg
 def read_log(run):
     """A run's log.jsonl -> ({step: train loss}, {step: val loss}, [(step, kind)] of the removals). UserError."""
     path = os.path.join(run, "log.jsonl")
-    loss, val, events = {}, {}, []
     with reading(path, f"is {run} the out_dir of a run?"):
-        for _, entry in log_entries(path):
-            if entry.get("loss") is not None:  # None: the step was skipped
-                loss[entry["step"]] = entry["loss"]
-            if entry.get("val_loss") is not None:
-                val[entry["step"]] = entry["val_loss"]
-            if "event" in entry:
-                kind = entry["event"].split(".")[-1]  # h.3.ln_2 -> ln_2
-                events.append((entry["step"], f"{kind} off" if kind in ("bos", "eot") else kind))
+        entries = [entry for _, entry in log_entries(path)]
+        loss, val = ({entry["step"]: entry[key] for entry in entries if entry.get(key) is not None}  # None: skipped
+                     for key in ("loss", "val_loss"))
+        kinds = [(entry["step"], entry["event"].split(".")[-1]) for entry in entries if "event" in entry]  # h.3.ln_2
+        events = [(step, f"{kind} off" if kind in ("bos", "eot") else kind) for step, kind in kinds]
     return loss, val, events
 
 
@@ -70,7 +66,8 @@ def plot_run(run):
 
     gap = {step: loss[step] - old_loss[step] for step in loss if step in old_loss}
     if gap:
-        draw_losses(low, gap, {step: val[step] - old_val[step] for step in val if step in old_val}, ROLES["ln_free"], "gap")
+        val_gap = {step: val[step] - old_val[step] for step in val if step in old_val}
+        draw_losses(low, gap, val_gap, ROLES["ln_free"], "gap")
         gaps = np.array(list(gap.values()))
         low.set_ylim(min(gaps.min(), 0) - 0.005, np.quantile(gaps, 0.97) * 1.2 + 0.01)
         low.legend(**BESIDE)
