@@ -41,9 +41,8 @@ def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}
         arg = argv.pop(0)
         if not arg.startswith("--"):
             if not configs or not arg.endswith(".py") or flag_given:
-                raise UserError(f"unexpected argument {arg!r}: settings are given as --key=value"
-                                + ("; config files end in .py and come first" if configs else "")
-                                + "; quote a pattern, as in --files='*.py'")
+                first = "; config files end in .py and come first" * configs
+                raise UserError(f"unexpected argument {arg!r}: give --key=value{first}; quote a pattern as '*.py'")
             effects[arg] = apply_file(settings, names, arg, effects)
             continue
         flag_given = True
@@ -78,8 +77,7 @@ def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}
 
 
 def take_source(usage=""):
-    """Take the first argument of a script that has one beside its settings out of sys.argv. If there is none: UserError
-    with the usage, or "" without one."""
+    """Take the argument before the settings out of sys.argv. If there is none: UserError with the usage, or ""."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         if usage and not {"--help", "-h"} & set(sys.argv):
             raise UserError(f"usage: {usage}")

@@ -129,18 +129,6 @@ def open_candidate(source):
     return Candidate(source, directory, role, model, sha256)
 
 
-def check_comparable(candidates):
-    sizes = {c.model.config.vocab_size: c.source for c in candidates}
-    if len(sizes) > 1:
-        raise UserError(f"{' and '.join(sizes.values())} have vocabularies of {' and '.join(map(str, sizes))} tokens: "
-                        "compare models with the same tokenizer")
-    tokenizers = {fingerprint_of(c.model, c.directory): c.source for c in candidates}
-    tokenizers.pop("", None)  # those that are not known
-    if len(tokenizers) > 1 and not any_tokenizer:
-        raise UserError(f"{' and '.join(tokenizers.values())} have different tokenizers: compare models that read the "
-                        "same tokens, or pass --any_tokenizer")
-
-
 def window_of(candidates):
     """--block_size or, by default, the shortest window that the models' runs trained on: positions beyond it were never
     trained. A model that is not a run's counts with all its positions."""
@@ -161,8 +149,7 @@ def window_of(candidates):
 
 
 def prepare(names, candidates):
-    """{name: its folder in data/}. Those that are not there are made by prepare_owt.py. Everything is checked before
-    hours are spent. UserError."""
+    """{name: its folder in data/}, made by prepare_owt.py if need be, and checked before hours are spent. UserError."""
     model, directory = candidates[0].model, candidates[0].directory
     folders = {}
     for name in names:
@@ -173,13 +160,11 @@ def prepare(names, candidates):
             args = [f"--files={glob.escape(name)}", f"--tokenizer={tokenizer}", "--val_every=1", "--force"]
         elif name in HUB and not there:
             if model.config.vocab_size <= 50256:
-                raise UserError(f"{name} comes in GPT-2's 50,257 tokens, but the models have a vocabulary of "
-                                f"{model.config.vocab_size}")
+                raise UserError(f"{name} comes in GPT-2's 50,257 tokens, and the models have {model.config.vocab_size}")
             args = [f"--tokens={PUBLISHED.get(name, 10_000_000) + 100_000}", "--val_every=1"]
         elif name != "stdlib" and not there:
             raise UserError(f"unknown data set {name!r}: it is {', '.join(HUB)}, stdlib, hellaswag, residual, a text "
-                            f"file or a folder in data/, which `python prepare_owt.py --dataset={name} --files=...` "
-                            "makes")
+                            f"file or what `python prepare_owt.py --dataset={name} --files=...` makes")
         if folder in folders.values():
             raise UserError(f"--dataset={dataset}: two of them would be data/{folder}: rename {name}")
         folders[name] = folder
@@ -339,8 +324,7 @@ def verify_models(sources):
 
 
 def open_all(run):
-    """(candidates, the data sets' names, {name: folder in data/}) of the settings and the run, or "" for the last one.
-    Sets block_size."""
+    """(candidates, the data sets' names, {name: folder in data/}) of the settings and the run. Sets block_size."""
     global block_size
     sources, default = items(models), ""
     if run or not sources:
@@ -353,7 +337,13 @@ def open_all(run):
     if reference and reference not in sources:
         sources.insert(0, reference)
     candidates = [open_candidate(source) for source in sources]
-    check_comparable(candidates)
+    sizes = {c.model.config.vocab_size: c.source for c in candidates}
+    if len(sizes) > 1:
+        raise UserError(f"{' and '.join(sizes.values())} have vocabularies of {' and '.join(map(str, sizes))} tokens")
+    tokenizers = {fingerprint_of(c.model, c.directory): c.source for c in candidates}
+    tokenizers.pop("", None)  # those that are not known
+    if len(tokenizers) > 1 and not any_tokenizer:
+        raise UserError(f"{' and '.join(tokenizers.values())} have different tokenizers: --any_tokenizer goes on")
     block_size = window_of(candidates)
     default = default or ("owt" if candidates[0].model.config.vocab_size > 50256 else "stdlib")
     names = items(dataset) or [default]

@@ -91,16 +91,16 @@ def with_val(sources, chosen):
 
 
 def nanogpt_val_documents(n=OWT_DOCUMENTS):
-    """The documents of nanoGPT's val.bin, in its order: what datasets' train_test_split draws. The published losses on
-    OpenWebText are over these."""
+    """The documents of nanoGPT's val.bin, in its order, as datasets' train_test_split draws them."""
     return np.random.default_rng(2357).permutation(n)[: int(np.ceil(0.0005 * n))]
 
 
 # --- encoding: a job (some files) becomes a part: KEY.bin, its tokens, and KEY.npy, its table of documents
 
 
-def make_jobs(pairs):
-    """Lists of (source, val): one hub file, one large file, or small files of JOB bytes in all."""
+def make_parts(half, pairs, made):
+    """Encode the jobs that have no part yet, up to enough tokens. Returns the parts' paths without extension. A job is
+    a list of (source, val): one hub file, one large file, or small files of JOB bytes in all."""
     jobs, size = [], JOB
     for source, val in pairs:
         if size >= JOB or source.repo:
@@ -108,12 +108,6 @@ def make_jobs(pairs):
             size = 0
         jobs[-1].append((source, val))
         size += source.size
-    return jobs
-
-
-def make_parts(half, jobs, made):
-    """Encode the jobs that have no part yet, until there are enough tokens. Returns the parts' paths without
-    extension, in order."""
     parts, left = [], tokens
     with tqdm(total=tokens or None, unit="token", unit_scale=True, disable=None) as bar:
         for job in jobs:
@@ -183,8 +177,7 @@ def split_pieces(pieces):
 
 
 def in_order(function, batches):
-    """Yields the items of function(batch) for each batch, in order. Threads compute ahead: tokenizers release Python's
-    lock."""
+    """Yields the items of each function(batch) in order. Threads compute ahead: tokenizers release Python's lock."""
     waiting = deque()
     with ThreadPoolExecutor(THREADS) as pool:
         for batch in batches:
@@ -196,8 +189,7 @@ def in_order(function, batches):
 
 
 def encode(made, batch):
-    """[(Piece, its tokens and end-of-text as uint16, whether we appended the end-of-text, how many special tokens its
-    text spells)]."""
+    """[(Piece, its tokens and end-of-text as uint16, whether we appended that, how many special tokens it spells)]."""
     special = [text.encode() for text in made.special]
     found = []
     for piece in batch:
@@ -209,8 +201,7 @@ def encode(made, batch):
             if ids.size and (ids.dtype.kind not in "iu" or ids.ndim != 1):
                 raise ValueError(f"these are not token ids: {str(piece.content)[:40]}")
             if ids.size and not 0 <= ids.min() <= ids.max() < made.vocab_size:
-                raise ValueError(f"token ids from {ids.min()} to {ids.max()}, but the tokenizer has {made.vocab_size}: "
-                                 "give theirs with --tokenizer")
+                raise ValueError(f"ids from {ids.min()} to {ids.max()}, but --tokenizer has {made.vocab_size}")
             ids = ids.astype("<u2")
         appended = marked = piece.ends and not piece.window
         if marked and is_ids and len(ids):  # ids may have one already, first or last
@@ -319,8 +310,8 @@ def request():
     if files and (on_hub or dataset in STDLIB_SHARES):
         raise UserError(f"{dataset} has a source of its own; give the files another name with --dataset=NAME")
     if not files and not on_hub and dataset not in ("", *STDLIB_SHARES):
-        raise UserError(f"no source for {dataset!r}: give --files='a.txt,dir/*.md', "
-                        f"a hub data set as ORG/NAME, or {', '.join([*STDLIB_SHARES, *HUB])}")
+        known = ", ".join(["ORG/NAME", *STDLIB_SHARES, *HUB])
+        raise UserError(f"no source for {dataset!r}: give --files='a.txt,dir/*.md', or a data set of {known}")
     name = (dataset or ("files" if files else "stdlib")).partition("@")[0].split("/")[-1]
     if not name or name.startswith("."):
         raise UserError(f"--dataset={dataset} does not end in a name for a folder in data/")
@@ -369,7 +360,7 @@ def prepare(half, sources, made, meta):
     """Write the token files and meta.json into the unfinished folder. Returns meta.json."""
     try:
         pairs, every, share = with_val(sources, made.name)
-        parts = make_parts(half, make_jobs(pairs), made)
+        parts = make_parts(half, pairs, made)
         splits = join(half, parts, every, share, made.eot)
     except UserError as e:
         if any(file.endswith(".npy") and not file.startswith(".") for file in os.listdir(half)):

@@ -135,8 +135,7 @@ def peak_memory():
 
 
 def compare_steps():
-    """Print the table of training: medians over rounds. A way that fails, out of memory for instance, has its error as
-    its row."""
+    """Print the table of training: medians over rounds. A way that fails has its error as its row."""
     results = {name: [] for name in WAYS if way in name}
     if not results:
         raise UserError(f"--way={way}: choose one of {', '.join(WAYS)}, or a part of a name")

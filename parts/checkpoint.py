@@ -98,10 +98,8 @@ def load_optimizers(optimizers, checkpoint, path):
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
-            for parameter, state in optimizer.state.items():
-                for name, tensor in state.items():
-                    if tensor.shape not in ((), parameter.shape):
-                        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
+            if any(t.shape not in ((), p.shape) for p, state in optimizer.state.items() for t in state.values()):
+                raise ValueError("one has another shape than its parameter")
 
 
 def set_rng_state(states):

@@ -51,13 +51,10 @@ def measure(models, reference, tokens, starts, block_size, batch_size, device, a
     compare, over the windows of tokens that begin at starts (windows,).
 
     models: {name: GPT}; reference: one of the names, or None for the losses alone."""
-    found = {}
-    for name in models:
-        by_window = ["entropy", "kl", "js", "agree"][: 1 if name == reference else 4]
-        found[name] = {key: np.zeros((len(starts), block_size), np.float32) for key in BY_TOKEN}
-        found[name] |= {key: np.zeros(len(starts)) for key in by_window}
-        if reference is None:
-            found[name] = dict(loss=found[name]["loss"])
+    keys = ("loss",) if reference is None else (*BY_TOKEN, "entropy", "kl", "js", "agree")
+    shape = len(starts), block_size
+    found = {name: {key: np.zeros(shape, np.float32) if key in BY_TOKEN else np.zeros(len(starts))
+                    for key in keys[: 4 if name == reference else 7]} for name in models}
     firsts = range(0, len(starts), batch_size)
     for i in tqdm(firsts, "windows", unit="batch", leave=False, disable=None if RANK == 0 else True):
         x, y = read_windows(tokens, starts[i : i + batch_size], block_size, device)
@@ -99,8 +96,7 @@ def with_error(value, error, form):
 
 
 def cast_linear_maps(model):
-    """Cast the weights of the linear maps to bfloat16, in place and once: autocast would do it at each call. The
-    unembedding stays in float32."""
+    """Cast the linear maps, but not the unembedding, to bfloat16, in place: autocast would do it at each call."""
     for m in model.modules():
         if isinstance(m, torch.nn.Linear) and m is not model.lm_head:
             m.weight = torch.nn.Parameter(m.weight.bfloat16())

@@ -69,8 +69,7 @@ def check_compiler():
     # the names that inductor and Triton try; cl is for Windows
     wanted = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang", "cl")
     if not any(name and shutil.which(name) for name in wanted):
-        raise UserError("compile needs a C++ compiler: install g++ (on Windows MSVC), "
-                        "or run with --compile=False")
+        raise UserError("compile needs a C++ compiler: install g++ (on Windows MSVC), or pass --compile=False")
 
 
 # --- how fast it could be

@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 from contextlib import contextmanager
 
@@ -60,21 +59,14 @@ def on_disk(what):
 @contextmanager
 def asking_hub(what, advice=""):
     """Whatever goes wrong is one line that begins with `what`, such as "gpt2 can't be fetched from", and ends with the
-    advice: huggingface_hub raises many kinds. A line is printed, once, when it takes long."""
+    advice: huggingface_hub raises many kinds."""
     from huggingface_hub import constants  # only here: local files do without
 
-    line = f"still waiting for {constants.ENDPOINT}; Ctrl-C stops and loses nothing"
-    timer = threading.Timer(20, print, [line], dict(file=sys.stderr))
-    timer.daemon = True
-    if os.environ.get("RANK", "0") == "0":
-        timer.start()
     try:
         yield
     except Exception as e:
         problem = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         raise UserError(f"{what} {constants.ENDPOINT} ({problem}){advice and '; '}{advice}") from None
-    finally:
-        timer.cancel()
 
 
 # --- how a script begins and ends

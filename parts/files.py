@@ -20,8 +20,7 @@ LARGEST_JSON = 20_000_000  # bytes of a file or a line
 
 
 def parse_json(text):
-    """JSON text -> its object, as a dict. NaN and Infinity, which JSON does not have, become None. ValueError,
-    RecursionError."""
+    """JSON text -> its object, as a dict; NaN and Infinity become None. ValueError, RecursionError."""
     content = json.loads(text, parse_constant=lambda name: None)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
@@ -95,8 +94,7 @@ def check_folder(folder, names, marks):
     if not strangers and not set(marks) & set(found):
         strangers = found
     if strangers:
-        raise UserError(f"{folder} holds {strangers[0]}, which was not written here and would be lost: "
-                        "choose another name")
+        raise UserError(f"{folder} holds {strangers[0]}, which was not written here: choose another name")
 
 
 def check_file(path, keys):

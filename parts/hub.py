@@ -18,6 +18,8 @@ from parts.files import read_json, whole_file
 ALIASES = dict(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
                max_position_embeddings="n_positions")
 GELU_NEW = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", None)
+# files of weights, the first that is there
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 # --- reading
@@ -27,7 +29,15 @@ def read_model(cls, source, dropout):
     """The GPT, `cls`, of from_pretrained. UserError."""
     directory = fetch(source)
     hf = read_config(directory)
-    weights = weight_files(directory)
+    known = [os.path.join(directory, name) for name in WEIGHTS]
+    weights = [path for path in known if os.path.exists(path)][:1] or known[:1]
+    if weights[0].endswith(".json"):  # an index of shards
+        with reading(weights[0]):
+            names = {os.path.basename(name) for name in read_json(weights[0])["weight_map"].values()}
+        weights = [os.path.join(directory, name) for name in sorted(names)]
+    for path in weights:
+        if not os.path.isfile(path):
+            raise UserError(f"{directory} is not a model directory: it has no {os.path.basename(path)}")
     with reading(directory):
         config = config_from_hf(hf, dropout)
         check_size(config, sum(os.path.getsize(path) for path in weights))
@@ -72,23 +82,6 @@ def read_config(directory):
                 if hf.get(key) not in values:
                     raise ValueError(f"{key} is {hf[key]!r}, but model.py has {values[0]!r}")
     return hf
-
-
-def weight_files(directory):
-    """The paths of a directory's weights: model.safetensors, pytorch_model.bin, or the shards of either. UserError."""
-    names = ["model.safetensors"]
-    there = [name for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                               "pytorch_model.bin.index.json") if os.path.exists(os.path.join(directory, name))]
-    if there and there[0].endswith(".json"):
-        index = os.path.join(directory, there[0])
-        with reading(index):
-            names = sorted({os.path.basename(name) for name in read_json(index)["weight_map"].values()})
-    elif there:
-        names = there[:1]
-    for name in names:
-        if not os.path.isfile(os.path.join(directory, name)):
-            raise UserError(f"{directory} is not a model directory: it has no {name}")
-    return [os.path.join(directory, name) for name in names]
 
 
 def read_tensors(paths, expected):

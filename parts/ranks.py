@@ -32,8 +32,7 @@ def join(device):
 
 
 def use_all_gpus(device):
-    """With several GPUs, and neither torchrun nor a device asked for: become torchrun, with a process of this script
-    for each GPU."""
+    """With several GPUs, no torchrun and no device asked for: become torchrun, with a process for each GPU."""
     n = torch.cuda.device_count()
     if device == "auto" and n > 1 and "RANK" not in os.environ:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]

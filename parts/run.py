@@ -35,8 +35,7 @@ def check_out_dir(out_dir, init_from, teacher, force):
     places = os.path.realpath(out_dir), os.path.realpath(os.path.join(out_dir, "model"))
     for name, source in dict(init_from=init_from, teacher=teacher).items():
         if source and os.path.realpath(source) in places:
-            raise UserError(f"{name} {source} is in out_dir {out_dir}, where this run's own model would replace it: "
-                            "choose another out_dir")
+            raise UserError(f"{name} {source} is in out_dir {out_dir}, and would be replaced: choose another out_dir")
     with on_disk(f"can't read {out_dir}"):
         inside = set(os.listdir(out_dir)) if os.path.lexists(out_dir) else set()
     ours = os.path.basename(unfinished("settings.json"))  # a kill in the first moment leaves it alone
@@ -44,8 +43,7 @@ def check_out_dir(out_dir, init_from, teacher, force):
         raise UserError(f"out_dir {out_dir} holds files that are not a run's: choose another")
     for name in ("settings.json", "log.jsonl", "model", *checkpoint.NAMES):
         if os.path.islink(os.path.join(out_dir, name)):
-            raise UserError(f"{os.path.join(out_dir, name)} is a link and would be replaced: remove it, "
-                            "or choose another out_dir")
+            raise UserError(f"{os.path.join(out_dir, name)} is a link, and would be replaced: choose another out_dir")
     finished = os.path.exists(os.path.join(out_dir, "model", "config.json"))
     if init_from != "resume" and not force and (finished or checkpoint.found(out_dir)):
         raise UserError(f"out_dir {out_dir} holds {'a finished' if finished else 'an unfinished'} run: choose another, "
@@ -102,8 +100,7 @@ def refuse_another_run(settings, resumed, out_dir):
     only_of_scratch = ("n_layer", "n_head", "n_embd", "bias") if settings["init_from"] != "scratch" else ()
     changed = changed_settings(settings, resumed, (*NO_MATTER, *only_of_scratch))
     if changed:
-        raise UserError(f"{out_dir} holds another run ({changed}): replace it with --force, or continue it all the "
-                        "same with --init_from=resume")
+        raise UserError(f"{out_dir} holds another run ({changed}): pass --force, or continue with --init_from=resume")
 
 
 # --- the log
@@ -138,8 +135,7 @@ class Log:
 
 
 def log_entries(path):
-    """Yields (line, entry) of a log.jsonl, without a last line that a kill cut. UserError names a line that is not
-    one."""
+    """Yields (line, entry) of a log.jsonl, without a last line that a kill cut. UserError names a bad line."""
     advice = "move it away to continue without it"
     with reading(path, advice), open(path, "rb") as f:
         for n, line in enumerate(iter(lambda: f.readline(LARGEST_JSON), b""), 1):
@@ -154,8 +150,7 @@ def log_entries(path):
 
 
 def start_wandb(project, out_dir, settings):
-    """On rank 0, the wandb module with a run in it, which goes on when the run is resumed. UserError: not installed,
-    not logged in, or no network."""
+    """On rank 0, the wandb module with a run in it, the same one after a resume. UserError."""
     if ranks.RANK > 0:
         return None
     try:

@@ -243,8 +243,7 @@ def read_text(source, val, seam):
         if b"\0" in head or BINARY.match(head):
             raise ValueError("it is not text: it holds zero bytes, or begins like a packed file or a PDF")
         if seam is NO_SEAM and size > LARGEST_WHOLE:
-            raise ValueError(f"it has {size:,} bytes, and this tokenizer takes at most {LARGEST_WHOLE:,}, because it "
-                             "needs the whole text in memory: give it as several files, or as rows")
+            raise ValueError(f"this tokenizer takes at most {LARGEST_WHOLE:,} bytes: give several files, or rows")
         documents = [(0, size, val)]
         if isinstance(val, float):  # cut at a seam or, if there is none, not within a UTF-8 character
             border = f.seek(size - int(size * val))

@@ -41,8 +41,7 @@ class Tokenizer:
                             f"{self.vocab_size}, and must be at most {2**16:,}, because tokens are uint16")
 
     def fingerprint(self):
-        """16 letters that two tokenizers share if they have the same end-of-text and give PROBE the same ids; "" if it
-        can't be encoded."""
+        """16 letters, the same for tokenizers of the same end-of-text and ids of PROBE; "" if it can't be encoded."""
         with suppress(UserError):
             if self.encode:
                 ids = np.append(self.encode(PROBE), self.eot).astype("<u2")
@@ -84,8 +83,7 @@ def make_tokenizer(name):
     try:
         directory = fetch(name, weights=False)
     except UserError as e:
-        raise UserError(f"the tokenizer {name!r} is neither bytes, gpt2 nor, for rows of token ids, VOCAB_SIZE:EOT as "
-                        f"4096:1; {e}") from None
+        raise UserError(f"the tokenizer {name!r} is not bytes, gpt2 or, for ids, VOCAB_SIZE:EOT; {e}") from None
     return read_tokenizer(name, directory)
 
 
@@ -139,7 +137,6 @@ def read_tokenizer(name, directory):
         eot = tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos or "")
         if eot is None:
             raise ValueError(f"its eos_token is {eos!r}: name one of its tokens in tokenizer_config.json")
-        vocab_size = max(tokenizer.get_vocab().values()) + 1
         sha256 = hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
 
     def encode(content):
@@ -152,15 +149,14 @@ def read_tokenizer(name, directory):
     special = tuple(token.content for token in added.values() if token.special)
     unk = whole.get("model", {}).get("unk_token") if not is_gpt2 else None
     unk = tokenizer.token_to_id(unk) if isinstance(unk, str) else whole.get("model", {}).get("unk_id")
-    return Tokenizer(name, vocab_size, eot, encode, decode, sha256, special, unk)
+    return Tokenizer(name, max(tokenizer.get_vocab().values()) + 1, eot, encode, decode, sha256, special, unk)
 
 
 def tokenizer_of(model, source):
     """The Tokenizer of a model from `source`. UserError."""
     found = make_tokenizer(tokenizer_name(model, source))
     if found.vocab_size > model.config.vocab_size:
-        raise UserError(f"the tokenizer of {source} has {found.vocab_size} ids, but the model knows "
-                        f"{model.config.vocab_size}")
+        raise UserError(f"the tokenizer of {source} has {found.vocab_size} ids, its model {model.config.vocab_size}")
     return found
 
 

@@ -21,6 +21,7 @@ from parts.errors import UserError, asking_hub, begin_script, on_disk, say_next
 if __name__ == "__main__":
     begin_script()  # before the slow imports
 
+import huggingface_hub as hub
 import numpy as np
 import torch
 
@@ -134,8 +135,7 @@ def to_hooked(model):
 
 
 def write_tokenizer(model, folder, directory=""):
-    """Copy the tokenizer files beside the model in `directory`, or write GPT-2's if the model has its vocabulary.
-    Returns whether it did."""
+    """Copy the tokenizer files in `directory`, or write GPT-2's if the model has its vocabulary. Whether it did."""
     if directory and copy_tokenizer(directory, folder):
         return True
     if model.config.eot != 50256 or model.config.vocab_size < 50257:
@@ -151,19 +151,6 @@ def write_tokenizer(model, folder, directory=""):
     config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     write_json(os.path.join(folder, "tokenizer_config.json"), config)
     return True
-
-
-def upload(folder):
-    import huggingface_hub as hub
-
-    print(f"upload {', '.join(sorted(os.listdir(folder)))} to {hub.constants.ENDPOINT}/{push}? [y/N]")
-    if not sys.stdin or sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        sys.exit(f"not uploaded; {folder} stays")
-    with asking_hub(f"{folder} stays: it can't be uploaded to {push} on",
-                    f"log in with `hf auth login`, or upload it with `hf upload {push} {folder}`"):
-        hub.create_repo(push, exist_ok=True)
-        hub.upload_folder(repo_id=push, folder_path=folder, commit_message="GPT-2 without LayerNorm")
-    print(f"uploaded to {hub.constants.ENDPOINT}/{push}")
 
 
 def main():
@@ -210,7 +197,14 @@ def main():
     if to == "hf":
         print("note: it overflows in float16: load it in float32 or bfloat16")
     if push:
-        upload(folder)
+        print(f"upload {', '.join(sorted(os.listdir(folder)))} to {hub.constants.ENDPOINT}/{push}? [y/N]")
+        if not sys.stdin or sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            sys.exit(f"not uploaded; {folder} stays")
+        with asking_hub(f"{folder} stays: it can't be uploaded to {push} on",
+                        f"log in with `hf auth login`, or upload it with `hf upload {push} {folder}`"):
+            hub.create_repo(push, exist_ok=True)
+            hub.upload_folder(repo_id=push, folder_path=folder, commit_message="GPT-2 without LayerNorm")
+        print(f"uploaded to {hub.constants.ENDPOINT}/{push}")
     say_next(f"{folder}/README.md has the lines that open it in other tools")
 
 

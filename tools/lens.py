@@ -73,8 +73,7 @@ def components_of(model, ids):
 
 @torch.no_grad()
 def unembedding(model, x):
-    """W (vocab, C) and b (vocab,) that read logits off a residual stream: W @ stream + b. Exact without LN; with LN
-    the std is held at that of x (C,)."""
+    """W (vocab, C) and b (vocab,): the logits are W @ stream + b, with LN while the std is held at that of x (C,)."""
     W = model.lm_head.weight
     if model.config.folded:
         return W, model.lm_head.bias
@@ -143,8 +142,7 @@ def show_layers(free, with_ln, tokenizer):
 
 
 def draw(found, old, path, title):
-    """Left: the largest contributions of the LN-free model. Right: contribution against measured effect of
-    ablation, of both models."""
+    """Left: the largest contributions, LN-free. Right: contribution against measured effect of ablation, of both."""
     fig = Figure(figsize=(13, 6), layout="constrained")
     left, right = fig.subplots(1, 2)
     names = list(found)[:20][::-1]
@@ -154,8 +152,7 @@ def draw(found, old, path, title):
     left.set_title(title.replace("$", r"\$"), fontsize=10)  # no formula
     for pairs, label, role in ((old, "original, std held", "original"), (found, "LN-free", "ln_free")):
         right.plot(*zip(*pairs.values()), "o", color=ROLES[role], label=label, markersize=4, alpha=0.7)
-    ends = [*right.get_xlim(), *right.get_ylim()]
-    right.plot([min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=0.8, label="equal")
+    right.axline((0, 0), slope=1, color="black", linewidth=0.8, label="equal")
     right.set_xlabel("contribution")
     right.set_ylabel("measured effect of ablation")
     right.legend()

@@ -125,17 +125,14 @@ def draw_events(top, low, events, loss):
 
 
 def read_rows(source):
-    """A table of eval.py -> [(label, color, {site: {kind of token: (mean, spread) of the std}})] of its models.
-    UserError."""
+    """A table of eval.py -> [(label, color, {site: {kind of token: (mean, spread) of the std}})]. UserError."""
     rows = []
     with reading(source, f"write it with `python eval.py --dataset=residual --json={source}`"):
         for row in read_json(source)["rows"]:
             if row["dataset"] != "residual":
                 continue
-            stds = {}
-            for site, kinds in row["sites"].items():
-                kinds = {kind: std for kind, std in kinds.items() if std}  # None: the data has no such token
-                stds[site] = {kind: (float(std["mean"]), float(std["spread"])) for kind, std in kinds.items()}
+            stds = {site: {kind: (float(std["mean"]), float(std["spread"])) for kind, std in kinds.items() if std}
+                    for site, kinds in row["sites"].items()}  # None: the data has no such token
             role = row["role"].replace("ln_free", "LN-free")
             label = f"{role}: {row['source']}, attention sinks {row['sink_rate']:.1%}"
             rows.append((label.replace("$", r"\$"), ROLES[row["role"]], stds))  # no formula
