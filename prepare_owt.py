@@ -24,6 +24,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 from parts.errors import UserError, begin_script, command, interruptible, say_next, on_disk, reading
 
@@ -216,7 +217,7 @@ def encode(made, batch):
 
 
 def token_file(path):
-    return np.memmap(path, "<u2", "r") if os.path.getsize(path) else np.zeros(0, "<u2")
+    return np.asarray(np.memmap(path, "<u2", "r") if os.path.getsize(path) else np.zeros(0, "<u2"))
 
 
 def join(half, parts, every, share, eot):
@@ -235,18 +236,19 @@ def join(half, parts, every, share, eot):
         is_val, tail = np.zeros(len(length), bool), (share * length).astype(np.int64)
     held = {}  # number: a val document of OpenWebText
     with whole_file(os.path.join(half, "train.bin")) as train, whole_file(os.path.join(half, "val.bin")) as val:
-        where = zip(number.tolist(), tail.tolist())
+        documents = zip(number, length, tail)
         for part, table in zip(parts, tables):
-            for ids in np.split(token_file(part + ".bin"), np.cumsum(table[:, 0]))[:-1]:  # a document
-                i, n = next(where)
-                border = len(ids) - n
-                train.write(ids[:border])
-                if n and border:
+            ids, end = token_file(part + ".bin"), 0
+            for i, n, of_val in islice(documents, len(table)):
+                begin, end = end, end + n
+                border = end - of_val
+                train.write(ids[begin:border])
+                if begin < border < end:
                     train.write(np.array([eot], "<u2"))
-                if n and owt:
-                    held[i] = np.array(ids)
+                if owt and of_val:
+                    held[i] = np.array(ids[border:end])
                 else:
-                    val.write(ids[border:])
+                    val.write(ids[border:end])
         for i in order if len(number) == OWT_DOCUMENTS else sorted(held):
             val.write(held[i])
     splits = {}
