@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+from contextlib import suppress
 
 from parts.errors import UserError, first_line
 
@@ -30,7 +31,8 @@ def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}
     argv, flag_given = list(argv), False
     effects = {}  # {config file: settings that it changed, and that no later one sets}
     if "--help" in argv or "-h" in argv:
-        comments = read_comments(settings.get("__file__"))
+        with open(settings["__file__"], encoding="utf-8") as f:  # the comment behind each default
+            comments = dict(re.findall(r"^(\w+) = .*?  # (.*)$", f.read(), re.MULTILINE))
         print((doc or "").strip(), "\n\nsettings:")
         for name in names:
             print(f"  --{name}={settings[name]!r}".ljust(36), comments.get(name, ""))
@@ -39,30 +41,43 @@ def configure(settings, argv, doc, at_least={}, at_most={}, below={}, choices={}
         arg = argv.pop(0)
         if not arg.startswith("--"):
             if not configs or not arg.endswith(".py") or flag_given:
-                raise UserError(f"unexpected argument {arg!r}: settings are given as --key=value"
-                                + ("; config files end in .py and come first" if configs else "")
-                                + "; quote a pattern, as in --files='*.py'")
+                first = "; config files end in .py and come first" * configs
+                raise UserError(f"unexpected argument {arg!r}: give --key=value{first}; quote a pattern as '*.py'")
             effects[arg] = apply_file(settings, names, arg, effects)
             continue
         flag_given = True
         key, equals, value = arg[2:].partition("=")
         check_name(names, key, f"--{key}")
-        is_bool = isinstance(settings[key], bool)
-        if not equals and is_bool and (not argv or argv[0] not in ("True", "False", "true", "false")):
+        default = settings[key]
+        if not equals and isinstance(default, bool) and [*argv, ""][0].lower() not in ("true", "false"):
             value = "True"  # --force alone
         elif not equals:
             if not argv:
-                raise UserError(f"--{key} needs a value, as in --{key}={settings[key]!r}")
+                raise UserError(f"--{key} needs a value, as in --{key}={default!r}")
             value = argv.pop(0)
-        assign(settings, key, check_type(f"--{key}", parse(value, settings[key]), settings[key]))
+        if not isinstance(default, str):
+            with suppress(ValueError, SyntaxError):  # then it stays a text, which assign refuses
+                value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+        assign(settings, key, value, default, f"--{key}")
     for name in names:
-        check_value(name, settings[name], at_least.get(name, 0), at_most.get(name), below.get(name), choices.get(name))
+        value, allowed = settings[name], choices.get(name)
+        wanted = ""
+        if type(value) in (int, float):
+            if value < at_least.get(name, 0):
+                wanted = f"at least {at_least.get(name, 0)}"
+            elif value > at_most.get(name, math.inf):
+                wanted = f"at most {at_most[name]}"
+            elif value >= below.get(name, math.inf):
+                wanted = f"below {below[name]}"
+        elif allowed and value not in allowed:
+            wanted = f"one of {', '.join(map(str, allowed))}"
+        if wanted:
+            raise UserError(f"{name} is {value!r}, but must be {wanted}")
     return {name: settings[name] for name in names}
 
 
 def take_source(usage=""):
-    """Take the first argument of a script that has one beside its settings out of sys.argv. If there is none: UserError
-    with the usage, or "" without one."""
+    """Take the argument before the settings out of sys.argv. If there is none: UserError with the usage, or ""."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         if usage and not {"--help", "-h"} & set(sys.argv):
             raise UserError(f"usage: {usage}")
@@ -71,8 +86,8 @@ def take_source(usage=""):
 
 
 def apply_file(settings, names, path, effects):
-    """Execute a config file. Returns the settings that it changes. UserError if it undoes all that an earlier file does:
-    control.py before another config, say."""
+    """Execute a config file. Returns the settings that it changes. UserError if it undoes all that an earlier file
+    does: control.py before another config, say."""
     if not os.path.isfile(path):
         raise UserError(f"there is no config file {path}")
     before = {name: settings[name] for name in names}
@@ -86,7 +101,7 @@ def apply_file(settings, names, path, effects):
         if key.startswith("_") or value is before.get(key):
             continue
         check_name(names, key, f"{key} in {path}")
-        assign(settings, key, check_type(f"{key} in {path}", value, before[key]))
+        assign(settings, key, value, before[key], f"{key} in {path}")
     changes = {name for name in names if settings[name] != before[name]}
     for earlier, left in effects.items():
         if left and left <= changes:
@@ -95,7 +110,16 @@ def apply_file(settings, names, path, effects):
     return changes
 
 
-def assign(settings, key, value):
+def assign(settings, key, value, default, where):
+    """Set a value of the default's type. UserError if it has another one."""
+    if type(default) is float and type(value) is int:
+        value = float(value)
+    if type(default) is list and type(value) is tuple:
+        value = list(value)
+    if type(value) is not type(default):
+        raise UserError(f"{where} must be {type(default).__name__}, such as {default!r}, but is {value!r}")
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f"{where} must be a finite number, but is {value!r}")
     if (key, value) == ("init_from", "auto"):  # init_from keeps what a new run starts from
         key, value = "auto", True
     if isinstance(value, str) and key not in TEXTS:  # a shell leaves the ~ of --key=~/x as it is
@@ -107,47 +131,3 @@ def check_name(names, key, where):
     if key not in names:
         near = difflib.get_close_matches(key, names, 1, 0.5)
         raise UserError(f"unknown setting {where}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
-
-
-def parse(text, default):
-    """The text of a flag -> a value of the default's type, or the text itself, for check_type to refuse."""
-    if isinstance(default, str):
-        return text
-    try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
-        return text
-
-
-def check_type(where, value, default):
-    if type(default) is float and type(value) is int:
-        value = float(value)
-    if type(default) is list and type(value) is tuple:
-        value = list(value)
-    if type(value) is not type(default):
-        raise UserError(f"{where} must be {type(default).__name__}, such as {default!r}, but is {value!r}")
-    if type(value) is str and value != value.encode(errors="replace").decode():
-        raise UserError(f"{where} is not UTF-8 text: {value!r}")
-    if type(value) is float and not math.isfinite(value):
-        raise UserError(f"{where} must be a finite number, but is {value!r}")
-    return value
-
-
-def check_value(name, value, at_least, at_most, below, choices):
-    is_number = type(value) in (int, float)
-    if is_number and value < at_least:
-        raise UserError(f"{name} is {value}, but must be at least {at_least}")
-    if is_number and at_most is not None and value > at_most:
-        raise UserError(f"{name} is {value}, but must be at most {at_most}")
-    if is_number and below is not None and value >= below:
-        raise UserError(f"{name} is {value}, but must be below {below}")
-    if choices and value not in choices:
-        raise UserError(f"{name} is {value!r}, but must be one of {', '.join(map(str, choices))}")
-
-
-def read_comments(path):
-    """{setting: the comment behind its default} of a script, for --help."""
-    if path is None:
-        return {}
-    with open(path, encoding="utf-8") as f:
-        return dict(re.findall(r"^(\w+) = .*?  # (.*)$", f.read(), re.MULTILINE))

@@ -14,6 +14,7 @@ document can span several; the error of a difference is that of the windows' dif
 divergence compare next-token distributions, in nats per token.
 """
 import glob
+import itertools
 import os
 import platform
 import re
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from configurator import configure, take_source
 from model import GPT
 from parts import hellaswag, ranks
-from parts.compare import calibration_error, cast_linear_maps, mean_and_error, measure
+from parts.compare import calibration_error, cast_linear_maps, mean_and_error, measure, with_error
 from parts.data import check_tokens, open_tokens, read_meta, read_windows, token_word, val_starts
 from parts.device import autocast_to, pick_device
 from parts.files import check_file, parse_json, run_settings, write_json
@@ -67,6 +68,24 @@ NANOGPT_VAL_DOCUMENTS = 4007  # documents in nanoGPT's val split of OpenWebText
 WIDTH = 80  # columns of a printed table
 # column heading for each role
 TITLES = dict(original="original", control="control", ln_free="LN-free", part="partly removed")
+LINES = (  # of the tables: key in the JSON, label, format
+    ("loss", "nats per {word}", ".4f"),
+    ("gap", "gap to {control}", "+.4f"),
+    ("to_original", "minus original", "+.4f"),
+    ("median", "median {word}", ".4f"),
+    ("p99_9", "99.9th percentile", ".4f"),
+    ("max", "largest", ".4f"),
+    ("nonfinite", "tokens not finite", ","),
+    ("entropy", "entropy", ".4f"),
+    ("calibration", "calibration error", ".4f"),
+    ("kl", "KL from reference", ".4f"),
+    ("js", "Jensen-Shannon", ".4f"),
+    ("agree", "same top token", ".2%"),
+    ("correlation", "loss correlation", ".4f"),
+    ("acc_norm", "length-normalised", ".2%"),
+    ("acc", "accuracy", ".2%"),
+    ("sink_rate", "attention sink > 0.3", ".1%"),
+)
 
 
 # --- which models
@@ -77,6 +96,7 @@ class Candidate:
     """A model in the table."""
 
     source: str
+    directory: str  # with the model's files
     role: str  # original, control, ln_free, or part: some sites are removed
     model: GPT
     sha256: str  # hash of the weights before folding
@@ -89,20 +109,11 @@ def items(text):
 
 def last_removal():
     """The out_dir of the newest finished removal in out/."""
-    finished = sorted(glob.glob("out/*/model/config.json"), key=os.path.getmtime)
-    runs = [os.path.dirname(os.path.dirname(path)) for path in finished]
-    removals = [run for run in runs if run_settings(run).get("ln_schedule")]
-    if not removals:
-        raise UserError("no finished removal in out/: run `python train.py config/remove_ln_tiny.py` or name --models")
-    return removals[-1]
-
-
-def models_of(run):
-    """(sources, dataset): a run's original, control and model, and its data. Of any other source itself, and ""."""
-    settings = run_settings(run)
-    original = [settings["init_from"]] if settings.get("init_from", "scratch") != "scratch" else []
-    control = [run + "_control"] if os.path.isdir(run + "_control/model") else []
-    return [*original, *control, run], settings.get("dataset", "")
+    for path in sorted(glob.glob("out/*/model/config.json"), key=os.path.getmtime, reverse=True):
+        run = os.path.dirname(os.path.dirname(path))
+        if run_settings(run).get("ln_schedule"):
+            return run
+    raise UserError("no finished removal in out/: run `python train.py config/remove_ln_tiny.py` or name --models")
 
 
 def open_candidate(source):
@@ -110,37 +121,24 @@ def open_candidate(source):
     directory = model_directory(source)
     model = GPT.from_pretrained(directory).eval()
     sha256 = weights_sha256(model)
+    role = "original" if directory == source else "control"
     if model.ln_free():
-        return Candidate(source, "ln_free", model if model.config.folded else model.fold(), sha256)
-    with_ln = "original" if directory == source else "control"
-    return Candidate(source, "part" if model.any_removed() else with_ln, model, sha256)
-
-
-def check_comparable(candidates):
-    vocab_size = candidates[0].model.config.vocab_size
-    for c in candidates:
-        config = c.model.config
-        if config.vocab_size != vocab_size:
-            raise UserError(f"{candidates[0].source} has a vocabulary of {vocab_size}, but {c.source} of "
-                            f"{config.vocab_size}: compare models with the same tokenizer")
-        if block_size > config.block_size:
-            raise UserError(f"block_size {block_size} is beyond the {config.block_size} positions of {c.source}")
-    known = {c.source: fingerprint_of(c.model, model_directory(c.source)) for c in candidates}
-    sources = {fingerprint: source for source, fingerprint in known.items() if fingerprint}
-    if len(sources) > 1 and not any_tokenizer:
-        raise UserError(f"{' and '.join(sources.values())} have different tokenizers: compare models that read the "
-                        "same tokens, or pass --any_tokenizer")
+        role, model = "ln_free", model if model.config.folded else model.fold()
+    elif model.any_removed():
+        role = "part"
+    return Candidate(source, directory, role, model, sha256)
 
 
 def window_of(candidates):
     """--block_size or, by default, the shortest window that the models' runs trained on: positions beyond it were never
     trained. A model that is not a run's counts with all its positions."""
-    trained = {}
-    for c in candidates:
-        window = run_settings(c.source).get("block_size")
-        trained[c.source] = window if isinstance(window, int) else c.model.config.block_size
-    source = min(trained, key=trained.get)
-    most = min(c.model.config.block_size for c in candidates)
+    positions = {c.source: c.model.config.block_size for c in candidates}
+    trained = {source: run_settings(source).get("block_size") for source in positions}
+    trained = {source: n if isinstance(n, int) else positions[source] for source, n in trained.items()}
+    least, source = min(positions, key=positions.get), min(trained, key=trained.get)
+    most = positions[least]
+    if block_size > most:
+        raise UserError(f"block_size {block_size} is beyond the {most} positions of {least}")
     if not block_size and trained[source] < most:
         ranks.say(f"note: windows of {trained[source]} tokens, as {source} was trained on, though the models can see "
                   f"{most}: --block_size={most}")
@@ -150,60 +148,39 @@ def window_of(candidates):
 # --- which data
 
 
-def prepare(name, candidate):
-    """The folder in data/ with the data set `name`. If it is not there, prepare_owt.py makes it. UserError."""
-    vocab_size = candidate.model.config.vocab_size
-    folder = name
-    if os.path.isfile(name):
-        folder = "eval_" + re.sub(r"[^\w.-]+", "_", name).strip("._")
-        tokenizer = tokenizer_of(candidate.model, model_directory(candidate.source)).name
-        args = [f"--files={glob.escape(name)}", f"--tokenizer={tokenizer}", "--val_every=1", "--force"]
-    elif os.path.exists(os.path.join("data", name)):
-        return name
-    elif name in HUB:
-        if vocab_size <= 50256:
-            raise UserError(f"{name} comes in GPT-2's 50,257 tokens, but the models have a vocabulary of {vocab_size}")
-        args = [f"--tokens={PUBLISHED.get(name, 10_000_000) + 100_000}", "--val_every=1"]
-    elif name == "stdlib":
-        args = []
-    else:
-        raise UserError(f"unknown data set {name!r}: it is {', '.join(HUB)}, stdlib, hellaswag, residual, a text file "
-                        f"or a folder in data/, which `python prepare_owt.py --dataset={name} --files=...` makes")
-    if ranks.RANK == 0:
-        print(f"preparing data/{folder}", flush=True)
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_owt.py")
-        done = subprocess.run([sys.executable, script, f"--dataset={folder}", *args], stdout=subprocess.DEVNULL)
-        if done.returncode:
-            sys.exit(1)  # it has said why
-    return folder
-
-
-def prepare_all(names, candidates):
-    """{name: folder in data/}. Everything is checked before hours are spent. UserError."""
+def prepare(names, candidates):
+    """{name: its folder in data/}, made by prepare_owt.py if need be, and checked before hours are spent. UserError."""
+    model, directory = candidates[0].model, candidates[0].directory
     folders = {}
     for name in names:
-        folder = prepare(name, candidates[0])
+        folder, args, there = name, [], os.path.exists(os.path.join("data", name))
+        if os.path.isfile(name):
+            folder, there = "eval_" + re.sub(r"[^\w.-]+", "_", name).strip("._"), False
+            tokenizer = tokenizer_of(model, directory).name
+            args = [f"--files={glob.escape(name)}", f"--tokenizer={tokenizer}", "--val_every=1", "--force"]
+        elif name in HUB and not there:
+            if model.config.vocab_size <= 50256:
+                raise UserError(f"{name} comes in GPT-2's 50,257 tokens, and the models have {model.config.vocab_size}")
+            args = [f"--tokens={PUBLISHED.get(name, 10_000_000) + 100_000}", "--val_every=1"]
+        elif name != "stdlib" and not there:
+            raise UserError(f"unknown data set {name!r}: it is {', '.join(HUB)}, stdlib, hellaswag, residual, a text "
+                            f"file or what `python prepare_owt.py --dataset={name} --files=...` makes")
         if folder in folders.values():
             raise UserError(f"--dataset={dataset}: two of them would be data/{folder}: rename {name}")
         folders[name] = folder
-        open_tokens(folder, "val", block_size, candidates[0].model.config.vocab_size)
+        if ranks.RANK == 0 and not there:
+            print(f"preparing data/{folder}", flush=True)
+            script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_owt.py")
+            done = subprocess.run([sys.executable, script, f"--dataset={folder}", *args], stdout=subprocess.DEVNULL)
+            if done.returncode:
+                sys.exit(1)  # it has said why
+        open_tokens(folder, "val", block_size, model.config.vocab_size)
         check_tokens(folder, "val")
-        meta = read_meta(folder)
         for c in candidates:
-            note = check_data(folder, meta, c.model, model_directory(c.source), any_tokenizer)
+            note = check_data(folder, read_meta(folder), c.model, c.directory, any_tokenizer)
             if note:
                 ranks.say(note)
     return folders
-
-
-def why_not_published(folder, n):
-    """Why n val tokens of data/FOLDER are not those behind the published figures; "" if they are."""
-    if folder == "owt" and read_meta(folder)["val"].get("documents") != NANOGPT_VAL_DOCUMENTS:
-        return ("they are over nanoGPT's val split, and data/owt has other documents: "
-                "`prepare_owt.py --dataset=owt` without --tokens makes it")
-    if folder in PUBLISHED and abs(n / PUBLISHED[folder] - 1) > 0.02:
-        return f"they are over {PUBLISHED[folder]:,} tokens, and this is over {n:,}"
-    return ""
 
 
 # --- what is measured: a dict for each model, as in the JSON
@@ -215,7 +192,8 @@ def cross_entropy(folder, candidates, original, faithful_to, autocast):
     n = min(tokens or PUBLISHED.get(folder, len(data)), len(data)) // block_size
     if n < 1:
         raise UserError(f"--tokens={tokens} is less than one window of {block_size}")
-    own = val_starts(data, n, block_size)[ranks.RANK :: ranks.WORLD]
+    starts = val_starts(data, n, block_size)
+    own, n = starts[ranks.RANK :: ranks.WORLD], len(starts) * block_size
     models = {c.source: c.model for c in candidates}
     found = measure(models, faithful_to, data, own, block_size, batch_size, device, autocast)
     for arrays in found.values():
@@ -224,51 +202,47 @@ def cross_entropy(folder, candidates, original, faithful_to, autocast):
     meta = read_meta(folder)
     documents = meta["val"].get("documents")
     count = "documents" if documents is None else f"{documents:,} documents"
+    not_published = ""
+    if folder == "owt" and documents != NANOGPT_VAL_DOCUMENTS:
+        not_published = ("they are over nanoGPT's val split, and data/owt has other documents: "
+                         "`prepare_owt.py --dataset=owt` without --tokens makes it")
+    elif folder in PUBLISHED and abs(n / PUBLISHED[folder] - 1) > 0.02:
+        not_published = f"they are over {PUBLISHED[folder]:,} tokens, and this is over {n:,}"
     controls = [c.source for c in candidates if c.role == "control"]
     rows = []
     for c in candidates:
-        losses = found[c.source]["loss"]
-        row = dict(windows=len(losses), tokens=losses.size, nonfinite=int((~np.isfinite(losses)).sum()))
-        row["val"] = f"{count} of {meta.get('source', 'an unknown source')}"
-        row["not_published"] = why_not_published(folder, losses.size)
-        row["loss"], row["loss_se"] = mean_and_error(losses.mean(1))
+        mine = found[c.source]
+        losses = mine["loss"]
+        row = dict(windows=len(losses), tokens=losses.size, nonfinite=int((~np.isfinite(losses)).sum()),
+                   val=f"{count} of {meta.get('source', 'an unknown source')}", not_published=not_published,
+                   to_original_source=original if c.role != "original" else None, gap_to=None)
         row["median"], row["p99_9"], row["max"] = np.quantile(losses, [0.5, 0.999, 1])
-        row["to_original_source"] = original if c.role != "original" else None
-        row["gap_to"] = None
-        if c.role in ("ln_free", "part"):
-            row["gap_to"] = control_of(c.source, controls) if controls else original
+        if c.role in ("ln_free", "part"):  # its own control, or the only one; none, if there are several
+            own = [control for control in controls if control == c.source + "_control" or len(controls) == 1]
+            row["gap_to"] = own[0] if own else None if controls else original
+        by_window = dict(loss=losses.mean(1))
         for key, other in (("gap", row["gap_to"]), ("to_original", row["to_original_source"])):
-            row[key] = row[key + "_se"] = None
-            if other:
-                row[key], row[key + "_se"] = mean_and_error(losses.mean(1) - found[other]["loss"].mean(1))
+            by_window[key] = losses.mean(1) - found[other]["loss"].mean(1) if other else None
         if faithful_to:
-            row["entropy"], row["entropy_se"] = mean_and_error(found[c.source]["entropy"])
-            row["calibration"] = calibration_error(*(found[c.source][key].ravel() for key in ("confidence", "hit")))
+            by_window["entropy"] = mine["entropy"]
+            row["calibration"] = calibration_error(mine["confidence"].ravel(), mine["hit"].ravel())
         if faithful_to and c.source != faithful_to:
+            by_window |= {key: mine[key] for key in ("kl", "js", "agree")}
             row["reference"] = faithful_to
-            for key in ("kl", "js", "agree"):
-                row[key], row[key + "_se"] = mean_and_error(found[c.source][key])
             row["correlation"] = np.corrcoef(losses.ravel(), found[faithful_to]["loss"].ravel())[0, 1]
+        for key, windows in by_window.items():
+            row[key], row[key + "_se"] = (None, None) if windows is None else mean_and_error(windows)
         row["loss_by_position"] = losses.mean(0, dtype=np.float64).tolist()
         rows.append(row)
     return rows
 
 
-def control_of(source, controls):
-    """Its own control, or the only one; None if there are several, and none is its own."""
-    if source + "_control" in controls:
-        return source + "_control"
-    return controls[0] if len(controls) == 1 else None
-
-
 def residual(folder, candidates, autocast):
     """On rank 0; the other ranks return []."""
-    if ranks.RANK > 0:
-        return []
     data = open_tokens(folder, "val", block_size, candidates[0].model.config.vocab_size)
     starts = val_starts(data, max(1, min(tokens or 100_000, len(data)) // block_size), block_size)
     rows = []
-    for c in candidates:
+    for c in candidates if ranks.RANK == 0 else []:
         c.model.config.eot = read_meta(folder)["eot"]
         bar = tqdm(range(0, len(starts), batch_size), c.source, unit="batch", leave=False, disable=None)
         batches = (read_windows(data, starts[i : i + batch_size], block_size, device)[0] for i in bar)
@@ -277,14 +251,16 @@ def residual(folder, candidates, autocast):
     return rows
 
 
-def hellaswag_accuracies(examples, encode, candidates, autocast):
+def hellaswag_accuracies(candidates, autocast):
+    examples = hellaswag.fetch_examples()
+    tokenizer = tokenizer_of(candidates[0].model, candidates[0].directory)
     labels = np.array([example.label for example in examples])
     rows = []
     for c in candidates:
         name = c.source if ranks.RANK == 0 else ""
-        scores = hellaswag.score(c.model, examples[ranks.RANK :: ranks.WORLD], encode, device, autocast, name)
-        accuracies = hellaswag.accuracies(*map(ranks.gather_rows, scores), labels)
-        rows.append(dict(examples=len(examples)) | accuracies)
+        own = examples[ranks.RANK :: ranks.WORLD]
+        scores = hellaswag.score(c.model, own, lambda text: tokenizer.encode(text).tolist(), device, autocast, name)
+        rows.append(dict(examples=len(examples)) | hellaswag.accuracies(*map(ranks.gather_rows, scores), labels))
     return rows
 
 
@@ -293,60 +269,30 @@ def hellaswag_accuracies(examples, encode, candidates, autocast):
 
 def show(rows):
     """The table of a data set's rows, and notes on how to read it."""
-    first, name = rows[0], rows[0]["dataset"]
-    if name == "residual":
-        return show_residual(rows)
+    first, name, word = rows[0], rows[0]["dataset"], token_word(rows[0]["dataset"])
+    lines = []
     if name == "hellaswag":
         title = f"{name}: share of right endings ± binomial standard error, {first['examples']:,} examples"
-        lines = [("length-normalised", "acc_norm", ".2%"), ("accuracy", "acc", ".2%")]
-        return print_table(title, rows, [[label, *cells(rows, key, form)] for label, key, form in lines])
-    word = token_word(name)
-    controls = sum(row["role"] == "control" for row in rows)
-    gap = [("gap to its control" if controls > 1 else "gap to control", "gap", "+.4f")] if controls else []
-    title = (f"{name}: cross-entropy in nats per {word} ± standard error\n"
-             f"over {first['windows']:,} windows of {block_size} val tokens, of {first['val']}")
-    lines = [
-        (f"nats per {word}", "loss", ".4f"),
-        *gap,
-        ("minus original", "to_original", "+.4f"),
-        (f"median {word}", "median", ".4f"),
-        ("99.9th percentile", "p99_9", ".4f"),
-        ("largest", "max", ".4f"),
-        *[("tokens not finite", "nonfinite", ",")] * any(row["nonfinite"] for row in rows),
-        ("entropy", "entropy", ".4f"),
-        ("calibration error", "calibration", ".4f"),
-        ("KL from reference", "kl", ".4f"),
-        ("Jensen-Shannon", "js", ".4f"),
-        ("same top token", "agree", ".2%"),
-        ("loss correlation", "correlation", ".4f"),
-    ]
-    print_table(title, rows, [[label, *cells(rows, key, form)] for label, key, form in lines])
-    if first["not_published"]:
-        print(f"note: not to be compared with the published figures: {first['not_published']}")
-
-
-def show_residual(rows):
-    sites = list(max((row["sites"] for row in rows), key=len))  # the deepest model has the most
-    shown = list(dict.fromkeys(sites[round(i * (len(sites) - 1) / 5)] for i in range(6)))  # a screenful
-    title = (f"residual: std before {len(shown)} of {len(sites)} sites (--json has all), mean ± spread\n"
-             f"over tokens of {rows[0]['windows']:,} windows of {block_size} of data/{rows[0]['data']}")
-    lines = []
-    for site in shown:
-        for kind in ("position_0", "eot", "others"):
+    elif name == "residual":
+        sites = list(max((row["sites"] for row in rows), key=len))  # the deepest model has the most
+        shown = list(dict.fromkeys(sites[round(i * (len(sites) - 1) / 5)] for i in range(6)))  # a screenful
+        title = (f"residual: std before {len(shown)} of {len(sites)} sites (--json has all), mean ± spread\n"
+                 f"over tokens of {first['windows']:,} windows of {block_size} of data/{first['data']}")
+        for site, kind in itertools.product(shown, ("position_0", "eot", "others")):
             stds = [row["sites"].get(site, {}).get(kind) or {} for row in rows]
-            numbers = [number(std.get("mean"), std.get("spread"), ".3f") for std in stds]
+            numbers = [with_error(std.get("mean"), std.get("spread"), ".3f") for std in stds]
             lines.append([f"{site} {kind.replace('_', ' ')}", *numbers])
-    print_table(title, rows, [*lines, ["attention sink > 0.3", *cells(rows, "sink_rate", ".1%")]])
-
-
-def cells(rows, key, form):
-    return [number(row.get(key), row.get(key + "_se"), form) for row in rows]
-
-
-def number(value, error, form):
-    if value is None:
-        return ""
-    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+    else:
+        title = (f"{name}: cross-entropy in nats per {word} ± standard error\n"
+                 f"over {first['windows']:,} windows of {block_size} val tokens, of {first['val']}")
+    controls = sum(row["role"] == "control" for row in rows)
+    for key, label, form in LINES:
+        if (key != "gap" or controls) and (key != "nonfinite" or any(row.get(key) for row in rows)):
+            label = label.format(word=word, control="its control" if controls > 1 else "control")
+            lines.append([label, *(with_error(row.get(key), row.get(key + "_se"), form) for row in rows)])
+    print_table(title, rows, lines)
+    if first.get("not_published"):
+        print(f"note: not to be compared with the published figures: {first['not_published']}")
 
 
 def print_table(title, rows, lines):
@@ -368,27 +314,6 @@ def print_table(title, rows, lines):
             print("  ".join([label.ljust(label_width), *row]).rstrip())
 
 
-def write_result(rows, data_hashes, candidates):
-    """The file of --json: the rows, and what they were measured with."""
-    result = dict(
-        command=shlex.join(["python", *sys.argv]),
-        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-        dtype=dtype,
-        device=device,
-        data_sha256=data_hashes,
-        weights_sha256={c.source: c.sha256 for c in candidates},
-        rows=rows,
-    )
-    for path in [json] if json else own_results(candidates):
-        write_json(path, parse_json(dumps(result, default=float)))  # parse_json turns NaN into None
-
-
-def own_results(candidates):
-    """The files that keep a result without --json: eval.json of each LN-free run here."""
-    runs = [c.source for c in candidates if c.role == "ln_free" and run_settings(c.source)]
-    return [os.path.join(run, "eval.json") for run in runs if os.access(run, os.W_OK)]
-
-
 def verify_models(sources):
     """Print a verdict for each model. Exit code 1 if one is not LN-free."""
     reasons = {source: problems(GPT.from_pretrained(model_directory(source)).eval()) for source in sources}
@@ -398,8 +323,40 @@ def verify_models(sources):
     sys.exit(1 if any(reasons.values()) else 0)
 
 
+def open_all(run):
+    """(candidates, the data sets' names, {name: folder in data/}) of the settings and the run. Sets block_size."""
+    global block_size
+    sources, default = items(models), ""
+    if run or not sources:
+        run = run or last_removal()
+        settings = run_settings(run)
+        original = [settings["init_from"]] if settings.get("init_from", "scratch") != "scratch" else []
+        control = [run + "_control"] if os.path.isdir(run + "_control/model") else []
+        sources = list(dict.fromkeys([*original, *control, run, *sources]))
+        default = settings.get("dataset", "")
+    if reference and reference not in sources:
+        sources.insert(0, reference)
+    candidates = [open_candidate(source) for source in sources]
+    sizes = {c.model.config.vocab_size: c.source for c in candidates}
+    if len(sizes) > 1:
+        raise UserError(f"{' and '.join(sizes.values())} have vocabularies of {' and '.join(map(str, sizes))} tokens")
+    tokenizers = {fingerprint_of(c.model, c.directory): c.source for c in candidates}
+    tokenizers.pop("", None)  # those that are not known
+    if len(tokenizers) > 1 and not any_tokenizer:
+        raise UserError(f"{' and '.join(tokenizers.values())} have different tokenizers: --any_tokenizer goes on")
+    block_size = window_of(candidates)
+    default = default or ("owt" if candidates[0].model.config.vocab_size > 50256 else "stdlib")
+    names = items(dataset) or [default]
+    token_files = [name for name in names if name not in ("hellaswag", "residual")]
+    folders = prepare(token_files or [default] * ("residual" in names), candidates)
+    if "hellaswag" in names:
+        hellaswag.fetch_examples()
+        tokenizer_of(candidates[0].model, candidates[0].directory)
+    return candidates, names, folders
+
+
 def main():
-    global block_size, device
+    global device
     run = take_source()
     configure(globals(), sys.argv[1:], __doc__, at_least=dict(batch_size=1),
               choices=dict(dtype=("float32", "bfloat16")))
@@ -417,23 +374,10 @@ def main():
     ranks.join("cpu")  # gloo: a few results at the end, whatever the device
 
     with ranks.rank_0_first():  # rank 0 downloads and prepares
-        sources, run_dataset = items(models), ""
-        if run or not sources:
-            of_run, run_dataset = models_of(run or last_removal())
-            sources = list(dict.fromkeys([*of_run, *sources]))
-        if reference and reference not in sources:
-            sources.insert(0, reference)
-        candidates = [open_candidate(source) for source in sources]
-        check_comparable(candidates)
-        block_size = window_of(candidates)
-        default = run_dataset or ("owt" if candidates[0].model.config.vocab_size > 50256 else "stdlib")
-        names = items(dataset) or [default]
-        token_files = [name for name in names if name not in ("hellaswag", "residual")]
-        folders = prepare_all(token_files or [default] * ("residual" in names), candidates)
-        if "hellaswag" in names:
-            encode = tokenizer_of(candidates[0].model, model_directory(candidates[0].source)).encode
-            examples = hellaswag.fetch_examples()
-    for path in own_results(candidates):
+        candidates, names, folders = open_all(run)
+    runs = [c.source for c in candidates if c.role == "ln_free" and run_settings(c.source)]
+    paths = [json] if json else [os.path.join(run, "eval.json") for run in runs if os.access(run, os.W_OK)]
+    for path in paths:
         check_file(path, ["command", "rows"])
     for c in candidates:
         c.model.to(device)
@@ -444,25 +388,27 @@ def main():
     original = next((source for source in originals if source != reference), originals[0] if originals else None)
     faithful_to = (reference or original or candidates[0].source) if faithfulness else None
 
-    rows, data_hashes = [], {}
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    result = dict(command=shlex.join(["python", *sys.argv]), versions=versions, dtype=dtype, device=device,
+                  data_sha256={}, weights_sha256={c.source: c.sha256 for c in candidates}, rows=[])
     for name in names:
         if name == "hellaswag":
-            measured = hellaswag_accuracies(examples, lambda text: encode(text).tolist(), candidates, autocast)
+            measured = hellaswag_accuracies(candidates, autocast)
         elif name == "residual":
             measured = residual(next(iter(folders.values())), candidates, autocast)
         else:
             name = folders[name]
             measured = cross_entropy(name, candidates, original, faithful_to, autocast)
-            data_hashes[name] = read_meta(name)["val"].get("sha256")
+            result["data_sha256"][name] = read_meta(name)["val"].get("sha256")
         if ranks.RANK == 0:
             found = [dict(dataset=name, source=c.source, role=c.role) | row for c, row in zip(candidates, measured)]
-            rows += found
-            write_result(rows, data_hashes, candidates)  # before it is shown, which can fail
+            result["rows"] += found
+            for path in paths:  # before it is shown, which can fail; parse_json turns NaN into None
+                write_json(path, parse_json(dumps(result, default=float)))
             show(found)
-    removed = [c.source for c in candidates if c.role == "ln_free" and run_settings(c.source)]
     commands = [command("tools.plot", json)] * bool(json and "residual" in names)
-    for run in removed[-1:]:
-        commands += [command("tools.plot", run), command("tools.export", run, "--to=hf")]
+    if runs:
+        commands += [command("tools.plot", runs[-1]), command("tools.export", runs[-1], "--to=hf")]
     if ranks.RANK == 0:
         say_next(*commands)
     ranks.leave()

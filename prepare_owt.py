@@ -24,7 +24,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice
 
 from parts.errors import UserError, begin_script, command, interruptible, say_next, on_disk, reading
 
@@ -35,10 +35,10 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from parts.files import FolderLock, check_folder, read_json, remove_empty, remove_files
-from parts.files import unfinished, whole_file, write_json
-from parts.sources import ANY_SEAM, GPT2_SEAM, HUB, NO_SEAM, STDLIB_SHARES
-from parts.sources import hub_sources, local_sources, place, read_rows, read_text, stdlib_sources
+from parts.files import FolderLock, check_folder, read_json, remove_empty, remove_files, unfinished, whole_file
+from parts.files import write_json
+from parts.sources import ANY_SEAM, GPT2_SEAM, HUB, NO_SEAM, STDLIB_SHARES, hub_sources, local_sources, place
+from parts.sources import read_rows, read_text, stdlib_sources
 from parts.tokenizer import make_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -73,53 +73,42 @@ OURS = re.compile(r"\.?([0-9a-f]{16}\.(bin|npy)|train\.bin|val\.bin|meta\.json)(
 # --- train or val
 
 
-def val_rule(sources, chosen):
-    """(rule, every, share). rule(source) is True: val; False: train; a float: this share of the text file, at its end,
+def with_val(sources, chosen):
+    """([(source, val)], every, share). val is True; False, for train; a float: this share of the text file, at its end,
     is val; None: a file of rows, of which every every-th is val."""
     size = max(1, sum(source.size for source in sources))
-    val_size = VAL_TOKENS * bytes_per_token(chosen)
-    needed = min(0.2, val_size / size)
+    per_token = 1 if chosen == "bytes" else 3  # bytes, a rough lower estimate: GPT-2's tokens have about 4
+    needed = min(0.2, VAL_TOKENS * per_token / size)
     share = max(VAL_SHARE, needed)
-    asked = min(size, tokens * bytes_per_token(chosen) or size)
-    every = val_every or max(5, min(VAL_EVERY, asked // val_size))
-    texts = [source for source in sources if not source.rows_format]
-    found = sum(source.size for source in texts if place(source.name) < share)
+    asked = min(size, tokens * per_token or size)
+    every = val_every or max(5, min(VAL_EVERY, asked // (VAL_TOKENS * per_token)))
+    found = sum(source.size for source in sources if not source.rows_format and place(source.name) < share)
     whole_files = needed / 2 < found / size < 0.6
 
-    def rule(source):
-        if source.rows_format:
-            return None
-        if val_every == 1:
-            return True
-        return place(source.name) < share if whole_files else share
+    def val(source):
+        return val_every == 1 or (place(source.name) < share if whole_files else share)
 
-    return rule, every, share
+    return [(source, None if source.rows_format else val(source)) for source in sources], every, share
 
 
 def nanogpt_val_documents(n=OWT_DOCUMENTS):
-    """The documents of nanoGPT's val.bin, in its order: what datasets' train_test_split draws. The published losses on
-    OpenWebText are over these."""
+    """The documents of nanoGPT's val.bin, in its order, as datasets' train_test_split draws them."""
     return np.random.default_rng(2357).permutation(n)[: int(np.ceil(0.0005 * n))]
 
 
 # --- encoding: a job (some files) becomes a part: KEY.bin, its tokens, and KEY.npy, its table of documents
 
 
-def make_jobs(sources, rule):
-    """Lists of (Source, rule(Source)): one hub file, one large file, or small files of JOB bytes in all."""
+def make_parts(half, pairs, made):
+    """Encode the jobs that have no part yet, up to enough tokens. Returns the parts' paths without extension. A job is
+    a list of (source, val): one hub file, one large file, or small files of JOB bytes in all."""
     jobs, size = [], JOB
-    for source in sources:
+    for source, val in pairs:
         if size >= JOB or source.repo:
             jobs.append([])
             size = 0
-        jobs[-1].append((source, rule(source)))
+        jobs[-1].append((source, val))
         size += source.size
-    return jobs
-
-
-def make_parts(half, jobs, made):
-    """Encode the jobs that have no part yet, until there are enough tokens. Returns the parts' paths without
-    extension, in order."""
     parts, left = [], tokens
     with tqdm(total=tokens or None, unit="token", unit_scale=True, disable=None) as bar:
         for job in jobs:
@@ -159,10 +148,8 @@ def make_batches(job, made):
     name = column or ("input_ids" if made.encode is None else "")
     batch, size = [], 0
     for source, val in job:
-        if source.rows_format:
-            pieces = read_rows(source, name, made.eot, WINDOWS[rows])
-        else:
-            pieces = read_text(source, val, seam)
+        is_rows = bool(source.rows_format)
+        pieces = read_rows(source, name, made.eot, WINDOWS[rows]) if is_rows else read_text(source, val, seam)
         for piece in split_pieces(pieces) if split_on else pieces:
             batch.append(piece)
             size += len(piece.content)
@@ -179,7 +166,7 @@ def split_pieces(pieces):
         if isinstance(piece.content, list):
             yield piece
             continue
-        *whole, rest = piece.content.split(split_on.encode() if isinstance(piece.content, bytes) else split_on)
+        *whole, rest = piece.content.split(split_on.encode())
         if whole and piece.ends and not rest.strip():
             rest = whole.pop()  # the file or row ends with a split_on
         for text in whole:
@@ -191,8 +178,7 @@ def split_pieces(pieces):
 
 
 def in_order(function, batches):
-    """Yields the items of function(batch) for each batch, in order. Threads compute ahead: tokenizers release Python's
-    lock."""
+    """Yields the items of each function(batch) in order. Threads compute ahead: tokenizers release Python's lock."""
     waiting = deque()
     with ThreadPoolExecutor(THREADS) as pool:
         for batch in batches:
@@ -204,126 +190,112 @@ def in_order(function, batches):
 
 
 def encode(made, batch):
-    """[(Piece, its tokens and end-of-text as uint16, whether we appended the end-of-text, how many special tokens its
-    text spells)]."""
-    eot = np.array([made.eot], "<u2")
-    special = {str: made.special, bytes: [text.encode() for text in made.special]}
+    """[(Piece, its tokens and end-of-text as uint16, whether we appended that, how many special tokens it spells)]."""
+    special = [text.encode() for text in made.special]
     found = []
     for piece in batch:
         is_ids = isinstance(piece.content, list)
         with reading(piece.name):
-            ids = checked_ids(piece.content, made) if is_ids else encode_text(piece.content, made)
-        appended = piece.ends and not piece.window
-        if appended and is_ids:  # ids may have one already, first or last
-            appended = not len(ids) or eot not in (ids[0], ids[-1])
-            if len(ids) and ids[0] == eot:
-                ids = np.concatenate([ids[1:], [] if ids[-1] == eot and len(ids) > 1 else eot]).astype("<u2")
-        spelled = sum(map(piece.content.count, special.get(type(piece.content), ())))
-        found.append((piece, np.concatenate([ids, eot]) if appended else ids, appended, spelled))
+            if made.encode is None and not is_ids:
+                raise ValueError("it holds text, not token ids: tokenize it first, into rows with a column input_ids")
+            ids = np.array(piece.content) if is_ids else made.encode(piece.content)
+            if ids.size and (ids.dtype.kind not in "iu" or ids.ndim != 1):
+                raise ValueError(f"these are not token ids: {str(piece.content)[:40]}")
+            if ids.size and not 0 <= ids.min() <= ids.max() < made.vocab_size:
+                raise ValueError(f"ids from {ids.min()} to {ids.max()}, but --tokenizer has {made.vocab_size}")
+            ids = ids.astype("<u2")
+        appended = marked = piece.ends and not piece.window
+        if marked and is_ids and len(ids):  # ids may have one already, first or last
+            first, last = ids[0] == made.eot, ids[-1] == made.eot
+            appended, ids = not (first or last), ids[int(first) : len(ids) - int(last)]
+        spelled = 0 if is_ids else sum(map(piece.content.count, special))
+        found.append((piece, np.append(ids, made.eot).astype("<u2") if marked else ids, appended, spelled))
     return found
 
 
-def encode_text(content, made):
-    if made.encode is None:
-        raise ValueError("it holds text, not token ids: tokenize it first, into rows with a column input_ids")
-    return made.encode(content)
-
-
-def checked_ids(ids, made):
-    """A list of token ids as uint16. ValueError if it holds anything else, or ids that are too large."""
-    found = np.array(ids)
-    if found.size and (found.dtype.kind != "i" or found.ndim != 1):
-        raise ValueError(f"these are not token ids: {str(ids)[:40]}")
-    if found.size and not 0 <= found.min() <= found.max() < made.vocab_size:
-        raise ValueError(f"token ids from {found.min()} to {found.max()}, but the tokenizer has {made.vocab_size}: "
-                         "give theirs with --tokenizer")
-    return found.astype("<u2")
-
-
 # --- from parts to token files
+
+
+def token_file(path):
+    return np.asarray(np.memmap(path, "<u2", "r") if os.path.getsize(path) else np.zeros(0, "<u2"))
 
 
 def join(half, parts, every, share, eot):
     """Write train.bin and val.bin. Returns {"train" and "val": {tokens, documents, eot_appended, sha256}, "spelled":
     the number of special tokens that the text spells}."""
     tables = [np.load(part + ".npy") for part in parts]
-    length, _, side, last, spelled = np.concatenate([*tables, np.zeros((0, 5), np.int64)]).T
+    length, appended, side, last, spelled = np.concatenate([*tables, np.zeros((0, 5), np.int64)]).T
     number = np.cumsum(last) - last  # index of the row or text file
     owt = dataset == "owt" and not tokens and val_every != 1
     order = nanogpt_val_documents() if owt else []
     is_val = np.where(side == 2, np.isin(number, order) if owt else number % every == 0, side == 1)
+    tail = np.where(is_val, length, 0)  # how many tokens at a document's end are val
     # few long rows: each is cut at its end, as few text files are
-    cut = not val_every and not owt and (side == 2).all() and 2 * length[is_val].sum() > length.sum()
-    counts = {which: dict(tokens=0, documents=0, eot_appended=0) for which in ("train", "val")}
-    digests = dict(train=hashlib.sha256(), val=hashlib.sha256())
+    cut = not val_every and not owt and (side == 2).all() and 2 * tail.sum() > length.sum()
+    if cut:
+        is_val, tail = np.zeros(len(length), bool), (share * length).astype(np.int64)
     held = {}  # number: a val document of OpenWebText
     with whole_file(os.path.join(half, "train.bin")) as train, whole_file(os.path.join(half, "val.bin")) as val:
-
-        def write(which, ids, documents, appended):
-            dict(train=train, val=val)[which].write(ids)
-            digests[which].update(ids)
-            added = dict(tokens=len(ids), documents=documents, eot_appended=appended)
-            counts[which] = {key: n + int(added[key]) for key, n in counts[which].items()}
-
-        end = 0
+        documents = zip(number, length, tail)
         for part, table in zip(parts, tables):
-            begin, end = end, end + len(table)
-            ids = np.memmap(part + ".bin", "<u2", "r") if table[:, 0].any() else np.zeros(0, "<u2")
-            at = np.concatenate([[0], np.cumsum(table[:, 0])])
-            runs = range(1, len(table)) if cut or owt else 1 + np.flatnonzero(np.diff(is_val[begin:end]))
-            for i, j in pairwise([0, *runs, len(table)] if len(table) else []):  # documents of one split
-                run, appended = ids[at[i] : at[j]], table[i:j, 1].sum()
-                if cut and int(share * len(run)):
-                    border = len(run) - int(share * len(run))
-                    write("train", np.append(run[:border], eot).astype("<u2"), 1, 1)
-                    write("val", run[border:], 1, appended)
-                elif owt and is_val[begin + i]:
-                    held[int(number[begin + i])] = np.array(run), 1, appended
+            ids, end = token_file(part + ".bin"), 0
+            for i, n, of_val in islice(documents, len(table)):
+                begin, end = end, end + n
+                border = end - of_val
+                train.write(ids[begin:border])
+                if begin < border < end:
+                    train.write(np.array([eot], "<u2"))
+                if owt and of_val:
+                    held[i] = np.array(ids[border:end])
                 else:
-                    write("val" if is_val[begin + i] and not cut else "train", run, j - i, appended)
+                    val.write(ids[border:end])
         for i in order if len(number) == OWT_DOCUMENTS else sorted(held):
-            write("val", *held[i])
-    splits = {which: counts[which] | dict(sha256=digests[which].hexdigest()) for which in counts}
+            val.write(held[i])
+    splits = {}
+    appended_to = dict(train=np.where(tail > 0, 1, appended)[~is_val], val=appended[is_val | (tail > 0)])
+    for which, appended in appended_to.items():
+        with open(os.path.join(half, which + ".bin"), "rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+            splits[which] = dict(tokens=f.tell() // 2, documents=len(appended), eot_appended=int(appended.sum()),
+                                 sha256=sha256)
     return splits | dict(spelled=int(spelled.sum()))
 
 
 # --- from asking to files
 
 
-def bytes_per_token(chosen):
-    """A rough lower estimate: GPT-2's tokens have about 4 bytes, those of smaller vocabularies fewer."""
-    return 1 if chosen == "bytes" else 3
-
-
-def say_what_val_shows(n, word):
-    """The standard error to expect of a gap over n val tokens, each a byte or a token."""
-    error = TOKEN_SD[word] / math.sqrt(max(1, n))
-    print(f"{n:,} val tokens: expect a standard error of about {error:.4f} nats of a gap")
-    if error > 0.005:
-        print(f"note: a gap is about 0.02 nats, too small for this: prepare more text, for {VAL_TOKENS:,} val tokens")
-
-
-def say_special_tokens(path, made, meta):
-    """Print how many tokens are end-of-text or unknown, and how many special tokens stayed text."""
-    ids = np.memmap(path, "<u2", "r") if os.path.getsize(path) else np.zeros(0, "<u2")
+def say_what_is_there(done, made, meta):
+    """Print the sizes; how many tokens are end-of-text or unknown, and how many special tokens stayed text; and the
+    standard error to expect of a gap over the val tokens."""
+    for which in ("train", "val"):
+        print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
+    path = os.path.join(done, "train.bin")
+    ids = token_file(path)
     found = doubled = unknown = 0
     for i in range(0, len(ids), 2**24):
         is_eot = ids[i : i + 2**24 + 1] == made.eot
-        found += int(is_eot[: 2**24].sum())
-        doubled += int((is_eot[1:] & is_eot[:-1]).sum())
-        if made.unk is not None:
-            unknown += int((ids[i : i + 2**24] == made.unk).sum())
+        found += is_eot[: 2**24].sum()
+        doubled += (is_eot[1:] & is_eot[:-1]).sum()
+        unknown += np.sum(ids[i : i + 2**24] == made.unk)
     print(f"end-of-text: {found / max(1, len(ids)):.3%} of {path}, {doubled:,} of {found:,} doubled")
     if not found and len(ids):
         print("note: without end-of-text, a model can't tell where a document ends")
-    if made.unk is not None and unknown:
+    if unknown:
         share = unknown / len(ids)
         print(f"{'note: ' if share > 0.01 else ''}{share:.3%} of {path} is the unknown token")
-    if meta.get("spelled"):
+    if meta["spelled"]:
         print(f"note: {meta['spelled']:,} special tokens are spelled in the text, and stay text: if they end "
               f"documents, use --split_on='{made.special[0]}'")
     for note in made.notes():
         print(f"note: {note}")
+    documents = meta["train"]["documents"] + meta["val"]["documents"]
+    if dataset == "owt" and documents != OWT_DOCUMENTS:
+        print(f"this is a part of OpenWebText: {documents:,} of {OWT_DOCUMENTS:,} documents")
+    n = meta["val"]["tokens"]
+    error = TOKEN_SD["byte" if made.name == "bytes" else "token"] / math.sqrt(max(1, n))
+    print(f"{n:,} val tokens: expect a standard error of about {error:.4f} nats of a gap")
+    if error > 0.005:
+        print(f"note: a gap is about 0.02 nats, too small for this: prepare more text, for {VAL_TOKENS:,} val tokens")
 
 
 def next_command(name, made):
@@ -340,18 +312,16 @@ def request():
     if files and (on_hub or dataset in STDLIB_SHARES):
         raise UserError(f"{dataset} has a source of its own; give the files another name with --dataset=NAME")
     if not files and not on_hub and dataset not in ("", *STDLIB_SHARES):
-        raise UserError(f"no source for {dataset!r}: give --files='a.txt,dir/*.md', "
-                        f"a hub data set as ORG/NAME, or {', '.join([*STDLIB_SHARES, *HUB])}")
-    name = dataset or ("files" if files else "stdlib")
-    name = name.partition("@")[0].split("/")[-1]
+        known = ", ".join(["ORG/NAME", *STDLIB_SHARES, *HUB])
+        raise UserError(f"no source for {dataset!r}: give --files='a.txt,dir/*.md', or a data set of {known}")
+    name = (dataset or ("files" if files else "stdlib")).partition("@")[0].split("/")[-1]
     if not name or name.startswith("."):
         raise UserError(f"--dataset={dataset} does not end in a name for a folder in data/")
     if re.search(r"\s", split_on):
         raise UserError(f"--split_on={split_on!r} must not have white space in it")
     made = make_tokenizer(tokenizer or ("gpt2" if on_hub else "bytes"))
-    origin = f"stdlib of Python {sys.version.split()[0]}"
-    if files or on_hub:
-        origin = files or f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip()
+    origin = f"{HUB.get(dataset, dataset)} {split} {folder}".rstrip() if on_hub else files
+    origin = origin or f"stdlib of Python {sys.version.split()[0]}"
     meta = dict(tokenizer=made.name, vocab_size=made.vocab_size, eot=made.eot, source=origin, asked_tokens=tokens,
                 val_every=val_every, column=column or ("input_ids" if made.encode is None else ""), rows=rows,
                 split_on=split_on)
@@ -391,8 +361,8 @@ def clear(half, keep=()):
 def prepare(half, sources, made, meta):
     """Write the token files and meta.json into the unfinished folder. Returns meta.json."""
     try:
-        rule, every, share = val_rule(sources, made.name)
-        parts = make_parts(half, make_jobs(sources, rule), made)
+        pairs, every, share = with_val(sources, made.name)
+        parts = make_parts(half, pairs, made)
         splits = join(half, parts, every, share, made.eot)
     except UserError as e:
         if any(file.endswith(".npy") and not file.startswith(".") for file in os.listdir(half)):
@@ -430,13 +400,7 @@ def main():
         remove_files(done, TOKEN_FILES)  # meta.json last: until then it is ours
         remove_empty(done)
         os.rename(half, done)
-    for which in ("train", "val"):
-        print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
-    say_special_tokens(os.path.join(done, "train.bin"), made, meta)
-    documents = meta["train"]["documents"] + meta["val"]["documents"]
-    if dataset == "owt" and documents != OWT_DOCUMENTS:
-        print(f"this is a part of OpenWebText: {documents:,} of {OWT_DOCUMENTS:,} documents")
-    say_what_val_shows(meta["val"]["tokens"], "byte" if made.name == "bytes" else "token")
+    say_what_is_there(done, made, meta)
     if val_every != 1:
         say_next(next_command(name, made))
 

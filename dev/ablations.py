@@ -9,7 +9,6 @@ Each run is train.py with some flags, then eval.py beside the original on two va
 trained on: choices are made on `testbed_choose`, results are reported on `testbed_report`. A line of dev/ablations.csv
 has the commit, the flags, the seed and the results.
 """
-import csv
 import json
 import os
 import shlex
@@ -17,12 +16,13 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
-from statistics import mean, stdev
 
 from parts.errors import UserError, begin_script, reading
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
+
+import pandas as pd  # datasets brings it
 
 from configurator import configure
 
@@ -90,13 +90,10 @@ def all_runs():
     return list(dict.fromkeys(runs))
 
 
-def done_already():
-    """{(name, steps, seed): {number: value}} of the csv."""
-    if not os.path.exists(path):
-        return {}
-    with reading(path), open(path) as f:
-        return {(row["name"], int(row["steps"]), int(row["seed"])): {key: float(row[key]) for key in NUMBERS}
-                for row in csv.DictReader(f)}
+def results():
+    """The csv, as a table."""
+    with reading(path):
+        return pd.read_csv(path) if os.path.exists(path) else pd.DataFrame(columns=FIELDS)
 
 
 def call(*command):
@@ -125,58 +122,39 @@ def run(name, steps, seed):
             if row["source"] == out_dir:
                 part = row["dataset"].removeprefix("testbed_")
                 line |= {f"{part}_{number}": row[number] for number in MEASURED}
-    new = not os.path.exists(path)
-    with open(path, "a") as f:
-        writer = csv.DictWriter(f, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(line)
+    pd.DataFrame([line], columns=FIELDS).to_csv(path, mode="a", header=not os.path.exists(path), index=False)
     print(f"{name}, {steps} steps, seed {seed}: loss {line['choose_loss']:.4f}, {seconds} s", flush=True)
 
 
-def means():
-    """The csv's rows of a name and a number of steps in one: [{"name", "steps", "seeds", "gap", "gap_sd", ...}],
-    the lowest loss on `choose` first. The gap is on `report`, to the model with LN that has the lowest loss on
-    `choose` at as many steps, over the seeds that both have."""
-    groups = {}
-    for (name, n, seed), numbers in done_already().items():
-        groups.setdefault((name, n), {})[seed] = numbers
-    found = []
-    for (name, n), seeds in groups.items():
-        mean_of = {key: mean(numbers[key] for numbers in seeds.values()) for key in NUMBERS}
-        found.append(dict(name=name, steps=n, seeds=seeds, **mean_of))
-    found.sort(key=lambda row: row["choose_loss"])
-    for row in found:
-        best = next((r for r in found if r["name"].startswith("control") and r["steps"] == row["steps"]), None)
-        both = row["seeds"].keys() & best["seeds"].keys() if best else ()
-        gaps = [row["seeds"][seed]["report_loss"] - best["seeds"][seed]["report_loss"] for seed in both]
-        row["gap"] = mean(gaps) if gaps else None
-        row["gap_sd"] = stdev(gaps) if len(gaps) > 1 else None
-    return found
-
-
-def print_means(rows):
-    """± is the standard deviation over seeds."""
+def print_means():
+    """The means over seeds of a name and a number of steps, the lowest loss on `choose` first. The gap, on `report`, is
+    to the model with LN that has the lowest loss on `choose` at as many steps, over the seeds that both have; ± is its
+    standard deviation over seeds."""
+    groups = [(*key, runs.set_index("seed")) for key, runs in results().groupby(["name", "steps"])]
+    groups.sort(key=lambda group: group[2].choose_loss.mean())
     print(f"{'':<24}{'steps':>6}{'seeds':>6}{'choose':>8}{'report':>8}{'KL':>7}{'max':>6}{'gap':>8}{'±':>7}")
-    for row in rows:
-        line = f"{row['name']:<24}{row['steps']:>6}{len(row['seeds']):>6}{row['choose_loss']:>8.4f}"
-        line += f"{row['report_loss']:>8.4f}{row['report_kl']:>7.4f}{row['report_max']:>6.1f}"
-        line += "" if row["gap"] is None else f"{row['gap']:>+8.4f}"
-        line += "" if row["gap_sd"] is None else f"{row['gap_sd']:>7.4f}"
-        print(line)
+    for name, steps, runs in groups:
+        mean = runs[NUMBERS].mean()
+        line = f"{name:<24}{steps:>6}{len(runs):>6}{mean.choose_loss:>8.4f}"
+        line += f"{mean.report_loss:>8.4f}{mean.report_kl:>7.4f}{mean.report_max:>6.1f}"
+        with_ln = [other for n, k, other in groups if n.startswith("control") and k == steps]
+        gaps = (runs.report_loss - with_ln[0].report_loss).dropna() if with_ln else ()
+        line += f"{gaps.mean():>+8.4f}" if len(gaps) else ""
+        print(line + (f"{gaps.std():>7.4f}" if len(gaps) > 1 else ""))
 
 
 def main():
     configure(globals(), sys.argv[1:], __doc__, at_least=dict(tokens=1))
     if show:
-        return print_means(means())
+        return print_means()
     if not os.path.isdir(ORIGINAL):
         raise UserError(f"{ORIGINAL} is not there: run `make testbed` first")
     chosen = [run for run in all_runs() if run[0].startswith(tuple(only.split(",")))]
     if not chosen:
         raise UserError(f"no run's name begins with {only!r}: there are {', '.join(settings_of_runs())}")
+    done = set(results()[["name", "steps", "seed"]].itertuples(index=False, name=None))
     for key in chosen:
-        if key not in done_already():
+        if key not in done:
             run(*key)
 
 

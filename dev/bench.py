@@ -31,7 +31,7 @@ from model import GPT, Block, GPTConfig, LayerNorm
 from parts.compare import cast_linear_maps
 from parts.device import autocast_to, keep_memory
 from parts.loss import LossInPieces, token_losses
-from tools.sample import generate, use_addmv
+from tools.sample import generate
 
 # -----------------------------------------------------------------------------
 what = "train"  # train, eval or sample; step: one way of training in this process, as JSON
@@ -135,17 +135,15 @@ def peak_memory():
 
 
 def compare_steps():
-    """Print the table of training: medians over rounds. A way that fails, out of memory for instance, has its error as
-    its row."""
+    """Print the table of training: medians over rounds. A way that fails has its error as its row."""
     results = {name: [] for name in WAYS if way in name}
     if not results:
         raise UserError(f"--way={way}: choose one of {', '.join(WAYS)}, or a part of a name")
-    for _ in range(rounds):
-        for name, found in results.items():
-            command = [sys.executable, "-m", "dev.bench", *sys.argv[1:], "--what=step", f"--way={name}"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            last = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
-            found.append(dict(error=last) if done.returncode else json.loads(last))
+    for name in list(results) * rounds:
+        command = [sys.executable, "-m", "dev.bench", *sys.argv[1:], "--what=step", f"--way={name}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        last = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
+        results[name].append(dict(error=last) if done.returncode else json.loads(last))
     print(f"{'':<26}{'tokens/s':>10}{'ratio':>8}{'peak memory, GB':>18}")
     base = None
     for name, found in results.items():
@@ -228,9 +226,6 @@ def compare_sample(n=256):
     for dtype in (torch.float32, torch.bfloat16):
         for m in (model, folded, hf):
             m.to(dtype)
-        if dtype == torch.bfloat16 and DEVICE == "cpu":
-            use_addmv(model)
-            use_addmv(folded)
         apart = 0 if dtype == torch.float32 else None  # bfloat16 rounds, and the folded model is another one
         compare(f"LN to transformers, {dtype}", "tokens/s", n, theirs, lambda: decode(model), apart)
         compare(f"folded to LN, {dtype}", "tokens/s", n, lambda: decode(model), lambda: decode(folded), None)

@@ -6,6 +6,7 @@ import re
 
 import huggingface_hub as hub
 
+from parts.compare import with_error
 from parts.data import token_word
 from parts.errors import UserError, reading
 from parts.files import read_dict, read_json, run_settings
@@ -129,9 +130,7 @@ def table(rows):
     word = token_word(rows[0]["dataset"])
     lines = [f"| dataset | model | loss, nats per {word} | gap to control |", "|---|---|---|---|"]
     for row in rows:
-        cells = [row["dataset"], row["role"].replace("ln_free", "LN-free")]
-        for key, form in (("loss", ".4f"), ("gap", "+.4f")):
-            number, error = row.get(key), row.get(key + "_se")
-            cells.append("" if number is None else f"{number:{form}}" + ("" if error is None else f" ± {error:.4f}"))
-        lines.append(f"| {' | '.join(cells)} |")
+        loss = with_error(row.get("loss"), row.get("loss_se"), ".4f")
+        gap = with_error(row.get("gap"), row.get("gap_se"), "+.4f")
+        lines.append(f"| {row['dataset']} | {row['role'].replace('ln_free', 'LN-free')} | {loss} | {gap} |")
     return "\n".join(lines)

@@ -17,7 +17,10 @@ NAMES = ("ckpt.pt", "ckpt-1.pt")
 def save(out_dir, step, model, optimizers, settings):
     """Write ckpt.pt before step `step`. All ranks call it, and rank 0 writes. The last checkpoint becomes ckpt-1.pt
     when the new one is whole. UserError if it can't be written."""
-    rng = ranks.gather(rng_state())
+    rng = dict(cpu=torch.get_rng_state())
+    if torch.cuda.is_initialized():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    rng = ranks.gather(rng)
     if ranks.RANK > 0:
         return
     write(os.path.join(out_dir, "ckpt.pt"), dict(
@@ -95,18 +98,8 @@ def load_optimizers(optimizers, checkpoint, path):
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
-            for parameter, state in optimizer.state.items():
-                for name, tensor in state.items():
-                    if tensor.shape not in ((), parameter.shape):
-                        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
-
-
-def rng_state():
-    """The random state that dropout draws from."""
-    state = dict(cpu=torch.get_rng_state())
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+            if any(t.shape not in ((), p.shape) for p, state in optimizer.state.items() for t in state.values()):
+                raise ValueError("one has another shape than its parameter")
 
 
 def set_rng_state(states):

@@ -33,20 +33,15 @@ def compare(models, reference, hidden, targets):
     models: {name: GPT}; reference: one of the names; hidden: {name: what the unembedding reads, (N, C)}."""
     found = {name: defaultdict(list) for name in models}
     for *xs, y in zip(*(pieces(hidden[name], EVAL_ROWS) for name in models), pieces(targets, EVAL_ROWS)):
-        log_p = {}  # (rows, vocab) each
-        for (name, model), x in zip(models.items(), xs):
-            log_p[name] = exact_logits(model, x).log_softmax(-1)
-        for name in models:
-            found[name]["loss"].append(-log_p[name].gather(1, y.unsqueeze(1))[:, 0])
-            best, top = log_p[name].max(-1)
-            found[name]["confidence"].append(best.exp())
-            found[name]["hit"].append((top == y).float())
-            found[name]["entropy"].append(-(log_p[name].exp() * log_p[name]).sum(-1))
+        log_probs = {name: exact_logits(model, x).log_softmax(-1) for (name, model), x in zip(models.items(), xs)}
+        for name, log_p in log_probs.items():  # (rows, vocab)
+            best, top = log_p.max(-1)
+            values = dict(loss=-log_p.gather(1, y.unsqueeze(1))[:, 0], confidence=best.exp(), hit=top == y,
+                          entropy=-(log_p.exp() * log_p).sum(-1))
             if name != reference:
-                kl, js, agree = divergences(log_p[reference], log_p[name])
-                found[name]["kl"].append(kl)
-                found[name]["js"].append(js)
-                found[name]["agree"].append(agree.float())
+                values |= zip(("kl", "js", "agree"), divergences(log_probs[reference], log_p))
+            for key, value in values.items():
+                found[name][key].append(value)
     return {name: {key: torch.cat(rows) for key, rows in values.items()} for name, values in found.items()}
 
 
@@ -56,16 +51,10 @@ def measure(models, reference, tokens, starts, block_size, batch_size, device, a
     compare, over the windows of tokens that begin at starts (windows,).
 
     models: {name: GPT}; reference: one of the names, or None for the losses alone."""
-    found = {}
-    for name in models:
-        keys = ["loss"]
-        if reference is not None:
-            keys += ["confidence", "hit", "entropy"] + ["kl", "js", "agree"] * (name != reference)
-        found[name] = {}
-        for key in keys:
-            by_token = key in BY_TOKEN
-            shape = (len(starts), block_size) if by_token else len(starts)
-            found[name][key] = np.zeros(shape, np.float32 if by_token else np.float64)
+    keys = ("loss",) if reference is None else (*BY_TOKEN, "entropy", "kl", "js", "agree")
+    shape = len(starts), block_size
+    found = {name: {key: np.zeros(shape, np.float32) if key in BY_TOKEN else np.zeros(len(starts))
+                    for key in keys[: 4 if name == reference else 7]} for name in models}
     firsts = range(0, len(starts), batch_size)
     for i in tqdm(firsts, "windows", unit="batch", leave=False, disable=None if RANK == 0 else True):
         x, y = read_windows(tokens, starts[i : i + batch_size], block_size, device)
@@ -99,9 +88,15 @@ def mean_and_error(windows):
     return windows.mean(), error
 
 
+def with_error(value, error, form):
+    """A number and its error, each None if there is none, as text: "+0.0270 ± 0.0009", or ""."""
+    if value is None:
+        return ""
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+
+
 def cast_linear_maps(model):
-    """Cast the weights of the linear maps to bfloat16, in place and once: autocast would do it at each call. The
-    unembedding stays in float32."""
+    """Cast the linear maps, but not the unembedding, to bfloat16, in place: autocast would do it at each call."""
     for m in model.modules():
         if isinstance(m, torch.nn.Linear) and m is not model.lm_head:
             m.weight = torch.nn.Parameter(m.weight.bfloat16())

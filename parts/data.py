@@ -26,8 +26,7 @@ def read_meta(dataset):
         if not 0 <= meta["eot"] < meta["vocab_size"] <= 2**16:
             raise ValueError(f"eot {meta['eot']} and vocab_size {meta['vocab_size']} are not those of a uint16 file")
         for split in ("train", "val"):
-            for key in ("tokens", "documents", "sha256"):
-                meta[split].get(key)
+            meta[split].get("tokens")
     return meta
 
 
@@ -46,19 +45,13 @@ def open_tokens(dataset, split, block_size, vocab_size):
     than meta.json says, no window of block_size, or ids that a model of vocab_size does not know."""
     meta = read_meta(dataset)
     path = os.path.join("data", dataset, split + ".bin")
-    expected = meta[split].get("tokens")
     with reading(path, again(dataset)):
-        size = os.path.getsize(path)
-        if size == 0:
-            raise ValueError("it is empty")
-        if size % 2:
-            raise ValueError(f"{size} bytes, an odd number, are not uint16 tokens")
-        if expected is not None and size != 2 * expected:
-            raise ValueError(f"it has {size // 2} tokens, but meta.json says {expected}")
-        tokens = np.memmap(path, dtype="<u2", mode="r")
+        tokens = np.memmap(path, dtype="<u2", mode="r")  # an error if it is empty, or of an odd size
+        expected = meta[split].get("tokens", len(tokens))
+        if len(tokens) != expected:
+            raise ValueError(f"it has {len(tokens)} tokens, but meta.json says {expected}")
     if len(tokens) < block_size + 1:
-        raise UserError(f"{path} has {len(tokens)} tokens, fewer than block_size + 1 = {block_size + 1}: "
-                        "lower block_size, or prepare more text")
+        raise UserError(f"{path} has {len(tokens)} tokens, fewer than block_size + 1: lower it, or prepare more text")
     if meta["vocab_size"] > vocab_size:
         raise UserError(f"{path} holds token ids up to {meta['vocab_size'] - 1}, but the model's vocabulary has "
                         f"{vocab_size}: prepare it with the model's tokenizer")
@@ -66,8 +59,7 @@ def open_tokens(dataset, split, block_size, vocab_size):
 
 
 def check_tokens(dataset, split):
-    """Read data/DATASET/SPLIT.bin once. UserError if an id is not in its vocabulary, or if it is not the file whose
-    sha256 meta.json has."""
+    """Read data/DATASET/SPLIT.bin once. UserError if an id is not in its vocabulary, or its sha256 not meta.json's."""
     meta = read_meta(dataset)
     path = os.path.join("data", dataset, split + ".bin")
     digest = hashlib.sha256()
@@ -76,8 +68,7 @@ def check_tokens(dataset, split):
         for i in range(0, len(tokens), CHUNK):
             chunk = tokens[i : i + CHUNK]
             if chunk.max() >= meta["vocab_size"]:
-                at = i + int((chunk >= meta["vocab_size"]).argmax())
-                raise ValueError(f"token {at:,} has the id {tokens[at]}, but the vocabulary has {meta['vocab_size']:,}")
+                raise ValueError(f"it has the id {chunk.max()}, but the vocabulary has {meta['vocab_size']:,}")
             digest.update(chunk)
         if meta[split].get("sha256", digest.hexdigest()) != digest.hexdigest():
             raise ValueError("it is not the file that was prepared: its sha256 is not meta.json's")
@@ -89,8 +80,7 @@ def train_starts(tokens, seed, step, n, block_size):
 
 
 def val_starts(tokens, n, block_size):
-    """First positions (at most n,) of windows that are spread evenly over the tokens and don't overlap: always the
-    same."""
+    """First positions (at most n,) of windows spread evenly over the tokens without overlap, always the same."""
     n = min(n, (len(tokens) - 1) // block_size)
     return np.arange(n) * ((len(tokens) - 1) // n)
 

@@ -69,23 +69,15 @@ def check_compiler():
     # the names that inductor and Triton try; cl is for Windows
     wanted = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang", "cl")
     if not any(name and shutil.which(name) for name in wanted):
-        raise UserError("compile needs a C++ compiler: install g++ (on Windows MSVC), "
-                        "or run with --compile=False")
+        raise UserError("compile needs a C++ compiler: install g++ (on Windows MSVC), or pass --compile=False")
 
 
 # --- how fast it could be
 
 
-PEAK_FLOPS = {  # dense bfloat16, from the data sheets
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "4090": 165e12,
-}
+# dense bfloat16, from the data sheets
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12,
+              "A10G": 70e12, "4090": 165e12}
 
 
 def peak_flops(device):

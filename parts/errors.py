@@ -7,13 +7,11 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 from contextlib import contextmanager
 
 # what a user, a scheduler or a closed terminal ends a process with; Windows has only two of them
 ENDINGS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-PATIENCE = 20  # seconds
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -59,17 +57,16 @@ def on_disk(what):
 
 
 @contextmanager
-def waiting_for(server):
-    """Print a line, once, when a request takes long."""
-    line = f"still waiting for {server}; Ctrl-C stops and loses nothing"
-    timer = threading.Timer(PATIENCE, print, [line], dict(file=sys.stderr))
-    timer.daemon = True
-    if os.environ.get("RANK", "0") == "0":
-        timer.start()
+def asking_hub(what, advice=""):
+    """Whatever goes wrong is one line that begins with `what`, such as "gpt2 can't be fetched from", and ends with the
+    advice: huggingface_hub raises many kinds."""
+    from huggingface_hub import constants  # only here: local files do without
+
     try:
         yield
-    finally:
-        timer.cancel()
+    except Exception as e:
+        problem = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+        raise UserError(f"{what} {constants.ENDPOINT} ({problem}){advice and '; '}{advice}") from None
 
 
 # --- how a script begins and ends
@@ -84,10 +81,8 @@ def begin_script():
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="replace")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # a line that can't be written fails where it is printed
+        if hasattr(getattr(sys, name), "reconfigure"):  # a line that can't be written fails where it is printed
+            getattr(sys, name).reconfigure(errors="replace", line_buffering=True)
 
 
 def command(script, *args):
@@ -107,7 +102,13 @@ def say_next(*commands):
 
 def show(kind, error, traceback):
     if issubclass(kind, OSError):
-        end_if_stdout_fails()
+        try:
+            os.write(1, b"\n")
+        except BrokenPipeError:  # a reader of our output that has enough, such as `head`, is not an error
+            os._exit(128 + signal.SIGPIPE)
+        except OSError as e:  # a full disk is one
+            print(f"error: can't write the output: {e.strerror}", file=sys.stderr)
+            os._exit(1)
     text = str(error)
     if issubclass(kind, UserError):
         line = text
@@ -121,17 +122,6 @@ def show(kind, error, traceback):
         time.sleep(3)  # every rank finds the same mistake: rank 0 prints it, and torchrun ends the others
     print(f"error: {line}", file=sys.stderr)
     tell_torchrun(f"error: {line}")
-
-
-def end_if_stdout_fails():
-    """A reader of our output that has enough, such as `head`, is not an error. A full disk is one."""
-    try:
-        os.write(1, b"\n")
-    except BrokenPipeError:
-        os._exit(128 + signal.SIGPIPE)
-    except OSError as e:
-        print(f"error: can't write the output: {e.strerror}", file=sys.stderr)
-        os._exit(1)
 
 
 def tell_torchrun(line):

@@ -5,7 +5,7 @@ import os
 from contextlib import suppress
 from glob import escape, glob
 
-from parts.errors import UserError, waiting_for
+from parts.errors import UserError, asking_hub
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model")
@@ -23,20 +23,13 @@ def fetch(source, weights=True):
     repo, _, revision = source.partition("@")
     if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or os.path.isdir(repo.split("/")[0]):
         raise UserError(f"there is no directory {source}")
-    from huggingface_hub import constants  # only here: a local directory does without
-
-    try:
-        with waiting_for(constants.ENDPOINT):
-            directory = download(repo, revision, "config.json", *TOKENIZER_FILES)
-            if weights:
-                download(repo, revision, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-                if not glob(os.path.join(escape(directory), "model*.safetensors")):
-                    download(repo, revision, "pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
-    except Exception as e:  # huggingface_hub raises many kinds
-        problem = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        raise UserError(f"{source} is not a directory here, and can't be fetched from {constants.ENDPOINT} "
-                        f"({problem}); for a private or gated model, accept its terms there, and set HF_TOKEN or run "
-                        "`hf auth login`") from None
+    with asking_hub(f"{source} is not a directory here, and can't be fetched from",
+                    "for a private or gated model, accept its terms there, and set HF_TOKEN or run `hf auth login`"):
+        directory = download(repo, revision, "config.json", *TOKENIZER_FILES)
+        if weights:
+            download(repo, revision, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+            if not glob(os.path.join(escape(directory), "model*.safetensors")):
+                download(repo, revision, "pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
     return directory
 
 

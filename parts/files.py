@@ -3,6 +3,7 @@ What may be replaced on disk: what we wrote, and nothing else. Files that are wh
 """
 import json
 import os
+import weakref
 from contextlib import contextmanager
 
 from parts.errors import UserError, on_disk, reading
@@ -19,8 +20,7 @@ LARGEST_JSON = 20_000_000  # bytes of a file or a line
 
 
 def parse_json(text):
-    """JSON text -> its object, as a dict. NaN and Infinity, which JSON does not have, become None. ValueError,
-    RecursionError."""
+    """JSON text -> its object, as a dict; NaN and Infinity become None. ValueError, RecursionError."""
     content = json.loads(text, parse_constant=lambda name: None)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
@@ -39,17 +39,6 @@ def read_dict(path):
         return read_json(path)
     except UserError:
         return {}
-
-
-def read_lines(path, advice=""):
-    """Yields (line, dict) of a file with a JSON object on each line, such as a log. A last line without a newline,
-    which a kill leaves, is left out. UserError names the line."""
-    with reading(path, advice), open(path, "rb") as f:
-        for n, line in enumerate(iter(lambda: f.readline(LARGEST_JSON), b""), 1):
-            if not line.endswith(b"\n"):
-                return
-            with reading(f"{path}, line {n}", advice):
-                yield line, parse_json(line)
 
 
 def run_settings(folder):
@@ -98,25 +87,20 @@ def write_json(path, content):
 
 def check_folder(folder, names, marks):
     """UserError unless folder may be replaced: it is missing, empty, or holds one of marks and only files of names."""
-    if os.path.islink(folder):
-        raise UserError(f"{folder} is a link and would be replaced: choose another name")
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise UserError(f"{folder} is a file: choose another name")
+    if os.path.lexists(folder) and (os.path.islink(folder) or not os.path.isdir(folder)):
+        raise UserError(f"{folder} is a file or a link: choose another name")
     found = sorted(os.listdir(folder)) if os.path.exists(folder) else []
     strangers = [name for name in found if name not in names]
     if not strangers and not set(marks) & set(found):
         strangers = found
     if strangers:
-        raise UserError(f"{folder} holds {strangers[0]}, which was not written here and would be lost: "
-                        "choose another name")
+        raise UserError(f"{folder} holds {strangers[0]}, which was not written here: choose another name")
 
 
 def check_file(path, keys):
     """UserError unless path may be replaced: it is missing, or is a JSON file of ours, with these keys."""
-    if not os.path.lexists(path):
-        return
     ours = os.path.isfile(path) and not os.path.islink(path) and set(keys) <= read_dict(path).keys()
-    if not ours:
+    if os.path.lexists(path) and not ours:
         raise UserError(f"{path} exists and was not written here: choose another name")
 
 
@@ -138,17 +122,13 @@ class FolderLock:
     On Windows it does nothing."""
 
     def __init__(self, folder):
-        self.handle = None
         if fcntl is None:
             return
-        self.handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, handle)
         try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another process: wait for it, or choose another") from None
         except OSError:
             pass  # a file system without locks
-
-    def __del__(self):
-        if self.handle is not None:
-            os.close(self.handle)

@@ -106,8 +106,7 @@ def score(model, examples, encode, device, autocast, name=""):
 
 
 def accuracies(sums, counts, labels):
-    """{"acc", "acc_se", "acc_norm", "acc_norm_se"}: shares of right predictions and their binomial standard errors.
-    NaN if a loss is."""
+    """{"acc", "acc_se", "acc_norm", "acc_norm_se"}: shares that are right, and binomial errors. NaN if a loss is."""
     result = {}
     for key, losses in (("acc", sums), ("acc_norm", sums / counts)):
         right = np.mean(losses.argmin(1) == labels) if np.isfinite(losses).all() else float("nan")

@@ -18,6 +18,8 @@ from parts.files import read_json, whole_file
 ALIASES = dict(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
                max_position_embeddings="n_positions")
 GELU_NEW = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", None)
+# files of weights, the first that is there
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 # --- reading
@@ -27,7 +29,15 @@ def read_model(cls, source, dropout):
     """The GPT, `cls`, of from_pretrained. UserError."""
     directory = fetch(source)
     hf = read_config(directory)
-    weights = weight_files(directory)
+    known = [os.path.join(directory, name) for name in WEIGHTS]
+    weights = [path for path in known if os.path.exists(path)][:1] or known[:1]
+    if weights[0].endswith(".json"):  # an index of shards
+        with reading(weights[0]):
+            names = {os.path.basename(name) for name in read_json(weights[0])["weight_map"].values()}
+        weights = [os.path.join(directory, name) for name in sorted(names)]
+    for path in weights:
+        if not os.path.isfile(path):
+            raise UserError(f"{directory} is not a model directory: it has no {os.path.basename(path)}")
     with reading(directory):
         config = config_from_hf(hf, dropout)
         check_size(config, sum(os.path.getsize(path) for path in weights))
@@ -66,31 +76,12 @@ def read_config(directory):
             if alias in hf and hf.setdefault(key, hf[alias]) != hf[alias]:
                 raise ValueError(f"{key} is {hf[key]!r}, but {alias} is {hf[alias]!r}")
         if kind == "gpt2":
-            if hf.get("activation_function") not in GELU_NEW:
-                raise ValueError(f"activation_function is {hf['activation_function']!r}, but model.py has 'gelu_new'")
-            if hf.get("add_cross_attention"):
-                raise ValueError("add_cross_attention is true, but model.py has no cross attention")
-            if hf.get("n_inner") is not None and hf["n_inner"] != 4 * hf["n_embd"]:
-                raise ValueError(f"n_inner is {hf['n_inner']!r}, but model.py has 4 * n_embd")
+            ours = dict(activation_function=GELU_NEW, add_cross_attention=(False, None),
+                        n_inner=(4 * hf["n_embd"], None))
+            for key, values in ours.items():
+                if hf.get(key) not in values:
+                    raise ValueError(f"{key} is {hf[key]!r}, but model.py has {values[0]!r}")
     return hf
-
-
-def weight_files(directory):
-    """The paths of a directory's weights: model.safetensors, pytorch_model.bin, or the shards of either. UserError."""
-    names = ["model.safetensors"]
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = os.path.join(directory, whole + ".index.json")
-        if os.path.exists(os.path.join(directory, whole)):
-            names = [whole]
-            break
-        if os.path.exists(index):
-            with reading(index):
-                names = sorted({os.path.basename(name) for name in read_json(index)["weight_map"].values()})
-            break
-    for name in names:
-        if not os.path.isfile(os.path.join(directory, name)):
-            raise UserError(f"{directory} is not a model directory: it has no {name}")
-    return [os.path.join(directory, name) for name in names]
 
 
 def read_tensors(paths, expected):
@@ -106,12 +97,11 @@ def read_tensors(paths, expected):
         if head is not None and not torch.equal(tensors.setdefault("transformer.wte.weight", head), head):
             raise ValueError("lm_head.weight is not wte.weight, but GPT-2's unembedding is tied to its embedding")
         for name, tensor in expected.items():
-            if name not in tensors:
-                raise ValueError(f"config.json describes a tensor {name}, which the weights do not have")
-            if tensors[name].shape != tensor.shape or not tensors[name].is_floating_point():
-                raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, but config.json makes "
-                                 f"it floating point {tuple(tensor.shape)}")
-            if not tensors[name].isfinite().all():
+            found = tensors[name]  # else a KeyError with the name
+            if found.shape != tensor.shape or not found.is_floating_point():
+                raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, but config.json makes it floating "
+                                 f"point {tuple(tensor.shape)}")
+            if not found.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite")
         masks = (".attn.bias", ".attn.masked_bias")  # old files hold causal masks as buffers
         strangers = [name for name in tensors if name not in expected and not name.endswith(masks)]
@@ -136,7 +126,7 @@ def check_zip(path):
     """ValueError or BadZipFile if a part of what torch.save wrote is damaged: torch itself does not compare the
     CRC-32s. A compressed part could fill the memory."""
     with zipfile.ZipFile(path) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()) or archive.testzip():
+        if any(part.compress_type for part in archive.infolist()) or archive.testzip():
             raise ValueError("a part is damaged or compressed")
 
 

@@ -15,19 +15,13 @@ from tqdm import tqdm
 from parts.errors import UserError, handle_endings, tell_torchrun
 
 
-def number_in_environment(name, default):
-    text = os.environ.get(name, default)
-    if not text.isdigit():
-        raise UserError(f"the environment variable {name} is {text!r}, not a number as torchrun sets it: unset it")
-    return int(text)
-
-
-RANK = number_in_environment("RANK", "0")
-WORLD = number_in_environment("WORLD_SIZE", "1")
-LOCAL_RANK = number_in_environment("LOCAL_RANK", "0")
+try:
+    RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+    range(WORLD).index(RANK)
+except ValueError:
+    raise UserError("RANK and WORLD_SIZE in the environment are not as torchrun sets them: unset both") from None
 PARENT = os.getppid()  # torchrun, where there are several
-if RANK >= WORLD:
-    raise UserError(f"the environment has RANK={RANK} and WORLD_SIZE={WORLD}: unset both, or let torchrun set them")
 
 
 def join(device):
@@ -38,8 +32,7 @@ def join(device):
 
 
 def use_all_gpus(device):
-    """With several GPUs, and neither torchrun nor a device asked for: become torchrun, with a process of this script
-    for each GPU."""
+    """With several GPUs, no torchrun and no device asked for: become torchrun, with a process for each GPU."""
     n = torch.cuda.device_count()
     if device == "auto" and n > 1 and "RANK" not in os.environ:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]

@@ -14,8 +14,8 @@ import torch
 from model import GPT
 from parts import checkpoint, ranks
 from parts.errors import UserError, command, on_disk, reading
-from parts.files import FolderLock, read_lines, remove_empty, remove_files, run_settings
-from parts.files import unfinished, whole_file, write_json
+from parts.files import LARGEST_JSON, FolderLock, parse_json, remove_empty, remove_files, run_settings, unfinished
+from parts.files import whole_file, write_json
 from parts.tokenizer import remove_copied_tokenizer
 
 # settings that may change when a run continues
@@ -35,8 +35,7 @@ def check_out_dir(out_dir, init_from, teacher, force):
     places = os.path.realpath(out_dir), os.path.realpath(os.path.join(out_dir, "model"))
     for name, source in dict(init_from=init_from, teacher=teacher).items():
         if source and os.path.realpath(source) in places:
-            raise UserError(f"{name} {source} is in out_dir {out_dir}, where this run's own model would replace it: "
-                            "choose another out_dir")
+            raise UserError(f"{name} {source} is in out_dir {out_dir}, and would be replaced: choose another out_dir")
     with on_disk(f"can't read {out_dir}"):
         inside = set(os.listdir(out_dir)) if os.path.lexists(out_dir) else set()
     ours = os.path.basename(unfinished("settings.json"))  # a kill in the first moment leaves it alone
@@ -44,15 +43,11 @@ def check_out_dir(out_dir, init_from, teacher, force):
         raise UserError(f"out_dir {out_dir} holds files that are not a run's: choose another")
     for name in ("settings.json", "log.jsonl", "model", *checkpoint.NAMES):
         if os.path.islink(os.path.join(out_dir, name)):
-            raise UserError(f"{os.path.join(out_dir, name)} is a link and would be replaced: remove it, "
-                            "or choose another out_dir")
-    if init_from == "resume" or force:
-        return
-    if os.path.exists(os.path.join(out_dir, "model", "config.json")):
-        raise UserError(f"out_dir {out_dir} holds a finished run: choose another, or replace it with --force")
-    if checkpoint.found(out_dir):
-        raise UserError(f"out_dir {out_dir} holds an unfinished run: continue it with --init_from=resume, or replace "
-                        "it with --force")
+            raise UserError(f"{os.path.join(out_dir, name)} is a link, and would be replaced: choose another out_dir")
+    finished = os.path.exists(os.path.join(out_dir, "model", "config.json"))
+    if init_from != "resume" and not force and (finished or checkpoint.found(out_dir)):
+        raise UserError(f"out_dir {out_dir} holds {'a finished' if finished else 'an unfinished'} run: choose another, "
+                        "continue it with --init_from=resume, or replace it with --force")
 
 
 def lock_run(out_dir):
@@ -105,8 +100,7 @@ def refuse_another_run(settings, resumed, out_dir):
     only_of_scratch = ("n_layer", "n_head", "n_embd", "bias") if settings["init_from"] != "scratch" else ()
     changed = changed_settings(settings, resumed, (*NO_MATTER, *only_of_scratch))
     if changed:
-        raise UserError(f"{out_dir} holds another run ({changed}): replace it with --force, or continue it all the "
-                        "same with --init_from=resume")
+        raise UserError(f"{out_dir} holds another run ({changed}): pass --force, or continue with --init_from=resume")
 
 
 # --- the log
@@ -141,18 +135,22 @@ class Log:
 
 
 def log_entries(path):
-    """Yields (line, entry) of a log.jsonl, without a last line that a kill cut. UserError if it is not a log."""
-    for line, entry in read_lines(path, "move it away to continue without it"):
-        with reading(path, "move it away to continue without it"):
-            numbers = [entry["step"], *(entry[key] for key in ("loss", "val_loss") if entry.get(key) is not None)]
-            if not all(isinstance(number, (int, float)) for number in numbers):
-                raise ValueError(f"{numbers} are not numbers")
-        yield line, entry
+    """Yields (line, entry) of a log.jsonl, without a last line that a kill cut. UserError names a bad line."""
+    advice = "move it away to continue without it"
+    with reading(path, advice), open(path, "rb") as f:
+        for n, line in enumerate(iter(lambda: f.readline(LARGEST_JSON), b""), 1):
+            if not line.endswith(b"\n"):
+                return
+            with reading(f"{path}, line {n}", advice):
+                entry = parse_json(line)
+                numbers = [entry["step"], *(entry[key] for key in ("loss", "val_loss") if entry.get(key) is not None)]
+                if not all(isinstance(number, (int, float)) for number in numbers):
+                    raise ValueError(f"{numbers} are not numbers")
+            yield line, entry
 
 
 def start_wandb(project, out_dir, settings):
-    """On rank 0, the wandb module with a run in it, which goes on when the run is resumed. UserError: not installed, not
-    logged in, or no network."""
+    """On rank 0, the wandb module with a run in it, the same one after a resume. UserError."""
     if ranks.RANK > 0:
         return None
     try:
@@ -193,10 +191,8 @@ def control_command(out_dir):
 
 def as_typed(argv):
     """A command line of this script, with python or torchrun."""
-    launcher = ["python"]
-    if ranks.WORLD > 1:
-        launcher = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks.WORLD)}"]
-    return shlex.join([*launcher, *argv])
+    torchrun = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks.WORLD)}"]
+    return shlex.join([*(torchrun if ranks.WORLD > 1 else ["python"]), *argv])
 
 
 def next_command(settings, removed):
@@ -215,20 +211,20 @@ def next_command(settings, removed):
 # --- models that a run or another script starts from
 
 
-def load_teacher(source, model, block_size):
-    """The model with LN that `model` learns from, frozen. UserError if it can't teach it."""
+def load_teacher(source, model, block_size, role="teacher"):
+    """The model with LN that `model` learns from or is compared with, frozen. UserError if it can't be."""
     if source == "scratch":
-        raise UserError("kl_share needs a teacher: give --teacher")
-    teacher = GPT.from_pretrained(model_directory(source)).eval().requires_grad_(False)
-    if teacher.config.vocab_size != model.config.vocab_size:
-        raise UserError(f"teacher {source} has a vocabulary of {teacher.config.vocab_size}, but the model of "
-                        f"{model.config.vocab_size}")
-    if teacher.config.folded or teacher.any_removed():
-        raise UserError(f"teacher {source} has lost its LayerNorms: name the model with LN")
-    if teacher.config.block_size < block_size:
-        most = teacher.config.block_size
-        raise UserError(f"block_size {block_size} is beyond the {most} positions of teacher {source}")
-    return teacher
+        raise UserError(f"there is no {role}: name one with --{role}")
+    found = GPT.from_pretrained(model_directory(source)).eval().requires_grad_(False)
+    config, vocab_size = found.config, model.config.vocab_size
+    for wrong, problem in (
+        (config.vocab_size != vocab_size, f"has a vocabulary of {config.vocab_size}, but the model of {vocab_size}"),
+        (config.folded or found.any_removed(), "has lost its LayerNorms: name the model with LN"),
+        (config.block_size < block_size, f"has {config.block_size} positions, fewer than {block_size}"),
+    ):
+        if wrong:
+            raise UserError(f"{role} {source} {problem}")
+    return found
 
 
 def model_directory(source):

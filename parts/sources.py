@@ -7,12 +7,10 @@ import gzip
 import hashlib
 import os
 import re
-import shutil
 import sysconfig
-import tempfile
 from dataclasses import dataclass
 
-from parts.errors import UserError, first_line, reading, waiting_for
+from parts.errors import UserError, asking_hub, reading
 
 # Names for prepare_owt.py and eval.py. They fetch the split `train`, as GPT-2's tokens; PUBLISHED in eval.py says how
 # much of it.
@@ -51,8 +49,18 @@ class Source:
         return ROWS.get(re.sub(r"\.(gz|zst)$", "", self.name.lower()).rpartition(".")[2])
 
     def fetch(self):
-        """The local path of the file. UserError."""
-        return fetch(self) if self.repo else self.path
+        """The local path of the file; that of a hub is in the cache. UserError."""
+        if not self.repo:
+            return self.path
+        import huggingface_hub as hub
+
+        for again in (False, True):  # a cached file of another size is fetched again
+            with asking_hub(f"{self.path} can't be fetched from"):
+                path = hub.hf_hub_download(self.repo, self.path, revision=self.revision, repo_type="dataset",
+                                           force_download=again)
+            if os.path.getsize(path) == self.size:
+                return path
+        raise UserError(f"{path} has {os.path.getsize(path):,} bytes, and the hub lists {self.size:,}")
 
 
 @dataclass
@@ -60,7 +68,7 @@ class Piece:
     """A document, or a part of a large one."""
 
     name: str  # the source's name and the row, for messages
-    content: str | bytes | list[int]  # text, UTF-8, or token ids
+    content: bytes | list[int]  # text in UTF-8, or token ids
     ends: bool = True  # a document ends with it
     last: bool = True  # a row or a text file ends with it
     val: bool | None = None  # None: a row; its index in the data set decides
@@ -81,15 +89,10 @@ def stdlib_sources(dataset):
     root = sysconfig.get_path("stdlib")
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     begin, end = STDLIB_SHARES[dataset]
-    found = []
-    for below, folders, names in os.walk(root):
-        folders[:] = [folder for folder in folders if folder not in skip]
-        for name in names:
-            path = os.path.join(below, name)
-            inside = os.path.relpath(path, root).replace(os.sep, "/")
-            if name.endswith(".py") and (place(inside) < 0.05 or begin <= place(inside) < end):
-                found.append(local_source(inside, path))
-    return sorted(found, key=lambda source: source.name)
+    names = [name.replace(os.sep, "/") for name in glob.glob("**/*.py", root_dir=root, recursive=True)]
+    found = sorted(name for name in names if not skip & {*name.split("/")}
+                   and (place(name) < 0.05 or begin <= place(name) < end))
+    return [local_source(name, os.path.join(root, name)) for name in found]
 
 
 def local_sources(patterns, split):
@@ -97,16 +100,13 @@ def local_sources(patterns, split):
     UserError if a pattern matches none."""
     found = set()
     for pattern in filter(None, patterns.split(",")):
-        matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+        matches = glob.glob(pattern, recursive=True)
         for folder in filter(os.path.isdir, list(matches)):
-            inside = os.path.join(glob.escape(folder), split)
-            saved = glob.glob(glob.escape(folder) + "/*.arrow") or glob.glob(inside + "/*.arrow")
-            if not saved and folder == os.path.expanduser(pattern):
-                raise UserError(f"--files: {folder} is a folder: give a pattern, as '{folder.rstrip('/')}/**/*.txt'")
-            matches += saved
+            saved = os.path.join(glob.escape(folder), "*.arrow"), os.path.join(glob.escape(folder), split, "*.arrow")
+            matches += glob.glob(saved[0]) or glob.glob(saved[1])
         paths = [path for path in matches if not os.path.isdir(path)]
         if not paths:
-            raise UserError(f"--files: no file matches {pattern!r}")
+            raise UserError(f"--files: no file matches {pattern!r}; of a folder, give a pattern, as 'folder/**/*.txt'")
         found.update(paths)
     return [local_source(path, path) for path in sorted(found)]
 
@@ -122,61 +122,34 @@ def hub_sources(repo, split, folder):
 
     `datasets` no longer runs loading scripts. For a repository that holds nothing else, take the hub's own conversion
     to parquet."""
-    from huggingface_hub import constants
-
     repo, _, revision = repo.partition("@")
-    try:
-        rows = hub_rows(repo, revision or "main", folder)
-        found = [f for f in rows if re.search(rf"(^|[/_.-]){split}([/_.-]|$)", f.path)]
-        if not rows and not revision:
-            revision = "refs/convert/parquet"
-            rows = hub_rows(repo, revision, folder)
-            found = [f for f in rows if re.search(rf"/(partial-)?{split}/", f.path)]
-    except Exception as e:  # huggingface_hub raises many kinds
-        raise UserError(f"{repo} can't be listed on {constants.ENDPOINT}: {first_line(e)}; without a network, "
-                        "bring its files here and run with --files='*.parquet' --tokenizer=gpt2 "
-                        "--dataset=NAME") from None
+    in_split = rf"(^|[/_.-]){split}([/_.-]|$)"
+    rows = hub_rows(repo, revision or "main", folder)
+    if not rows and not revision:
+        revision, in_split = "refs/convert/parquet", rf"/(partial-)?{split}/"
+        rows = hub_rows(repo, revision, folder)
+    found = [f for f in rows if re.search(in_split, f.path)]
     if not found and split == "train":
         found = rows  # a repository without splits
     if not found:
         below = f" below {folder!r}" if folder else ""
         raise UserError(f"{repo} has no file of the split {split!r}{below} in a format such as {', '.join(ROWS)}")
-    folders = set()
-    for f in found:
-        below = os.path.dirname(f.path)
-        folders.add(below.replace("/partial-" + split, "").replace("/" + split, ""))
+    folders = sorted({re.sub(rf"/(partial-)?{split}", "", os.path.dirname(f.path)) for f in found})
     if len(folders) > 1:
-        first, *others = sorted(folders)
         raise UserError(f"{repo} has the split {split!r} in several folders: "
-                        f"choose one with --folder={first} (or {', '.join(others[:4])})")
+                        f"choose one with --folder={folders[0]} (or {', '.join(folders[1:5])})")
     return [Source(f.path, f.path, f.size, str(f.blob_id), repo, revision or "main") for f in found]
 
 
 def hub_rows(repo, revision, folder):
+    """The files of rows in a hub's repository, sorted. UserError."""
     import huggingface_hub as hub
-    from huggingface_hub import constants
 
-    with waiting_for(constants.ENDPOINT):
+    with asking_hub(f"{repo} can't be listed on", "without a network, bring its files here and run with "
+                    "--files='*.parquet' --tokenizer=gpt2 --dataset=NAME"):
         tree = list(hub.HfApi().list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset"))
     files = [f for f in tree if hasattr(f, "size") and f.path.startswith(folder.rstrip("/") + "/" if folder else "")]
     return sorted((f for f in files if Source(f.path, "", 0, "").rows_format), key=lambda f: f.path)
-
-
-def fetch(source):
-    """The path of a hub file in the local cache. UserError."""
-    import huggingface_hub as hub
-    from huggingface_hub import constants
-
-    for again in (False, True):  # a cached file of another size is fetched again
-        try:
-            with waiting_for(constants.ENDPOINT):
-                path = hub.hf_hub_download(source.repo, source.path, revision=source.revision, repo_type="dataset",
-                                           force_download=again)
-        except Exception as e:  # huggingface_hub raises many kinds
-            raise UserError(f"{source.path} can't be fetched from {constants.ENDPOINT}: {first_line(e)}") from None
-        if os.path.getsize(path) == source.size:
-            return path
-    raise UserError(f"{path} has {os.path.getsize(path):,} bytes, and {constants.ENDPOINT} lists {source.size:,}")
 
 
 # --- rows
@@ -187,45 +160,44 @@ def read_rows(source, column, eot, are_windows):
     of ids are windows of a stream (True), documents (False), or what windows_or_documents finds (None). UserError."""
     path = source.fetch()
     with reading(source.name):
-        names = next(batches(source, path, None), [])
+        first = next(batches(source, path), None)
+        if first is None:
+            return
+        names = first.schema.names
         name = column or ("text" if "text" in names else "input_ids")
         if name not in names:
             raise ValueError(f"no column {name!r}: choose one of {', '.join(names)} with --column")
-        wanted = [name] + ["attention_mask"] * ("attention_mask" in names)
 
         def rows():
-            n = 0
-            for batch in batches(source, path, wanted):
+            for batch in batches(source, path, (name, "attention_mask")):
                 kind = str(batch.schema.field(name).type)
-                ids = "list" in kind
-                if not ids and kind not in ("string", "large_string", "string_view", "null"):
+                if "list" not in kind and kind not in ("string", "large_string", "string_view", "null"):
                     raise ValueError(f"column {name!r} is {kind}, neither text nor lists of token ids")
                 for row in batch.to_pylist():
-                    n += 1
-                    content = row[name]
-                    if content is None:
-                        content = [] if ids else ""
-                    if ids and row.get("attention_mask"):
-                        content = [i for i, real in zip(content, row["attention_mask"], strict=True) if real]
-                    yield n, content
+                    if "list" not in kind:
+                        yield (row[name] or "").encode()
+                    elif row.get("attention_mask"):
+                        yield [i for i, real in zip(row[name], row["attention_mask"], strict=True) if real]
+                    else:
+                        yield row[name] or []
 
-        for n, content in rows():
-            if are_windows is None and isinstance(content, list):
-                are_windows = windows_or_documents((ids for _, ids in rows()), eot)
-            yield Piece(f"{source.name}, row {n}", content, window=bool(are_windows) and isinstance(content, list))
+        for n, content in enumerate(rows(), 1):
+            is_ids = isinstance(content, list)
+            if is_ids and are_windows is None:
+                are_windows = windows_or_documents(rows(), eot)
+            yield Piece(f"{source.name}, row {n}", content, window=bool(is_ids and are_windows))
 
 
-def batches(source, path, wanted):
-    """Yields a file's rows as pyarrow record batches or tables of the wanted columns; with None, the names of its
-    columns. pyarrow reads parquet itself, because importing `datasets` takes seconds."""
+def batches(source, path, wanted=()):
+    """Yields a file's rows as pyarrow record batches or tables, of the wanted columns that it has or of all. pyarrow
+    reads parquet itself, because importing `datasets` takes seconds."""
     if source.rows_format == "parquet":
         import pyarrow.parquet as pq
 
         file = pq.ParquetFile(path)
-        if wanted is None:
-            yield file.schema_arrow.names
+        columns = [name for name in file.schema_arrow.names if name in wanted]
         for group in range(file.num_row_groups):  # one at a time in memory
-            yield from file.iter_batches(1000, row_groups=[group], columns=wanted)
+            yield from file.iter_batches(1000, row_groups=[group], columns=columns or None)
         return
     import datasets
 
@@ -235,9 +207,7 @@ def batches(source, path, wanted):
     stream = datasets.load_dataset(source.rows_format, data_files=os.path.abspath(path), split="train",
                                    streaming=True, **options)
     for table in stream.with_format("arrow").iter(1000):
-        if wanted is None:
-            yield table.column_names
-        yield table.select([name for name in wanted if name in table.column_names])
+        yield table.select([name for name in table.column_names if name in (wanted or table.column_names)])
 
 
 def windows_or_documents(rows, eot):
@@ -265,18 +235,21 @@ def read_text(source, val, seam):
     """Yields a text file in Pieces of about PIECE bytes, so that a file of any size fits into memory. They begin at
     seams, so that their tokens are the whole text's. val: True, False, or the share of the file, at its end, that
     becomes a val document. UserError."""
-    with reading(source.name), open_text(source.path) as f:
+    open_text = gzip.open if source.path.lower().endswith(".gz") else open
+    with reading(source.name), open_text(source.path, "rb") as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(0)
         head = f.read(8000)
         if b"\0" in head or BINARY.match(head):
             raise ValueError("it is not text: it holds zero bytes, or begins like a packed file or a PDF")
         if seam is NO_SEAM and size > LARGEST_WHOLE:
-            raise ValueError(f"it has {size:,} bytes, and this tokenizer takes at most {LARGEST_WHOLE:,}, because it "
-                             "needs the whole text in memory: give it as several files, or as rows")
+            raise ValueError(f"this tokenizer takes at most {LARGEST_WHOLE:,} bytes: give several files, or rows")
         documents = [(0, size, val)]
-        if isinstance(val, float):
-            border = val_border(f, size, val, GPT2_SEAM if seam is NO_SEAM else seam)
+        if isinstance(val, float):  # cut at a seam or, if there is none, not within a UTF-8 character
+            border = f.seek(size - int(size * val))
+            ahead = f.read(PIECE)
+            found = (GPT2_SEAM if seam is NO_SEAM else seam).search(ahead) or re.match(rb"[\x80-\xbf]*", ahead)
+            border += found.end()
             documents = [(0, border, False), (border, size, True)]
         for at, end, is_val in documents:
             f.seek(at)
@@ -290,22 +263,3 @@ def read_text(source, val, seam):
                     yield Piece(source.name, part[: seams[-1]], False, False, is_val)
                     part = part[seams[-1] :]
             yield Piece(source.name, part, True, end == size and is_val is documents[-1][2], is_val)
-
-
-def open_text(path):
-    """A text file to read and seek in; a .gz is unpacked first."""
-    if not path.lower().endswith(".gz"):
-        return open(path, "rb")
-    unpacked = tempfile.TemporaryFile(dir="data")
-    with gzip.open(path) as packed:
-        shutil.copyfileobj(packed, unpacked)
-    return unpacked
-
-
-def val_border(f, size, share, seam):
-    """The byte at which the last share begins: at a seam or, if there is none, not within a UTF-8 character."""
-    border = size - int(size * share)
-    f.seek(border)
-    ahead = f.read(PIECE)
-    found = seam.search(ahead) or re.match(rb"[\x80-\xbf]*", ahead)
-    return border + found.end()

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,13 @@ class Tokenizer:
     special: tuple = ("<|endoftext|>",)  # texts of special tokens, which stay text when they are spelled in a document
     unk: int | None = None  # id of the unknown token
 
+    def __post_init__(self):
+        if not 0 <= self.eot < self.vocab_size <= 2**16:
+            raise UserError(f"{self.name}: end-of-text is {self.eot}, and must be below the vocabulary's size; that is "
+                            f"{self.vocab_size}, and must be at most {2**16:,}, because tokens are uint16")
+
     def fingerprint(self):
-        """16 letters that two tokenizers share if they have the same end-of-text and give PROBE the same ids; "" if it
-        can't be encoded."""
+        """16 letters, the same for tokenizers of the same end-of-text and ids of PROBE; "" if it can't be encoded."""
         with suppress(UserError):
             if self.encode:
                 ids = np.append(self.encode(PROBE), self.eot).astype("<u2")
@@ -57,43 +62,33 @@ def make_tokenizer(name):
     """The Tokenizer `gpt2` or `bytes`, that of a directory or a hub repository, or VOCAB_SIZE:EOT, of which only the
     ids are known. UserError."""
     if re.fullmatch(r"\d+:\d+", name):
-        return checked(Tokenizer(name, *map(int, name.split(":"))))
+        return Tokenizer(name, *map(int, name.split(":")))
     if name == "bytes":
-        return Tokenizer(name, 257, 256, encode_bytes, lambda ids: bytes(ids).decode(errors="replace"))
+        def encode(content):
+            data = content if isinstance(content, bytes) else content.encode()
+            return np.frombuffer(data, np.uint8).astype("<u2")
+
+        return Tokenizer(name, 257, 256, encode, lambda ids: bytes(ids).decode(errors="replace"))
     if name == "gpt2":
-        return gpt2_tokenizer()
+        try:
+            bpe = tiktoken.get_encoding("gpt2")  # fetched once
+        except OSError as e:
+            raise UserError(f"tiktoken can't fetch GPT-2's vocabulary ({type(e).__name__}): fetch it where there "
+                            "is a network, and set TIKTOKEN_CACHE_DIR to its folder") from None
+
+        def encode(content):  # what encode_ordinary gives, without its list
+            return bpe.encode_to_numpy(as_text(content), disallowed_special=()).astype("<u2")
+
+        return Tokenizer("gpt2", bpe.n_vocab, bpe.eot_token, encode, bpe.decode)
     try:
         directory = fetch(name, weights=False)
     except UserError as e:
-        raise UserError(f"the tokenizer {name!r} is neither bytes, gpt2 nor, for rows of token ids, VOCAB_SIZE:EOT as "
-                        f"4096:1; {e}") from None
+        raise UserError(f"the tokenizer {name!r} is not bytes, gpt2 or, for ids, VOCAB_SIZE:EOT; {e}") from None
     return read_tokenizer(name, directory)
 
 
-def checked(tokenizer):
-    if not 0 <= tokenizer.eot < tokenizer.vocab_size <= 2**16:
-        raise UserError(f"{tokenizer.name}: end-of-text must be below the vocabulary's size, and that at most "
-                        f"{2**16:,}, because tokens are uint16; they are {tokenizer.eot} and {tokenizer.vocab_size}")
-    return tokenizer
-
-
-def encode_bytes(content):
-    data = content if isinstance(content, bytes) else content.encode()
-    return np.frombuffer(data, dtype=np.uint8).astype("<u2")
-
-
-def gpt2_tokenizer():
-    try:
-        bpe = tiktoken.get_encoding("gpt2")  # fetched once
-    except OSError as e:
-        raise UserError(f"tiktoken can't fetch GPT-2's vocabulary ({type(e).__name__}): fetch it where there "
-                        "is a network, and set TIKTOKEN_CACHE_DIR to its folder") from None
-
-    def encode(content):  # what encode_ordinary gives, without its list
-        text = content.decode() if isinstance(content, bytes) else content
-        return bpe.encode_to_numpy(text, disallowed_special=()).astype("<u2")
-
-    return Tokenizer("gpt2", bpe.n_vocab, bpe.eot_token, encode, bpe.decode)
+def as_text(content):
+    return content.decode() if isinstance(content, bytes) else content
 
 
 def read_tokenizer(name, directory):
@@ -139,41 +134,36 @@ def read_tokenizer(name, directory):
         tokenizer.no_truncation()  # as a file may ask for: a document is taken whole
         tokenizer.no_padding()
         eos = config.get("eos_token", "<|endoftext|>" if is_gpt2 else None)
-        eot = tokenizer.token_to_id(eos.get("content") if isinstance(eos, dict) else eos) if eos else None
+        eot = tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos or "")
         if eot is None:
             raise ValueError(f"its eos_token is {eos!r}: name one of its tokens in tokenizer_config.json")
-        vocab_size = max(tokenizer.get_vocab().values()) + 1
         sha256 = hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
 
     def encode(content):
-        text = content.decode() if isinstance(content, bytes) else content
         with reading(paths[0]):  # such as a word without an unknown token
             # which releases Python's lock, as encode does not
-            return np.array(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype="<u2")
+            found = tokenizer.encode_batch_fast([as_text(content)], add_special_tokens=False)
+            return np.array(found[0].ids, dtype="<u2")
 
-    def decode(ids):
-        return tokenizer.decode(ids, skip_special_tokens=False)
-
+    decode = partial(tokenizer.decode, skip_special_tokens=False)
     special = tuple(token.content for token in added.values() if token.special)
     unk = whole.get("model", {}).get("unk_token") if not is_gpt2 else None
     unk = tokenizer.token_to_id(unk) if isinstance(unk, str) else whole.get("model", {}).get("unk_id")
-    return checked(Tokenizer(name, vocab_size, eot, encode, decode, sha256, special, unk))
+    return Tokenizer(name, max(tokenizer.get_vocab().values()) + 1, eot, encode, decode, sha256, special, unk)
 
 
 def tokenizer_of(model, source):
     """The Tokenizer of a model from `source`. UserError."""
     found = make_tokenizer(tokenizer_name(model, source))
     if found.vocab_size > model.config.vocab_size:
-        raise UserError(f"the tokenizer of {source} has {found.vocab_size} ids, but the model knows "
-                        f"{model.config.vocab_size}")
+        raise UserError(f"the tokenizer of {source} has {found.vocab_size} ids, its model {model.config.vocab_size}")
     return found
 
 
 def tokenizer_name(model, source):
     """What make_tokenizer takes for a model from `source`: its directory, if that has tokenizer files; otherwise gpt2
     or bytes by its vocabulary, which may be padded. UserError."""
-    eot, vocab_size = model.config.eot, model.config.vocab_size
-    directory = fetch(source, weights=False)
+    eot, vocab_size, directory = model.config.eot, model.config.vocab_size, fetch(source, weights=False)
     if tokenizer_files(directory):
         return directory
     if eot == 50256 and 50257 <= vocab_size <= 51200:

@@ -16,11 +16,12 @@ import sys
 import tempfile
 from dataclasses import replace
 
-from parts.errors import UserError, begin_script, first_line, on_disk, say_next
+from parts.errors import UserError, asking_hub, begin_script, on_disk, say_next
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
 
+import huggingface_hub as hub
 import numpy as np
 import torch
 
@@ -133,20 +134,8 @@ def to_hooked(model):
 # --- files
 
 
-@torch.no_grad()
-def largest_difference(new, model):
-    """Between the logits of the export and the model, over 64 random tokens. UserError if it is another function."""
-    T = min(64, model.config.block_size)
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, model.config.vocab_size, (1, T)))
-    difference = (new(ids)[0] - model(ids)[0]).abs().max().item()
-    if not difference < 0.1:
-        raise UserError(f"can't export it: the logits would be off by {difference:.2g}; nan: they are not finite")
-    return difference
-
-
 def write_tokenizer(model, folder, directory=""):
-    """Copy the tokenizer files beside the model in `directory`, or write GPT-2's if the model has its vocabulary.
-    Returns whether it did."""
+    """Copy the tokenizer files in `directory`, or write GPT-2's if the model has its vocabulary. Whether it did."""
     if directory and copy_tokenizer(directory, folder):
         return True
     if model.config.eot != 50256 or model.config.vocab_size < 50257:
@@ -164,21 +153,6 @@ def write_tokenizer(model, folder, directory=""):
     return True
 
 
-def upload(folder):
-    import huggingface_hub as hub
-
-    print(f"upload {', '.join(sorted(os.listdir(folder)))} to {hub.constants.ENDPOINT}/{push}? [y/N]")
-    if not sys.stdin or sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        sys.exit(f"not uploaded; {folder} stays")
-    try:
-        hub.create_repo(push, exist_ok=True)
-        hub.upload_folder(repo_id=push, folder_path=folder, commit_message="GPT-2 without LayerNorm")
-    except Exception as e:  # huggingface_hub raises many kinds
-        raise UserError(f"can't upload to {push}: {first_line(e)}; {folder} stays: log in with `hf auth login`, or "
-                        f"upload it with `hf upload {push} {folder}`") from None
-    print(f"uploaded to {hub.constants.ENDPOINT}/{push}")
-
-
 def main():
     source = take_source("python -m tools.export OUT_DIR_OR_MODEL --to=hf, or --to=folded")
     configure(globals(), sys.argv[1:], __doc__, choices=dict(to=("hf", "folded"), dtype=("float32", "bfloat16")))
@@ -194,7 +168,11 @@ def main():
         reasons = model.why_not_ln_free()
         raise UserError(f"{source} is not LN-free ({len(reasons)} reasons): {', '.join(reasons[:6])}")
     new = plain_form(model) if to == "hf" else model if model.config.folded else model.fold()
-    difference = largest_difference(new, model)
+    idx = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, min(64, model.config.block_size)))
+    with torch.no_grad():
+        difference = (new(torch.from_numpy(idx))[0] - model(torch.from_numpy(idx))[0]).abs().max().item()
+    if not difference < 0.1:
+        raise UserError(f"can't export it: the logits would be off by {difference:.2g}; nan: they are not finite")
     rows, why_none = evaluation(source, weights_sha256(model))
     half = unfinished(folder)
     shutil.rmtree(half, ignore_errors=True)  # a kill left it
@@ -219,7 +197,14 @@ def main():
     if to == "hf":
         print("note: it overflows in float16: load it in float32 or bfloat16")
     if push:
-        upload(folder)
+        print(f"upload {', '.join(sorted(os.listdir(folder)))} to {hub.constants.ENDPOINT}/{push}? [y/N]")
+        if not sys.stdin or sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            sys.exit(f"not uploaded; {folder} stays")
+        with asking_hub(f"{folder} stays: it can't be uploaded to {push} on",
+                        f"log in with `hf auth login`, or upload it with `hf upload {push} {folder}`"):
+            hub.create_repo(push, exist_ok=True)
+            hub.upload_folder(repo_id=push, folder_path=folder, commit_message="GPT-2 without LayerNorm")
+        print(f"uploaded to {hub.constants.ENDPOINT}/{push}")
     say_next(f"{folder}/README.md has the lines that open it in other tools")
 
 

@@ -35,16 +35,12 @@ BESIDE = dict(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)  # the leg
 def read_log(run):
     """A run's log.jsonl -> ({step: train loss}, {step: val loss}, [(step, kind)] of the removals). UserError."""
     path = os.path.join(run, "log.jsonl")
-    loss, val, events = {}, {}, []
     with reading(path, f"is {run} the out_dir of a run?"):
-        for _, entry in log_entries(path):
-            if entry.get("loss") is not None:  # None: the step was skipped
-                loss[entry["step"]] = entry["loss"]
-            if entry.get("val_loss") is not None:
-                val[entry["step"]] = entry["val_loss"]
-            if "event" in entry:
-                kind = entry["event"].split(".")[-1]  # h.3.ln_2 -> ln_2
-                events.append((entry["step"], f"{kind} off" if kind in ("bos", "eot") else kind))
+        entries = [entry for _, entry in log_entries(path)]
+        loss, val = ({entry["step"]: entry[key] for entry in entries if entry.get(key) is not None}  # None: skipped
+                     for key in ("loss", "val_loss"))
+        kinds = [(entry["step"], entry["event"].split(".")[-1]) for entry in entries if "event" in entry]  # h.3.ln_2
+        events = [(step, f"{kind} off" if kind in ("bos", "eot") else kind) for step, kind in kinds]
     return loss, val, events
 
 
@@ -71,7 +67,8 @@ def plot_run(run):
 
     gap = {step: loss[step] - old_loss[step] for step in loss if step in old_loss}
     if gap:
-        draw_losses(low, gap, {step: val[step] - old_val[step] for step in val if step in old_val}, ROLES["ln_free"], "gap")
+        val_gap = {step: val[step] - old_val[step] for step in val if step in old_val}
+        draw_losses(low, gap, val_gap, ROLES["ln_free"], "gap")
         gaps = np.array(list(gap.values()))
         low.set_ylim(min(gaps.min(), 0) - 0.005, np.quantile(gaps, 0.97) * 1.2 + 0.01)
         low.legend(**BESIDE)
@@ -129,17 +126,14 @@ def draw_events(top, low, events, loss):
 
 
 def read_rows(source):
-    """A table of eval.py -> [(label, color, {site: {kind of token: (mean, spread) of the std}})] of its models.
-    UserError."""
+    """A table of eval.py -> [(label, color, {site: {kind of token: (mean, spread) of the std}})]. UserError."""
     rows = []
     with reading(source, f"write it with `python eval.py --dataset=residual --json={source}`"):
         for row in read_json(source)["rows"]:
             if row["dataset"] != "residual":
                 continue
-            stds = {}
-            for site, kinds in row["sites"].items():
-                kinds = {kind: std for kind, std in kinds.items() if std}  # None: the data has no such token
-                stds[site] = {kind: (float(std["mean"]), float(std["spread"])) for kind, std in kinds.items()}
+            stds = {site: {kind: (float(std["mean"]), float(std["spread"])) for kind, std in kinds.items() if std}
+                    for site, kinds in row["sites"].items()}  # None: the data has no such token
             role = row["role"].replace("ln_free", "LN-free")
             label = f"{role}: {row['source']}, attention sinks {row['sink_rate']:.1%}"
             rows.append((label.replace("$", r"\$"), ROLES[row["role"]], stds))  # no formula
