@@ -62,6 +62,7 @@ VAL_TOKENS = 20_000  # at least, but at most a fifth of all
 # standard error of a gap x sqrt(val tokens), in nats: measured on assets/tiny and on a model with a BPE of 4,096 tokens
 TOKEN_SD = dict(byte=0.42, token=0.59)
 JOB = 2_000_000  # bytes of small files in a job
+CHUNK = 2**24  # tokens that are copied or counted at a time
 BATCH = 250_000  # characters that a thread encodes at a time
 THREADS = os.cpu_count() or 1
 WINDOWS = {"": None, "documents": False, "windows": True}
@@ -216,8 +217,10 @@ def encode(made, batch):
 # --- from parts to token files
 
 
-def token_file(path):
-    return np.asarray(np.memmap(path, "<u2", "r") if os.path.getsize(path) else np.zeros(0, "<u2"))
+def copy(source, target, n):
+    """n tokens from an open file to another, CHUNK at a time."""
+    while n > 0:
+        n -= target.write(source.read(2 * min(n, CHUNK))) // 2
 
 
 def join(half, parts, every, share, eot):
@@ -238,17 +241,15 @@ def join(half, parts, every, share, eot):
     with whole_file(os.path.join(half, "train.bin")) as train, whole_file(os.path.join(half, "val.bin")) as val:
         documents = zip(number, length, tail)
         for part, table in zip(parts, tables):
-            ids, end = token_file(part + ".bin"), 0
-            for i, n, of_val in islice(documents, len(table)):
-                begin, end = end, end + n
-                border = end - of_val
-                train.write(ids[begin:border])
-                if begin < border < end:
-                    train.write(np.array([eot], "<u2"))
-                if owt and of_val:
-                    held[i] = np.array(ids[border:end])
-                else:
-                    val.write(ids[border:end])
+            with open(part + ".bin", "rb") as f:
+                for i, n, of_val in islice(documents, len(table)):
+                    copy(f, train, n - of_val)
+                    if 0 < of_val < n:
+                        train.write(np.array([eot], "<u2"))
+                    if owt and of_val:
+                        held[i] = f.read(2 * of_val)
+                    else:
+                        copy(f, val, of_val)
         for i in order if len(number) == OWT_DOCUMENTS else sorted(held):
             val.write(held[i])
     splits = {}
@@ -269,19 +270,19 @@ def say_what_is_there(done, made, meta):
     standard error to expect of a gap over the val tokens."""
     for which in ("train", "val"):
         print(f"{done}/{which}.bin: {meta[which]['tokens']:,} tokens, {meta[which]['documents']:,} documents")
-    path = os.path.join(done, "train.bin")
-    ids = token_file(path)
+    path, n = os.path.join(done, "train.bin"), meta["train"]["tokens"]
     found = doubled = unknown = 0
-    for i in range(0, len(ids), 2**24):
-        is_eot = ids[i : i + 2**24 + 1] == made.eot
-        found += is_eot[: 2**24].sum()
-        doubled += (is_eot[1:] & is_eot[:-1]).sum()
-        unknown += np.sum(ids[i : i + 2**24] == made.unk)
-    print(f"end-of-text: {found / max(1, len(ids)):.3%} of {path}, {doubled:,} of {found:,} doubled")
-    if not found and len(ids):
+    with open(path, "rb") as f:
+        last = np.zeros(1, bool)  # whether the token before is end-of-text
+        while len(ids := np.fromfile(f, "<u2", CHUNK)):
+            is_eot = np.concatenate([last, ids == made.eot])
+            found, doubled = found + is_eot[1:].sum(), doubled + (is_eot[1:] & is_eot[:-1]).sum()
+            unknown, last = unknown + np.sum(ids == made.unk), is_eot[-1:]
+    print(f"end-of-text: {found / max(1, n):.3%} of {path}, {doubled:,} of {found:,} doubled")
+    if not found and n:
         print("note: without end-of-text, a model can't tell where a document ends")
     if unknown:
-        share = unknown / len(ids)
+        share = unknown / n
         print(f"{'note: ' if share > 0.01 else ''}{share:.3%} of {path} is the unknown token")
     if meta["spelled"]:
         print(f"note: {meta['spelled']:,} special tokens are spelled in the text, and stay text: if they end "

@@ -31,7 +31,7 @@ from model import GPT, Block, GPTConfig, LayerNorm
 from parts.compare import cast_linear_maps
 from parts.device import autocast_to, keep_memory
 from parts.loss import LossInPieces, token_losses
-from tools.sample import generate
+from tools.sample import generate, use_addmv
 
 # -----------------------------------------------------------------------------
 what = "train"  # train, eval or sample; step: one way of training in this process, as JSON
@@ -226,6 +226,9 @@ def compare_sample(n=256):
     for dtype in (torch.float32, torch.bfloat16):
         for m in (model, folded, hf):
             m.to(dtype)
+        if dtype == torch.bfloat16 and DEVICE == "cpu":
+            use_addmv(model)
+            use_addmv(folded)
         apart = 0 if dtype == torch.float32 else None  # bfloat16 rounds, and the folded model is another one
         compare(f"LN to transformers, {dtype}", "tokens/s", n, theirs, lambda: decode(model), apart)
         compare(f"folded to LN, {dtype}", "tokens/s", n, lambda: decode(model), lambda: decode(folded), None)

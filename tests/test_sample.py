@@ -77,6 +77,16 @@ def test_a_seed_repeats_its_draws_and_the_text_is_whole(run, gpt2_tokenizer):
         assert first == again != other
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_addmv_which_multiplies_in_bfloat16_is_the_same_linear_map(bias):
+    linear = torch.nn.Linear(64, 300, bias=bias).bfloat16()
+    x = torch.randn(1, 2, 64).bfloat16()
+    exact = torch.nn.functional.linear(x.double(), *(p.double() for p in linear.parameters()))
+    sample.use_addmv(linear)
+    for n in (1, 2):
+        torch.testing.assert_close(linear(x[:, :n]).double(), exact[:, :n], atol=0.01, rtol=0.01)
+
+
 @pytest.mark.parametrize("args, named", [
     ([], "tools.sample"),
     (["nowhere"], "nowhere"),

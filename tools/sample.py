@@ -6,6 +6,7 @@ folded first.
     python -m tools.sample gpt2 --prompt="Hello, I am" --temperature=0.7 --top_k=40 --seed=1
 """
 import sys
+from functools import partial
 
 from parts.errors import begin_script
 
@@ -13,6 +14,7 @@ if __name__ == "__main__":
     begin_script()  # before the slow imports
 
 import torch
+from torch import nn
 
 from configurator import configure, take_source
 from model import GPT, KeyValueCache
@@ -57,6 +59,22 @@ def draw(logits, temperature, top_k, generator):
     return tokens[chosen].item()
 
 
+def use_addmv(model):
+    """Multiply a single row, such as a new token, with addmv. On a CPU it reads bfloat16 weights about 1.4 times as
+    fast as F.linear (torch 2.13), and reading them is most of a token's time."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = partial(linear_by_addmv, module)
+
+
+def linear_by_addmv(linear, x):
+    if x.numel() != linear.in_features:
+        return nn.functional.linear(x, linear.weight, linear.bias)
+    row = x.flatten()
+    y = linear.weight.mv(row) if linear.bias is None else torch.addmv(linear.bias, linear.weight, row)
+    return y.view(*x.shape[:-1], -1)
+
+
 def main():
     source = take_source("python -m tools.sample OUT_DIR_OR_MODEL --prompt=TEXT")
     configure(globals(), sys.argv[1:], __doc__, at_least=dict(max_new_tokens=1), below=dict(seed=2**63),
@@ -69,6 +87,8 @@ def main():
     if model.ln_free() and not model.config.folded:
         model = model.fold()
     model = model.to(where, getattr(torch, dtype))
+    if where == "cpu" and dtype == "bfloat16":
+        use_addmv(model)
 
     print(prompt, end="", flush=True)
     drawn, shown, text = [], "", ""
