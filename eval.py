@@ -4,6 +4,7 @@ Evaluate the original, the control and the LN-free model side by side, on the sa
     python eval.py                                            # the last run in out/, on its own val set
     python eval.py out/mine                                   # this run: its original, its control and itself
     python eval.py --dataset=owt,pile,hellaswag,residual      # fetches what is not here yet
+    python eval.py --dataset=circuits                         # do they resemble the original's?
     python eval.py --models=gpt2,ORG/NAME@REVISION,out/mine --dataset=pile --json=result.json
     python eval.py --verify                                   # is it really LN-free?
 
@@ -42,6 +43,7 @@ from parts.data import check_tokens, open_tokens, read_meta, read_windows, token
 from parts.device import autocast_to, pick_device
 from parts.files import check_file, parse_json, run_settings, write_json
 from parts.residual import residual_stats
+from parts.resemblance import resemblance
 from parts.run import model_directory, weights_sha256
 from parts.sources import HUB
 from parts.tokenizer import check_data, fingerprint_of, tokenizer_of
@@ -49,13 +51,13 @@ from parts.verify import problems
 
 # -----------------------------------------------------------------------------
 # settings: a default, and what it means; lists are separated by commas
-dataset = ""  # owt, pile, stdlib, a folder in data/, a text file, hellaswag, residual; "": the last run's, or owt
+dataset = ""  # owt, pile, stdlib, in data/, a text file, hellaswag, residual, circuits; "": the last run's, or owt
 models = ""  # model directories, out_dirs, hub repositories; "": the last run's original, control and LN-free model
 reference = ""  # the model that the others are compared with; "": the original
 faithfulness = True  # KL, JS, top-token agreement and correlation of losses with the reference; entropy, calibration
 any_tokenizer = False  # compare models and data of different tokenizers
 verify = False  # only test that the models (by default the last run's) are LN-free; exit code 1 if one is not
-tokens = 0  # val tokens, spread evenly; 0: as published (owt 4.5 M, pile 10.2 M), residual 100,000, else all
+tokens = 0  # val tokens, spread evenly; 0: as published (owt 4.5 M, pile 10.2 M), residual 100,000, circuits 10,000
 block_size = 0  # tokens in a window; 0: the shortest that a model's run trained on, else the shortest context window
 batch_size = 16  # windows in a forward pass
 device = "auto"  # the first of cuda, mps and cpu that is there; or a device's name
@@ -85,6 +87,18 @@ LINES = (  # of the tables: key in the JSON, label, format
     ("acc_norm", "length-normalised", ".2%"),
     ("acc", "accuracy", ".2%"),
     ("sink_rate", "attention sink > 0.3", ".1%"),
+    ("sink_heads", "heads with mean > 0.3", ".1%"),
+    ("cosine", "stream, cosine", ".4f"),
+    ("cosine_gap", "  minus control", "+.4f"),
+    ("cka", "stream, linear CKA", ".4f"),
+    ("attention_js", "attention, JS in nats", ".4f"),
+    ("attention_js_gap", "  minus control", "+.4f"),
+    ("contributions", "contributions, rank corr.", ".4f"),
+    ("contributions_gap", "  minus control", "+.4f"),
+    ("effects", "ablations, rank corr.", ".4f"),
+    ("effects_gap", "  minus control", "+.4f"),
+    ("prefix_matching", "prefix matching, corr.", ".4f"),
+    ("copying", "copying, corr.", ".4f"),
 )
 
 
@@ -208,7 +222,7 @@ def cross_entropy(folder, candidates, original, faithful_to, autocast):
                          "`prepare_owt.py --dataset=owt` without --tokens makes it")
     elif folder in PUBLISHED and abs(n / PUBLISHED[folder] - 1) > 0.02:
         not_published = f"they are over {PUBLISHED[folder]:,} tokens, and this is over {n:,}"
-    controls = [c.source for c in candidates if c.role == "control"]
+    has_control = any(c.role == "control" for c in candidates)
     rows = []
     for c in candidates:
         mine = found[c.source]
@@ -217,9 +231,8 @@ def cross_entropy(folder, candidates, original, faithful_to, autocast):
                    val=f"{count} of {meta.get('source', 'an unknown source')}", not_published=not_published,
                    to_original_source=original if c.role != "original" else None, gap_to=None)
         row["median"], row["p99_9"], row["max"] = np.quantile(losses, [0.5, 0.999, 1])
-        if c.role in ("ln_free", "part"):  # its own control, or the only one; none, if there are several
-            own = [control for control in controls if control == c.source + "_control" or len(controls) == 1]
-            row["gap_to"] = own[0] if own else None if controls else original
+        if c.role in ("ln_free", "part"):
+            row["gap_to"] = control_of(c, candidates) if has_control else original
         by_window = dict(loss=losses.mean(1))
         for key, other in (("gap", row["gap_to"]), ("to_original", row["to_original_source"])):
             by_window[key] = losses.mean(1) - found[other]["loss"].mean(1) if other else None
@@ -249,6 +262,43 @@ def residual(folder, candidates, autocast):
         with autocast:
             rows.append(dict(data=folder, windows=len(starts)) | residual_stats(c.model, batches))
     return rows
+
+
+def circuits(folder, candidates, reference):
+    """How alike each model's circuits are to the reference's, and how much less than its control's. On rank 0."""
+    if ranks.RANK > 0:
+        return []
+    data = open_tokens(folder, "val", block_size, candidates[0].model.config.vocab_size)
+    starts = val_starts(data, max(1, min(tokens or 10_000, len(data)) // block_size), block_size)
+    bar = tqdm(starts, "circuits", unit="window", leave=False, disable=None)
+    windows = ([part[0] for part in read_windows(data, [start], block_size, device)] for start in bar)
+    found = resemblance({c.source: c.model for c in candidates}, reference, windows)
+    rows = []
+    for c in candidates:
+        mine, theirs = found[c.source], found[reference]
+        by_head = {key: mine[key] for key in ("prefix_matching", "copying")}
+        row = dict(data=folder, windows=len(starts), reference=reference)
+        if c.source != reference:
+            by_head["attention_js"] = mine["attention_js"].mean(0)
+            row |= dict(cka=mine["cka"].mean(), cosine_by_layer=mine["cosine"].mean(0).tolist(),
+                        cka_by_layer=mine["cka"].tolist())
+            for key in ("prefix_matching", "copying"):
+                row[key] = np.corrcoef(mine[key].ravel(), theirs[key].ravel())[0, 1]
+            control = found.get(control_of(c, candidates), {}) if c.role == "ln_free" else {}
+            for key in ("cosine", "attention_js", "contributions", "effects"):
+                values, of_control = (m[key].reshape(len(starts), -1).mean(1) if key in m else None
+                                      for m in (mine, control))
+                row[key], row[key + "_se"] = mean_and_error(values)
+                if of_control is not None:
+                    row[key + "_gap"], row[key + "_gap_se"] = mean_and_error(values - of_control)
+        rows.append(row | {key + "_by_head": values.tolist() for key, values in by_head.items()})
+    return rows
+
+
+def control_of(c, candidates):
+    """The source of its own control, or of the only one; None if there is none, or there are several."""
+    controls = [other.source for other in candidates if other.role == "control"]
+    return next((s for s in controls if s == c.source + "_control" or len(controls) == 1), None)
 
 
 def hellaswag_accuracies(candidates, autocast):
@@ -282,6 +332,9 @@ def show(rows):
             stds = [row["sites"].get(site, {}).get(kind) or {} for row in rows]
             numbers = [with_error(std.get("mean"), std.get("spread"), ".3f") for std in stds]
             lines.append([f"{site} {kind.replace('_', ' ')}", *numbers])
+    elif name == "circuits":
+        title = (f"circuits: likeness to {first['reference']} ± standard error (--json has layers and heads)\n"
+                 f"over {first['windows']:,} windows of {block_size} of data/{first['data']}")
     else:
         title = (f"{name}: cross-entropy in nats per {word} ± standard error\n"
                  f"over {first['windows']:,} windows of {block_size} val tokens, of {first['val']}")
@@ -347,8 +400,11 @@ def open_all(run):
     block_size = window_of(candidates)
     default = default or ("owt" if candidates[0].model.config.vocab_size > 50256 else "stdlib")
     names = items(dataset) or [default]
-    token_files = [name for name in names if name not in ("hellaswag", "residual")]
-    folders = prepare(token_files or [default] * ("residual" in names), candidates)
+    token_files = [name for name in names if name not in ("hellaswag", "residual", "circuits")]
+    folders = prepare(token_files or [default] * bool({"residual", "circuits"} & set(names)), candidates)
+    shapes = {tuple(getattr(c.model.config, key) for key in ("n_layer", "n_head", "n_embd")) for c in candidates}
+    if "circuits" in names and (len(shapes) > 1 or any(c.role == "part" for c in candidates)):
+        raise UserError("--dataset=circuits compares models of one shape, each with all its LayerNorms or with none")
     if "hellaswag" in names:
         hellaswag.fetch_examples()
         tokenizer_of(candidates[0].model, candidates[0].directory)
@@ -396,6 +452,8 @@ def main():
             measured = hellaswag_accuracies(candidates, autocast)
         elif name == "residual":
             measured = residual(next(iter(folders.values())), candidates, autocast)
+        elif name == "circuits":
+            measured = circuits(next(iter(folders.values())), candidates, faithful_to or candidates[0].source)
         else:
             name = folders[name]
             measured = cross_entropy(name, candidates, original, faithful_to, autocast)
@@ -406,7 +464,7 @@ def main():
             for path in paths:  # before it is shown, which can fail; parse_json turns NaN into None
                 write_json(path, parse_json(dumps(result, default=float)))
             show(found)
-    commands = [command("tools.plot", json)] * bool(json and "residual" in names)
+    commands = [command("tools.plot", json)] * bool(json and {"residual", "circuits"} & set(names))
     if runs:
         commands += [command("tools.plot", runs[-1]), command("tools.export", runs[-1], "--to=hf")]
     if ranks.RANK == 0:

@@ -20,6 +20,7 @@ from parts.card import table
 from parts.compare import compare, divergences, mean_and_error
 from parts.loss import token_losses
 from parts.residual import residual_stats
+from parts.resemblance import resemblance
 from parts.verify import problems
 
 
@@ -213,6 +214,36 @@ def test_divergences_against_sums(q, p):
 
 
 # --- the residual stream, and what reads it
+
+
+def test_circuits_are_compared_with_the_originals_and_less_than_the_controls(run, demo):
+    """Against resemblance, whose numbers test_resemblance.py holds against scipy."""
+    done = run("eval.py", "out/demo", "--dataset=circuits", "--tokens=700", "--block_size=100", "--json=r.json")
+    assert done.code == 0, done.text
+    rows = {row["role"]: row for row in read_json("r.json")["rows"]}
+    paths = dict(original=TINY, control="out/demo_control/model", ln_free="out/demo/model")
+    models = {role: GPT.from_pretrained(path).eval() for role, path in paths.items()}
+    models["ln_free"] = models["ln_free"].fold()
+    windows = even_windows(7, 100)
+    found = resemblance(models, "original", [(window[:-1], window[1:]) for window in windows])
+    for key in ("cosine", "attention_js", "contributions", "effects"):
+        ours, control = (found[role][key].reshape(7, -1).mean(1) for role in ("ln_free", "control"))
+        assert rows["ln_free"][key] == pytest.approx(ours.mean(), abs=1e-6)
+        assert rows["ln_free"][key + "_gap"] == pytest.approx((ours - control).mean(), abs=1e-6)
+        assert rows["ln_free"][key + "_gap_se"] == pytest.approx((ours - control).std(ddof=1) / 7**0.5, abs=1e-6)
+    assert np.array(rows["original"]["copying_by_head"]).shape == (4, 6)
+    assert f"{rows['ln_free']['cka']:.4f}" in done.text
+    assert run("tools.plot", "r.json").code == 0
+
+
+@pytest.mark.parametrize("damage", ["partly removed", "another shape"])
+def test_circuits_of_models_that_can_not_be_compared(run, removed, stdlib, damage):
+    if damage == "partly removed":
+        removed.set_ln_mode("ln_2", 1, "real")
+        removed.save_pretrained("other")
+    else:
+        random_hf(vocab_size=320, n_embd=48, n_head=4).save_pretrained("other")
+    assert "circuits" in run("eval.py", f"--models={TINY},other", "--dataset=circuits", "--any_tokenizer").error
 
 
 def test_residual_stds_and_the_sink_rate_against_transformers(rows_of, stdlib):
