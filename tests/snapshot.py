@@ -106,7 +106,7 @@ python("eval.py", models, "--dataset=stdlib,residual", "--tokens=50_000", "--jso
 table = conftest.read_json("out/table.json")
 del table["command"]
 show("out/table.json", json.dumps(table, sort_keys=True).replace(repo, "REPO").encode())
-for to, *more in (["hf"], ["folded"], ["hf", "--dtype=bfloat16"], ["hf", "--dtype=float16", "--eps=1e4"]):
+for to, *more in (["hf"], ["folded"], ["hf", "--dtype=bfloat16"]):
     python("-m", "tools.export", "out/float32", f"--to={to}", f"--out=out/export_{to}_{len(more)}", *more)
 show_files("out")
 LOGITS = """import torch; from model import GPT; from tools.export import to_bridge; torch.set_grad_enabled(False)

@@ -99,7 +99,7 @@ def draw_losses(axis, loss, val, color, name):
 
 
 def draw_events(top, low, events, loss):
-    """A line at each removal, the name of each kind above its first one, and the highest loss in the ten steps from the
+    """A line at each removal, the name of each kind above its first one, and the highest loss in the three steps from the
     last one as a number, because it can be beyond the axis."""
     left, right = top.get_xlim()
     place = -np.inf
@@ -114,7 +114,7 @@ def draw_events(top, low, events, loss):
         where = dict(transform=top.get_xaxis_transform(), rotation=90, ha="center", va="bottom")
         top.text(place, 1.01, text, fontsize=8, color=color, **where)
     last, kind = events[-1]
-    step = max((step for step in loss if last <= step < last + 10), key=loss.get, default=None)
+    step = max((step for step in loss if last <= step < last + 3), key=loss.get, default=None)
     if step is not None:
         at = step, min(loss[step], top.get_ylim()[1])
         side, ha = (-12, "right") if step > (left + right) / 2 else (12, "left")
