@@ -328,7 +328,9 @@ def prefix_matching(model, n=None, seed=0):
     after the same token in the first half: what an induction head looks at (Olsson et al. 2022, arXiv 2209.11895)."""
     n = n or model.config.block_size // 2
     generator = torch.Generator().manual_seed(seed)
-    half = torch.randint(0, model.config.eot, (n,), generator=generator).to(model.lm_head.weight.device)
+    eot, vocab_size = model.config.eot, model.config.vocab_size
+    low, high = (0, eot) if eot >= vocab_size // 2 else (eot + 1, vocab_size)  # ids above a late eot may be padding
+    half = torch.randint(low, high, (n,), generator=generator).to(model.lm_head.weight.device)
     found = patterns(model, torch.cat([half, half]))
     i = torch.arange(n, 2 * n)
     return found[:, :, i, i - n + 1].mean(-1)

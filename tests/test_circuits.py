@@ -188,6 +188,15 @@ def test_patterns_are_transformers_attentions():
     torch.testing.assert_close(circuits.prefix_matching(tiny, 50, seed=3), matching, atol=1e-5, rtol=0)
 
 
+def test_a_random_sequence_is_of_many_tokens_wherever_end_of_text_is():
+    model = GPT(GPTConfig(block_size=16, vocab_size=20, n_layer=1, n_head=2, n_embd=8, eot=0, folded=True))
+    seen = []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    assert circuits.prefix_matching(model).shape == (1, 2)
+    assert 0 not in seen[0]
+    assert len(seen[0].unique()) > 4
+
+
 def test_connections_of_a_neuron_and_a_head_are_products_of_their_weights(free):
     mlp1, mlp3, head2 = free.transformer.h[1].mlp, free.transformer.h[3].mlp, free.transformer.h[2].attn
     C, d = free.config.n_embd, free.config.n_embd // free.config.n_head

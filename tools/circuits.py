@@ -57,14 +57,16 @@ def show(model, scores, copies, by_weights, matching, decode):
     rows = [(score, kind, i) for kind in "QKV" for i, score in largest(scores[kind], top)]
     for score, kind, (l1, h1, l2, h2) in sorted(rows, key=lambda row: -row[0])[:top]:
         print(f"  {kind}  h.{l1} head {h1} -> h.{l2} head {h2}{score:>10.3f}{score / chance:>8.1f} x chance")
-    print("\ncopying heads: share of positive eigenvalues of W_U OV W_E, from -1 to 1")
+    print("\ncopying heads: the eigenvalues of W_U OV W_E, their sum over the sum of their sizes, from -1 to 1")
     for (layer, head), score in largest(copies, top):
         print(f"  h.{layer} head {head}{score:>10.3f}")
-    print("\ninduction heads: by weights, and the attention that they pay to the token after the last occurrence in a\n"
-          f"repeated random sequence (an even pattern pays {math.log(2) / (model.config.block_size // 2):.3f})")
+    print("\ninduction heads: by weights, K-composition above chance with a head that looks at the previous token; by\n"
+          "attention, to the token after the last occurrence in a repeated random sequence (an even pattern: "
+          f"{math.log(2) / (model.config.block_size // 2):.3f})\n{'':<20}{'weights':>8}{'attention':>12}")
     for (layer, head), score in largest(by_weights, top):
-        print(f"  h.{layer} head {head}{score:>10.4f}{matching[layer, head].item():>10.3f}")
-    print(f"  rank correlation over all heads: {rank_correlation(by_weights.flatten(), matching.flatten()):.2f}")
+        print(f"  {f'h.{layer} head {head}':<18}{score:>8.4f}{matching[layer, head].item():>12.3f}")
+    both = rank_correlation(by_weights.flatten(), matching.flatten())
+    print(f"  rank correlation of the two over all heads: {both:.2f}")
     print("\nmost connected neurons: norm of the weights to all that reads them")
     for name, weight in most_connected(model, top):
         (logit, most), = connections(model, name, 1)["to logits"]
@@ -84,9 +86,10 @@ def draw(model, scores, copies, matching, path):
 
     fig = Figure(figsize=(14, 4.5), layout="constrained")
     left, middle, right = fig.subplots(1, 3)
-    for axis, values, title, limits in ((left, copies, "copying score", (-1, 1)),
-                                        (middle, matching, "attention to the token after the last occurrence", (0, None))):
-        image = axis.imshow(values.numpy(), cmap="coolwarm" if limits[0] < 0 else "Blues", vmin=limits[0], vmax=limits[1])
+    images = (left.imshow(copies.numpy(), cmap="coolwarm", vmin=-1, vmax=1),
+              middle.imshow(matching.numpy(), cmap="Blues", vmin=0, vmax=max(0.1, matching.max().item())))
+    titles = "copying score", "attention to the token after the last occurrence"
+    for axis, image, title, values in zip((left, middle), images, titles, (copies, matching)):
         fig.colorbar(image, ax=axis, shrink=0.7)
         axis.set(title=title, xlabel="head", ylabel="layer", xticks=range(values.shape[1]), yticks=range(len(values)))
     later = torch.ones(model.config.n_layer, model.config.n_layer, dtype=torch.bool).triu(1)

@@ -99,7 +99,7 @@ def draw_losses(axis, loss, val, color, name):
 
 
 def draw_events(top, low, events, loss):
-    """A line at each removal, the name of each kind above its first one, and the highest loss in the three steps from the
+    """A line at each removal, the name of each kind above its first one, and the highest loss of three steps from the
     last one as a number, because it can be beyond the axis."""
     left, right = top.get_xlim()
     place = -np.inf
@@ -195,7 +195,8 @@ def plot_circuits(source):
         name = key.removesuffix("_by_head").replace("_", " ")
         axis.set(title=f"{name} score of each head", xlabel=reference, ylabel="the others")
     for role, ours in others:
-        right.plot(ours["attention_js_by_head"].mean(1), "o-", color=ROLES[role], label=role.replace("ln_free", "LN-free"))
+        label = role.replace("ln_free", "LN-free")
+        right.plot(ours["attention_js_by_head"].mean(1), "o-", color=ROLES[role], label=label)
     right.set(title="attention patterns, mean over heads", xlabel="layer",
               ylabel=f"Jensen-Shannon divergence to {reference}, nats", ylim=(0, None))
     for axis in (*axes, right):
