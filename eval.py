@@ -9,10 +9,10 @@ Evaluate the original, the control and the LN-free model side by side, on the sa
     python eval.py --verify                                   # is it really LN-free?
 
 Pass a run's out_dir to mark a model as the control; any other model with LN counts as the original. An LN-free model
-is folded first, so that no LayerNorm is left in what is measured. Each LN-free run keeps the last result as eval.json
-in its out_dir, for the card of an export. Windows don't overlap. Standard errors treat windows as independent, though a
-document can span several; the error of a difference is that of the windows' differences. KL and Jensen-Shannon
-divergence compare next-token distributions, in nats per token.
+is folded first, so that no LayerNorm is left in what is measured. Each LN-free run keeps the last table of losses as
+eval.json in its out_dir, for the card of an export. Windows don't overlap. Standard errors treat windows as
+independent, though a document can span several; the error of a difference is that of the windows' differences. KL and
+Jensen-Shannon divergence compare next-token distributions, in nats per token.
 """
 import glob
 import itertools
@@ -62,7 +62,7 @@ block_size = 0  # tokens in a window; 0: the shortest that a model's run trained
 batch_size = 16  # windows in a forward pass
 device = "auto"  # the first of cuda, mps and cpu that is there; or a device's name
 dtype = "float32"  # autocast dtype: float32 or bfloat16
-json = ""  # a file for all results; "": eval.json in the out_dir of each LN-free run
+json = ""  # a file for all results; "": losses, in eval.json of each LN-free run
 # -----------------------------------------------------------------------------
 
 PUBLISHED = {"owt": 4_500_000, "pile": 10_200_000, "pile-filtered": 10_200_000}  # tokens behind the published figures
@@ -463,7 +463,8 @@ def main():
             found = [dict(dataset=name, source=c.source, role=c.role) | row for c, row in zip(candidates, measured)]
             result["rows"] += found
             for path in paths:  # before it is shown, which can fail; parse_json turns NaN into None
-                write_json(path, parse_json(dumps(result, default=float)))
+                if json or any("loss" in row for row in result["rows"]):  # what a card shows
+                    write_json(path, parse_json(dumps(result, default=float)))
             show(found)
     commands = [command("tools.plot", json)] * bool(json and {"residual", "circuits"} & set(names))
     if runs:

@@ -60,6 +60,7 @@ job() {
 
 mkdir -p out/gpu
 for part in ${*:-tests speed job}; do
+    [[ $part =~ ^(tests|speed|job)$ ]] || { echo "error: $part is not one of tests, speed and job"; exit 1; }
     "$PYTHON" -c "import platform, torch; print(f'Python {platform.python_version()}, torch {torch.__version__}',
         *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())), sep=', ')" > out/gpu/$part.txt
     $part | tee -a out/gpu/$part.txt

@@ -147,6 +147,8 @@ def test_a_run_is_evaluated_by_its_name_and_keeps_the_result(run, demo):
         assert [row["source"] for row in result["rows"]] == [TINY, "out/demo_control", "out/demo"]
         assert "\n| stdlib | LN-free |" in table(result["rows"])
         assert "nats per byte" in table(result["rows"])
+        assert run("eval.py", *args, "--tokens=640", "--dataset=residual").code == 0  # nothing for a card
+        assert read_json("out/demo/eval.json") == result
         os.remove("out/demo/eval.json")
 
 
