@@ -13,6 +13,10 @@ A document is a text file or a row; the end-of-text id follows each. Rows of ids
 has its own end-of-text ids. val is about 5 % of the text files, chosen by a hash of their path (of few files, the end
 of each), or every 200th row; more if there is little text. All of OpenWebText gets nanoGPT's split. After an
 interruption, or once a bad file is mended, the same command continues.
+
+meta.json has the tokenizer, its vocab_size and eot, the source and the settings asked for; for train and val the number
+of tokens, of documents, and of end-of-text ids that were appended, and the file's sha256; and `spelled`, the number of
+special tokens that the text spells and that stayed text.
 """
 import hashlib
 import math

@@ -40,7 +40,8 @@ def timeline(ln_schedule, n_layer, max_iters):
         if name in names[:i]:
             raise UserError(f"ln_schedule: {name} has two events")
     if events and events[-1][0] >= max_iters:
-        raise UserError(f"ln_schedule: {names[-1]} at step {events[-1][0]} never happens: max_iters is {max_iters}")
+        raise UserError(f"ln_schedule: {names[-1]} at step {events[-1][0]} never happens: max_iters is {max_iters}. "
+                        "Raise it, or give the rows as fractions of it")
     return events
 
 
