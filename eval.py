@@ -207,7 +207,6 @@ def cross_entropy(folder, candidates, original, faithful_to, autocast):
     if n < 1:
         raise UserError(f"--tokens={tokens} is less than one window of {block_size}")
     starts = val_starts(data, n, block_size)
-    ranks.say(f"{folder}: {n:,} windows of {block_size}, {len(candidates)} models (--tokens=N takes fewer)")
     own, n = starts[ranks.RANK :: ranks.WORLD], len(starts) * block_size
     models = {c.source: c.model for c in candidates}
     found = measure(models, faithful_to, data, own, block_size, batch_size, device, autocast)
