@@ -70,7 +70,7 @@ NANOGPT_VAL_DOCUMENTS = 4007  # documents in nanoGPT's val split of OpenWebText
 WIDTH = 80  # columns of a printed table
 # column heading for each role
 TITLES = dict(original="original", control="control", ln_free="LN-free", part="partly removed")
-LINES = (  # of the tables: key in the JSON, label, format
+LINES = (  # a table's rows: key in the JSON, label, format
     ("loss", "nats per {word}", ".4f"),
     ("gap", "gap to {control}", "+.4f"),
     ("to_original", "minus original", "+.4f"),
@@ -177,8 +177,8 @@ def prepare(names, candidates):
                 raise UserError(f"{name} comes in GPT-2's 50,257 tokens, and the models have {model.config.vocab_size}")
             args = [f"--tokens={PUBLISHED.get(name, 10_000_000) + 100_000}", "--val_every=1"]
         elif name != "stdlib" and not there:
-            raise UserError(f"unknown data set {name!r}: it is {', '.join(HUB)}, stdlib, hellaswag, residual, a text "
-                            f"file or what `python prepare_owt.py --dataset={name} --files=...` makes")
+            raise UserError(f"unknown data set {name!r}: it is {', '.join(HUB)}, stdlib, hellaswag, residual, "
+                            f"circuits, a text file or what `python prepare_owt.py --dataset={name} --files=...` makes")
         if folder in folders.values():
             raise UserError(f"--dataset={dataset}: two of them would be data/{folder}: rename {name}")
         folders[name] = folder

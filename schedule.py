@@ -190,8 +190,10 @@ def describe(ln_schedule, events):
     lines = []
     names = list(dict.fromkeys(row[0] for row in ln_schedule))
     for name in names:
-        steps = ", ".join(str(step) for step, kind, layer in events if name in (kind, site_name(kind, layer)))
-        lines.append(f"  {name:<6} {'off' if name in TREATMENTS else 'fake'} before step {steps}")
+        steps = [str(step) for step, kind, layer in events if name in (kind, site_name(kind, layer))]
+        layers = f" in all {len(steps)} layers" if len(steps) > len(set(steps)) == 1 else ""
+        steps = steps[0] if layers else ", ".join(steps)
+        lines.append(f"  {name:<6} {'off' if name in TREATMENTS else 'fake'}{layers} before step {steps}")
     return lines
 
 

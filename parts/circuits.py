@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model import std_of
+from model import at_least_float32, std_of
 
 # --- activations: who writes to the residual stream, and what reads it
 
@@ -47,7 +47,7 @@ class Reader:
     weight: torch.Tensor  # (rows, C)
     bias: torch.Tensor  # (rows,)
     first_unseen: str  # the first component that is written after the reading; "": none
-    eps: float | None = None  # of a LayerNorm: each position is divided by sqrt(var + eps) of its own stream
+    eps: float | None = None  # with LayerNorm, each position is divided by sqrt(var + eps), its own stream's std
 
     def __getitem__(self, rows):
         return Reader(self.weight[rows], self.bias[rows], self.first_unseen, self.eps)
@@ -258,7 +258,7 @@ def composition(model):
     as |A B| / (|A| |B|) in Frobenius norms (Elhage et al., "composition scores"): A is the earlier head's OV matrix and
     B the later one's QK matrix, its transpose, or OV matrix. Random matrices of this shape score about 1 / sqrt(C)."""
     L, H = model.config.n_layer, model.config.n_head
-    factors = []  # of each layer: W_q, W_k, W_v, W_o^T, (heads, C / heads, C) each
+    factors = []  # for each layer W_q, W_k, W_v and W_o^T, (heads, C / heads, C) each
     for i, block in enumerate(model.transformer.h):
         W_q, W_k, W_v = (W.unflatten(0, (H, -1)) for W in block.attn.c_attn.weight.chunk(3))
         factors.append((W_q, W_k, W_v, block.attn.c_proj.weight.T.unflatten(0, (H, -1))))
@@ -275,8 +275,8 @@ def composition(model):
 def product_norms(W_o, W_v, reads, rest):
     """The composition scores of heads W_o^T W_v with heads reads^T rest: factors (heads, d, C) -> (heads, heads).
     |X^T M Y|^2 = sum((X X^T M) * (M Y Y^T)) needs only d x d matrices."""
-    def norms(X, Y):
-        return ((X @ X.mT) * (Y @ Y.mT)).sum((-1, -2)).sqrt()  # of X^T Y
+    def norms(X, Y):  # |X^T Y|
+        return ((X @ X.mT) * (Y @ Y.mT)).sum((-1, -2)).sqrt()
 
     M = torch.einsum("adc,bec->abde", W_o, reads)
     left, right = (W_v @ W_v.mT)[:, None], (rest @ rest.mT)[None]
@@ -300,20 +300,20 @@ def copying(model):
     return scores
 
 
+def pattern(attn, x):
+    """What a layer's queries and keys read, x (T, C) -> its attention pattern, (heads, T, T), float32."""
+    q, k, _ = attn.c_attn(x).chunk(3, -1)
+    q, k = (t.unflatten(-1, (attn.n_head, -1)).transpose(0, 1) for t in (q, k))  # (heads, T, C / heads)
+    future = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
+    return at_least_float32(q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf).softmax(-1)
+
+
 @torch.no_grad()
 def patterns(model, ids):
     """ids (T,) -> the attention patterns, (L, heads, T, T). With LayerNorm or without."""
-    T, H = len(ids), model.config.n_head
-    future = torch.ones(T, T, dtype=torch.bool, device=ids.device).triu(1)
     found, hooks = [], []
-
-    def see(attn, args):
-        q, k, _ = attn.query_key_value(*args[:2])
-        q, k = (t[0].unflatten(-1, (H, -1)).transpose(0, 1) for t in (q, k))  # (heads, T, C / heads)
-        found.append((q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf).softmax(-1))
-
     for block in model.transformer.h:
-        hooks.append(block.attn.register_forward_pre_hook(see))
+        hooks.append(block.attn.register_forward_pre_hook(lambda attn, args: found.append(pattern(attn, args[0][0]))))
     try:
         model.hidden(ids[None])
     finally:

@@ -67,7 +67,7 @@ def jensen_shannon(p, q):
 
 
 def spearman(a, b):
-    """(n, T), (n, T) -> (T,): the rank correlation over n."""
+    """(n, ...), (n, ...) -> (...): the rank correlation over n."""
     a, b = (t.argsort(0).argsort(0).double() - (len(t) - 1) / 2 for t in (a, b))
     return (a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()
 

@@ -1,12 +1,11 @@
 """
 The residual stream that the sublayers read: its std before each site, and the attention sink at position 0.
 """
-import math
-
 import numpy as np
 import torch
 
 from model import std_of
+from parts.circuits import pattern
 
 SINK = 0.3  # a query with a larger weight on position 0 attends to the sink: the default of arXiv 2507.02559's code
 
@@ -55,13 +54,8 @@ def residual_stats(model, batches):
 def attention_to_0(attn, x):
     """Attention's input (B, T, C) -> for each window (heads, 2): the share of queries that attend to the sink, and
     their mean attention to position 0."""
-    T = x.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-    q, k, _ = attn.c_attn(x).chunk(3, -1)
-    q, k = (t.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for t in (q, k))  # (B, heads, T, C / heads)
     found = []
-    for q1, k1 in zip(q, k):  # one window at a time: (heads, T, T) is large
-        scores = (q1 @ k1.mT / math.sqrt(q1.shape[-1])).float()
-        to_0 = scores.masked_fill(~causal, -math.inf).softmax(-1)[:, 1:, 0]  # (heads, T - 1)
+    for window in x:  # one at a time: (heads, T, T) is large
+        to_0 = pattern(attn, window)[:, 1:, 0]  # (heads, T - 1)
         found.append(torch.stack([(to_0 > SINK).float().mean(1), to_0.mean(1)], 1).cpu().numpy())
     return found

@@ -261,7 +261,7 @@ def text(n, seed=0):
 @pytest.fixture(scope="session")
 def own_model(tmp_path_factory):
     """A random GPT-2 of 300 ids with a byte-level BPE of its own, saved as transformers saves them. Its
-    config.json keeps GPT2Config's end-of-text, which is none of its ids."""
+    config.json keeps GPT2Config's end-of-text, an id that the model does not have."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -94,7 +94,7 @@ def test_windows_losses_and_decoding(tiny, exact):
     assert list(generate(tiny, x[0].tolist(), 1, 0, 0, None)) == [likeliest]
 
 
-EXACT = ["--dtype=float32", f"--ln_schedule={SCHEDULE}"]  # of train.py
+EXACT = ["--dtype=float32", f"--ln_schedule={SCHEDULE}"]  # flags for train.py
 
 
 @pytest.mark.slow

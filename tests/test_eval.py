@@ -79,7 +79,7 @@ def test_by_default_the_last_runs_three_models_stand_side_by_side(rows_of, demo)
     assert {row["role"]: row["source"] for row in rows} == sources
     original, control, free = rows
     windows = even_windows(40, 64)
-    losses = []  # of each model, by window
+    losses = []  # for each model, by window
     for directory in (TINY, "out/demo_control/model", "out/demo/model"):
         losses.append(losses_of(logits_of_ours(directory, windows), windows).mean(1))
     assert original["gap"] is control["gap"] is original["to_original"] is None
@@ -399,7 +399,7 @@ def test_the_json_says_what_was_measured_with_what(rows_of, stdlib, tmp_path):
 @pytest.mark.parametrize("args, named", [
     ([], "out/"),
     ([f"--models={TINY}", "--dataset=mine"], "'mine'"),
-    ([f"--models={TINY}", "--dataset=pile"], "pile"),  # of GPT-2's tokens
+    ([f"--models={TINY}", "--dataset=pile"], "pile"),  # its tokens are GPT-2's
     ([f"--models={TINY}", "--tokens=100"], "--tokens=100"),
     ([f"--models={TINY}", "--tokens=512", "--json=no/where.json"], "--json=no/where.json"),
     ([f"--models={TINY}", "--json=data"], "data exists"),

@@ -18,7 +18,7 @@ from tools import export
 
 
 def logits_of(model, idx):
-    """Of our GPT, of transformers' and of TransformerLens's."""
+    """The logits of our GPT, of transformers' model or of TransformerLens's."""
     with torch.no_grad():
         out = model(idx)
     return out if isinstance(out, torch.Tensor) else out.logits if hasattr(out, "logits") else out[0]
@@ -142,7 +142,7 @@ def test_the_export_opens_in_a_pipeline_and_with_the_bridge_has_gpt2s_tokenizer(
     text = "Hello, naïve world!  def f(x):\n\treturn x<|endoftext|>"
     expected = tiktoken.get_encoding("gpt2").encode(text, allowed_special="all")
     assert AutoTokenizer.from_pretrained("out/mine/hf")(text).input_ids == expected
-    assert export.to_bridge(gpt2_run).to_tokens(text, prepend_bos=False).tolist() == [expected]
+    assert export.to_bridge(gpt2_run).to_tokens(text).tolist() == [expected]
 
     generator = pipeline("text-generation", "out/mine/hf")
     (written,) = generator("Once upon a time", max_new_tokens=8, do_sample=False)

@@ -53,7 +53,7 @@ def one_at_a_time(logits_of, examples, encode, block_size):
 
 @pytest.mark.parametrize("source", [TINY, "random"])
 def test_accuracies_are_transformers_one_ending_at_a_time(run, gpt2_tokenizer, source):
-    """Of a model of bytes, and of one of GPT-2's tokens."""
+    """Once with a model of bytes, and once with a model of GPT-2's tokens."""
     os.makedirs(os.path.dirname(PATH))
     shutil.copy(OWN, PATH)
     encode = encode_bytes
@@ -73,7 +73,7 @@ def test_accuracies_are_transformers_one_ending_at_a_time(run, gpt2_tokenizer, s
     assert len(EXAMPLES) == found["examples"] == 42
 
 
-# of bytes, all examples fit, some, none, and not even an ending
+# positions into which all examples fit, some, none, and not even an ending
 @pytest.mark.parametrize("block_size", [256, 96, 48, 24, 8])
 def test_what_is_longer_than_the_context_is_cut_at_the_left(block_size, tmp_path):
     hf = random_hf(vocab_size=320, n_positions=block_size)

@@ -50,7 +50,7 @@ def test_a_model_is_fetched_once_and_then_read_from_the_cache(hub, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         assert_same_logits(hub.hf, "org/tiny")
-    os.truncate(cached.resolve(), 1000)  # of another size than the hub's: fetched anew
+    os.truncate(cached.resolve(), 1000)  # a file of another size than the hub's is fetched anew
     assert_same_logits(hub.hf, "org/tiny")
 
 

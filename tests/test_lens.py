@@ -1,7 +1,7 @@
 """
 tools/lens.py: without LayerNorm the contributions sum up to what the model reads, a logit, a neuron or an attention
-score, and ablating a component takes away just its contribution. With LN they sum up while the std is held, but ablation
-has another effect.
+score, and ablating a component takes away just its contribution. With LN they sum up while the std is held, but
+ablation has another effect.
 """
 import json
 import math

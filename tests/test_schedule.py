@@ -87,6 +87,8 @@ def test_a_line_for_each_row_says_before_which_steps():
     lines = describe(rows, timeline(rows, 3, 400))
     found = [re.fullmatch(r" *(\S+) .*before step (.*)", line).groups() for line in lines]
     assert found == [("ln_2", "20, 30, 40"), ("h.2.ln_1v", "200"), ("ln_f", "300"), ("bos", "310")]
+    at_once = [("ln_2", 6, 0)]
+    assert describe(at_once, timeline(at_once, 3, 400)) == ["  ln_2   fake in all 3 layers before step 6"]
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():

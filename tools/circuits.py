@@ -21,6 +21,7 @@ from configurator import configure, take_source
 from model import GPT
 from parts.circuits import *  # noqa: F403  for notebooks: circuits.components and so on
 from parts.circuits import composition, connections, copying, induction_by_weights, prefix_matching, readers
+from parts.resemblance import spearman
 
 # -----------------------------------------------------------------------------
 top = 8  # rows in each list
@@ -65,18 +66,12 @@ def show(model, scores, copies, by_weights, matching, decode):
           f"{math.log(2) / (model.config.block_size // 2):.3f})\n{'':<20}{'weights':>8}{'attention':>12}")
     for (layer, head), score in largest(by_weights, top):
         print(f"  {f'h.{layer} head {head}':<18}{score:>8.4f}{matching[layer, head].item():>12.3f}")
-    both = rank_correlation(by_weights.flatten(), matching.flatten())
+    both = spearman(by_weights.flatten(), matching.flatten()).item()
     print(f"  rank correlation of the two over all heads: {both:.2f}")
     print("\nmost connected neurons: norm of the weights to all that reads them")
     for name, weight in most_connected(model, top):
         (logit, most), = connections(model, name, 1)["to logits"]
         print(f"  {name:<20}{weight:>9.2f}   most to {decode(logit)} ({most:+.2f})")
-
-
-def rank_correlation(x, y):
-    """Spearman's, of x (n,) and y (n,)."""
-    ranks = torch.stack([t.argsort().argsort().double() for t in (x, y)])
-    return torch.corrcoef(ranks)[0, 1].item()
 
 
 def draw(model, scores, copies, matching, path):

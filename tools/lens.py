@@ -70,14 +70,14 @@ def attribute_score(model, ids, layer, head, query, key):
     """What pairs of components contribute to a head's attention score: ({(query side, key side): (contribution, effect
     of ablating both, less those of each alone)}, 0, the score that the model computes)."""
     scores, d = attention_scores(model, ids, layer, head), model.config.n_embd // model.config.n_head
-    written, sides, values = components(model, ids), [], []
+    written, reads, rows, sides, values = components(model, ids), readers(model), head_rows(model, head), [], []
     for name, at in (("queries", query), ("keys", key)):
-        reader = readers(model)[f"h.{layer} {name}"][head_rows(model, head)]
+        reader = reads[f"h.{layer} {name}"][rows]
         stream = written.stream(reader)[at]
         streams = torch.cat([stream[None], stream - written.writes[: written.before(reader), at]])
         read = streams @ reader.weight.T / reader.scale(streams)  # (components + 1, C / heads)
         sides.append(torch.cat([read[0] - read[1:], reader.bias[None]]))
-        values.append(computed(model, ids, f"h.{layer} {name}")[at, head_rows(model, head)])
+        values.append(computed(model, ids, f"h.{layer} {name}")[at, rows])
     effects = sides[0] @ sides[1].T / math.sqrt(d)
     names = itertools.product(scores.names, scores.names)
     pairs = zip(scores.pairs(query, key).flatten().tolist(), effects.flatten().tolist())
