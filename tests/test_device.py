@@ -125,22 +125,18 @@ def test_a_stopped_run_continues(run, stdlib, at_step):
     assert read_log("out/stopped", "loss") == (losses if DEVICE == "cpu" else pytest.approx(losses, rel=1e-3))
 
 
-@pytest.mark.slow
 def test_memory_that_is_freed_is_reused():
-    """With keep_memory hardly a page is fetched from the system after the first steps."""
+    """By default glibc returns a block of more than 32 MB at once, and fetches the next one page by page."""
     code = """
 import resource, torch
-from model import GPT, GPTConfig
 from parts.device import keep_memory
 KEEP
-model = GPT(GPTConfig(256, 5000, n_layer=2, n_head=4, n_embd=256, eot=0))
 faults = []
-for step in range(10):
-    model(*torch.zeros(2, 4, 256).long())[1].backward()
-    model.zero_grad()
+for step in range(40):
+    torch.ones(2**24)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[9] - faults[4])
+print(faults[39] - faults[19])
 """
     kept, plain = (int(subprocess.check_output([sys.executable, "-c", code.replace("KEEP", call)], cwd=REPO))
                    for call in ("keep_memory()", ""))
-    assert kept < 0.3 * plain
+    assert kept < 0.1 * plain
