@@ -22,6 +22,7 @@ from parts.errors import UserError, begin_script, say_next
 
 begin_script()  # before the slow imports
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -67,6 +68,7 @@ dropout = 0.0  # in fine-tuning too
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
 aux_loss_weight = 0.0  # weight of the squared spread of the std before ln_f (arXiv 2507.02559)
 kl_share = 0.0  # weight of KL(teacher || model) in the loss, 0 to 1; the cross-entropy has 1 - kl_share
+noise_share = 0.0  # share of a micro-batch's sequences that are random tokens: only the KL counts there
 teacher = ""  # the model with LN for kl_share; "": the model that the run starts from
 # AdamW
 learning_rate = 6e-4  # after warmup_iters; then a cosine to min_lr at lr_decay_iters
@@ -93,7 +95,7 @@ compile = True  # torch.compile: some minutes once, then faster steps; it needs 
 at_least_1 = dict.fromkeys(("max_iters", "batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head",
                             "n_embd", "eval_interval", "eval_iters", "checkpoint_interval", "log_interval"), 1)
 choices = dict(std_over=("ordinary", "all"), dtype=("auto", "float32", "bfloat16"))
-below = dict(seed=2**63, std_momentum=1, dropout=1, beta1=1, beta2=1)
+below = dict(seed=2**63, noise_share=1, std_momentum=1, dropout=1, beta1=1, beta2=1)
 names = configure(globals(), sys.argv[1:], __doc__, at_least_1, dict(kl_share=1), below, choices, configs=True)
 
 # --- machine: one process, or torchrun's; rank 0 writes and prints
@@ -145,6 +147,10 @@ if block_size > model.config.block_size:
     raise UserError(f"block_size {block_size} is beyond the model's {most} positions: --block_size={most}")
 if teacher and kl_share == 0:
     raise UserError(f"teacher {teacher} does nothing with kl_share 0: give a --kl_share too")
+noise = round(noise_share * batch_size)  # sequences of a micro-batch
+if noise_share > 0 and (kl_share == 0 or not 0 < noise < batch_size):
+    raise UserError(f"noise_share {noise_share} needs a --kl_share, and a batch_size that leaves at least one sequence "
+                    f"of noise and one of text: it is {batch_size}")
 if ln_schedule and block_size == 1:
     raise UserError("block_size 1 has only position 0, and ln_schedule needs the std of others too")
 parameters = sum(p.numel() for p in model.parameters())
@@ -179,15 +185,19 @@ tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 
 
 def batches(step):
-    """This rank's micro-batches of the step's global batch: inputs and targets (batch_size, block_size)."""
+    """This rank's micro-batches of the step's global batch: inputs and targets (batch_size, block_size). Sequences of
+    noise come first; their targets are -1."""
     starts = train_starts(train_tokens, seed, step, gradient_accumulation_steps * batch_size, block_size)
     for i in range(ranks.RANK, gradient_accumulation_steps, ranks.WORLD):
-        yield read_windows(train_tokens, starts[i * batch_size : (i + 1) * batch_size], block_size, machine)
+        x, y = read_windows(train_tokens, starts[i * batch_size + noise : (i + 1) * batch_size], block_size, machine)
+        random = np.random.default_rng([seed, step, i]).integers(meta["vocab_size"], size=(noise, block_size))
+        random = torch.from_numpy(random).to(machine)
+        yield torch.cat([random, x]), torch.cat([torch.full_like(random, -1), y])
 
 
 def ids(step):
-    """The inputs of batches(step)."""
-    return (x for x, _ in batches(step))
+    """The inputs of batches(step), without noise."""
+    return (x[noise:] for x, _ in batches(step))
 
 
 # --- schedule: the first step, and the model's state there
@@ -245,8 +255,9 @@ def of_logits(logits, targets, teacher_logits):
     if teacher_logits is None:
         return loss, dict(loss=loss)
     log_q = teacher_logits.log_softmax(-1)
-    kl = (log_q.exp() * (log_q - log_p)).sum()  # KL(teacher || model)
-    return (1 - kl_share) * loss + kl_share * kl, dict(loss=loss, kl=kl)
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)  # KL(teacher || model)
+    kl_of_text = kl.masked_fill(targets == -1, 0).sum()
+    return (1 - kl_share) * loss + kl_share * kl.sum(), dict(loss=loss, kl=kl_of_text)
 
 
 in_pieces = LossInPieces(of_logits, model.lm_head, teacher_model and teacher_model.lm_head, compile)

@@ -65,6 +65,11 @@ def test_a_teacher_that_can_not_teach_is_named(refused):
     assert "kl_share" in refused("--teacher=other")
 
 
+def test_noise_without_kl_or_without_room_is_refused(refused):
+    assert "kl_share" in refused("--noise_share=0.5")
+    assert "batch_size" in refused("--noise_share=0.01", "--kl_share=0.5")
+
+
 def test_a_machine_that_can_not_do_it_is_said_before_the_run(refused, monkeypatch):
     """No compiler; a GPU's work on a CPU, unasked."""
     with monkeypatch.context() as patch:

@@ -31,7 +31,7 @@ def torchrun(stdlib):
 
 
 @pytest.mark.parametrize("losses", [
-    ["--kl_share=0.5", "--aux_loss_weight=0.1"],
+    ["--kl_share=0.5", "--noise_share=0.5", "--aux_loss_weight=0.1"],
     pytest.param(["--kl_share=0.5", "--compile=True"], marks=pytest.mark.slow),
 ])
 def test_two_processes_see_the_same_run_as_one(run, torchrun, losses):

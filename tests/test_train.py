@@ -112,6 +112,18 @@ def test_the_constants_of_an_event_are_those_of_its_batch_and_weights(removal, s
             assert entry["bos_std"] == pytest.approx(std[:, 0].mean().item(), rel=1e-4)
 
 
+def test_noise_takes_the_place_of_text_in_the_batch_alone(removal):
+    """One sequence of each micro-batch of two. Constants and loss are those of the text that is left."""
+    flags = ["--kl_share=0.5", "--noise_share=0.5", "--dtype=float32", "--max_iters=1"]
+    assert removal("--ln_schedule=[('ln_f', 0, None)]", *flags).code == 0
+    tokens, model = read_tokens("train", "stdlib"), GPT.from_pretrained(TINY)
+    x, y = data.read_windows(tokens, data.train_starts(tokens, 1337, 0, 4, 32)[[1, 3]], 32, "cpu")
+    model.measure_std(x)
+    model.set_ln_mode("ln_f", None, "fake")
+    assert read_log(key="avg_std") == pytest.approx([model.transformer.ln_f.avg_std.item()], rel=1e-5)
+    assert read_log(key="loss") == pytest.approx([model(x, y)[1].item()], rel=1e-5)
+
+
 def test_constants_can_be_moving_averages_over_steps(removal):
     """At a learning rate of 0 the weights stay, so that each step's own std can be measured here."""
     still = ["--learning_rate=0", "--min_lr=0", "--weight_decay=0"]
@@ -168,7 +180,7 @@ def log_without_speed(folder):
 def test_an_interrupted_run_ends_with_the_same_bits(removal, at_step, step):
     """SIGTERM arrives while a step reads its data. Dropout and the std's average go on as they were, and
     what it learns from is the same original."""
-    args = ["--dropout=0.1", "--std_momentum=0.5", "--kl_share=0.5"]
+    args = ["--dropout=0.1", "--std_momentum=0.5", "--kl_share=0.5", "--noise_share=0.5"]
     assert removal(*args, "--out_dir=out/whole").code == 0
     at_step(step, lambda: signal.raise_signal(signal.SIGTERM))
     cut = removal(*args)
