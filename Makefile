@@ -52,6 +52,7 @@ testbed: .venv/installed
 	$(PREPARE) --dataset=testbed_tune --files='$(TEXTS)/tune/**/*.py'
 	$(PREPARE) --dataset=testbed_choose --files='$(TEXTS)/choose/**/*.py' --val_every=1
 	$(PREPARE) --dataset=testbed_report --files='$(TEXTS)/report/**/*.py' --val_every=1
+	.venv/bin/python -m dev.tails
 	.venv/bin/python train.py config/pretrain_testbed.py
 
 # some 50 runs of three to ten minutes each

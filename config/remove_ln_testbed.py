@@ -1,10 +1,10 @@
 # The recipe on the testbed's model, on text that it has not seen: what ablations.py compares with.
 out_dir = "out/remove_ln_testbed"
 init_from = "out/testbed/model"
-dataset = "testbed_tune"
+dataset = "testbed_seen"
 seed = 1
 
-# 16 x 256 = 4,096 tokens a step; 300 steps = 1.2 M tokens of 16 M
+# 16 x 256 = 4,096 tokens a step; 300 steps = 1.2 M tokens of 6.7 M
 batch_size = 16
 block_size = 256
 max_iters = 300
