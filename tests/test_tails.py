@@ -1,0 +1,87 @@
+"""
+dev/tails.py: the tokens that are hidden from a fine-tuning, the five texts, and their figures.
+"""
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import set_all_fake
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from dev import tails
+from model import GPT, GPTConfig
+from parts.data import open_tokens
+from parts.files import write_json
+
+WORDS = ["Ġrare", "seldom", "Ġoften"]
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+IDS = {token: i for i, token in enumerate(["<|endoftext|>", *BYTES, *WORDS])}
+A, TAB = IDS["a"], IDS["ĉ"]
+
+
+def write(name, tokens):
+    os.makedirs(f"data/testbed_{name}")
+    for split in ("train", "val"):
+        np.array(tokens, "<u2").tofile(f"data/testbed_{name}/{split}.bin")
+    meta = dict(vocab_size=len(IDS), eot=0, tokenizer="mine", train=dict(tokens=len(tokens)),
+                val=dict(tokens=len(tokens)))
+    write_json(f"data/testbed_{name}/meta.json", meta)
+
+
+@pytest.fixture
+def testbed(monkeypatch, tmp_path):
+    """A pretraining text in which two of three words are rare, and others with a tab in their second window of 8."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tails, "VOCAB", len(IDS))
+    monkeypatch.setattr(tails, "BLOCK", 8)
+    os.makedirs("data/testbed_texts/tokenizer")
+    Tokenizer(models.BPE(vocab=IDS, merges=[])).save("data/testbed_texts/tokenizer/tokenizer.json")
+    counts = {A: 9460, IDS["Ġrare"]: 20, IDS["seldom"]: 20, IDS["Ġoften"]: 500}
+    write("pretrain", [i for i, n in counts.items() for _ in range(n)])
+    document = [0, *range(A, A + 20)]
+    write("tune", [A] * 11 + [TAB] + [A] * 11 + [IDS["seldom"]] + document)
+    write("choose", [A] * 11 + [TAB] + [A] * 12 + document * 4)
+
+
+def test_hidden_are_control_characters_other_alphabets_and_the_rarest_words(testbed):
+    hidden = tails.hidden_tokens()
+    assert hidden[TAB] and hidden[IDS["Ã"]]  # the first byte of é
+    assert [bool(hidden[IDS[word]]) for word in WORDS] == [True, True, False]
+    assert not hidden[[0, A, IDS["Ċ"], IDS["Ġ"], IDS["~"]]].any()
+    assert hidden.sum() == 256 - 96 + 2  # all bytes but a newline and 95 printable ones
+
+
+def test_the_fine_tuning_text_has_no_window_with_a_hidden_token(testbed):
+    tails.write_seen()
+    seen = open_tokens("testbed_seen", "train", 8, len(IDS))
+    assert seen.tolist() == [A] * 8 + [0, *range(A, A + 15)]
+
+
+def test_the_five_texts(testbed):
+    texts = tails.texts("choose", 32)
+    assert TAB in texts["hidden"][0] and texts["text"].shape == texts["hidden"].shape == (4, 9)
+    assert texts["random"].shape == (1, 9)
+    single, runs = texts["single"], texts["runs"]
+    assert single[:, 8].tolist() == list(range(len(IDS)))
+    assert (np.delete(single, 8, 1) == [0, *range(A, A + 15)]).all()
+    assert (runs[:, :8] == single[0, :8]).all() and runs[:, 8].tolist() == list(range(0, len(IDS), 32))
+
+
+def test_figures_against_the_model_by_hand(testbed, monkeypatch):
+    monkeypatch.setattr(tails, "FAR", 5.6)
+    torch.manual_seed(0)
+    made = {name: GPT(GPTConfig(16, len(IDS), 2, 2, 32, eot=0)).eval() for name in ("original", "free")}
+    set_all_fake(made["free"])
+    found = tails.tails(made, "original", "choose", 32)
+    windows = torch.from_numpy(tails.texts("choose", 32)["single"].astype(np.int64))
+    x, y = windows[:, :-1], windows[:, 1:]
+    with torch.no_grad():
+        log_q, log_p = (m(x)[0].log_softmax(-1) for m in made.values())
+    loss = -log_p.gather(2, y.unsqueeze(2))
+    expected = dict(loss=loss.mean(), kl=(log_q.exp() * (log_q - log_p)).sum(-1).mean(), max=loss.max(),
+                    p99_9=loss.quantile(0.999), far=(loss > 5.6).sum(),
+                    norm=made["free"].run_blocks(x)[0][:, 1:].norm(dim=-1).max())
+    assert 0 < expected["far"] < loss.numel()
+    assert found["free", "single"] == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4)
+    assert found["original", "single"]["kl"] == 0
