@@ -68,10 +68,7 @@ dropout = 0.0  # in fine-tuning too
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
 aux_loss_weight = 0.0  # weight of the squared spread of the std before ln_f (arXiv 2507.02559)
 kl_share = 0.0  # weight of KL(teacher || model) in the loss, 0 to 1; the cross-entropy has 1 - kl_share
-noise_share = 0.0  # share of a batch's rows that are noise, on which only the KL counts
-noise_kind = "random"  # random, mixed, varied, samples
-spread_all = 0.0  # weight of the squared relative deviation of the std at every site
-hidden_weight = 0.0  # weight of the relative squared error of the blocks' outputs
+noise_share = 0.0  # share of a micro-batch's sequences that are random tokens: only the KL counts there
 teacher = ""  # the model with LN for kl_share; "": the model that the run starts from
 # AdamW
 learning_rate = 6e-4  # after warmup_iters; then a cosine to min_lr at lr_decay_iters
@@ -97,8 +94,8 @@ compile = True  # torch.compile: some minutes once, then faster steps; it needs 
 # -----------------------------------------------------------------------------
 at_least_1 = dict.fromkeys(("max_iters", "batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head",
                             "n_embd", "eval_interval", "eval_iters", "checkpoint_interval", "log_interval"), 1)
-choices = dict(noise_kind=("random", "mixed", "varied", "samples"), std_over=("ordinary", "all"), dtype=("auto", "float32", "bfloat16"))
-below = dict(seed=2**63, std_momentum=1, dropout=1, beta1=1, beta2=1)
+choices = dict(std_over=("ordinary", "all"), dtype=("auto", "float32", "bfloat16"))
+below = dict(seed=2**63, noise_share=1, std_momentum=1, dropout=1, beta1=1, beta2=1)
 names = configure(globals(), sys.argv[1:], __doc__, at_least_1, dict(kl_share=1), below, choices, configs=True)
 
 # --- machine: one process, or torchrun's; rank 0 writes and prints
@@ -150,6 +147,10 @@ if block_size > model.config.block_size:
     raise UserError(f"block_size {block_size} is beyond the model's {most} positions: --block_size={most}")
 if teacher and kl_share == 0:
     raise UserError(f"teacher {teacher} does nothing with kl_share 0: give a --kl_share too")
+noise = round(noise_share * batch_size)  # sequences of a micro-batch
+if noise_share > 0 and (kl_share == 0 or not 0 < noise < batch_size):
+    raise UserError(f"noise_share {noise_share} needs a --kl_share, and a batch_size that leaves at least one sequence "
+                    f"of noise and one of text: it is {batch_size}")
 if ln_schedule and block_size == 1:
     raise UserError("block_size 1 has only position 0, and ln_schedule needs the std of others too")
 parameters = sum(p.numel() for p in model.parameters())
@@ -180,44 +181,23 @@ with ranks.rank_0_first():
     if ranks.RANK == 0:
         check_tokens(dataset, "train")
         check_tokens(dataset, "val")
-sample_tokens = open_tokens("testbed_samples", "train", block_size, model.config.vocab_size) if noise_kind == "samples" else None
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 
 
 def batches(step):
-    """This rank's micro-batches of the step's global batch: inputs and targets (batch_size, block_size)."""
+    """This rank's micro-batches of the step's global batch: inputs and targets (batch_size, block_size). Sequences of
+    noise come first; their targets are -1."""
     starts = train_starts(train_tokens, seed, step, gradient_accumulation_steps * batch_size, block_size)
     for i in range(ranks.RANK, gradient_accumulation_steps, ranks.WORLD):
-        x, y = read_windows(train_tokens, starts[i * batch_size : (i + 1) * batch_size], block_size, machine)
-        n = round(noise_share * len(x))
-        if n:
-            x, y = x.clone(), y.clone()
-            x[:n], y[:n] = noise(x[:n], np.random.default_rng([seed, step, i, 1])), -1
-        yield x, y
-
-
-def noise(x, rng):
-    n, T = x.shape
-    V = meta["vocab_size"]
-    uniform = torch.from_numpy(rng.integers(0, V, (n, T)))
-    if noise_kind == "random":
-        return uniform
-    if noise_kind == "samples":
-        starts = rng.integers(0, len(sample_tokens) - block_size, size=n)
-        return read_windows(sample_tokens, starts, block_size, machine)[0]
-    mixed = torch.where(torch.from_numpy(rng.random((n, T)) < rng.random((n, 1))), uniform, x)
-    if noise_kind == "mixed":
-        return mixed
-    # varied: rows in which a share of tokens is uniform, and rows of one token after a stretch of text
-    run = rng.integers(0, V, (n, 1))
-    begin = rng.integers(1, T // 2, (n, 1))
-    runs = torch.where(torch.from_numpy(np.arange(T)[None] >= begin), torch.from_numpy(run), x)
-    return torch.where(torch.arange(n)[:, None] % 4 == 0, runs, mixed)
+        x, y = read_windows(train_tokens, starts[i * batch_size + noise : (i + 1) * batch_size], block_size, machine)
+        random = np.random.default_rng([seed, step, i]).integers(meta["vocab_size"], size=(noise, block_size))
+        random = torch.from_numpy(random).to(machine)
+        yield torch.cat([random, x]), torch.cat([torch.full_like(random, -1), y])
 
 
 def ids(step):
-    """The inputs of batches(step)."""
-    return (x[y[:, 0] != -1] for x, y in batches(step))
+    """The inputs of batches(step), without noise."""
+    return (x[noise:] for x, _ in batches(step))
 
 
 # --- schedule: the first step, and the model's state there
@@ -275,29 +255,9 @@ def of_logits(logits, targets, teacher_logits):
     if teacher_logits is None:
         return loss, dict(loss=loss)
     log_q = teacher_logits.log_softmax(-1)
-    kl = (log_q.exp() * (log_q - log_p)).sum()  # KL(teacher || model)
-    return (1 - kl_share) * loss + kl_share * kl, dict(loss=loss, kl=kl)
-
-
-def streams_of(m):
-    """Hooks that keep the input of every block and of ln_f."""
-    kept = {}
-    for i, block in enumerate([*m.transformer.h, m.transformer.ln_f]):
-        block.register_forward_pre_hook(lambda mod, args, i=i: kept.__setitem__(i, args[0]))
-    return kept
-
-
-def inputs_of(m):
-    kept = {}
-    for name, site in m.sites().items():
-        site.register_forward_pre_hook(lambda mod, args, name=name: kept.__setitem__(name, args[0]))
-    return kept
-
-
-if hidden_weight:
-    kept, kept_teacher = streams_of(model), streams_of(teacher_model)
-if spread_all:
-    inputs = inputs_of(model)
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)  # KL(teacher || model)
+    kl_of_text = kl.masked_fill(targets == -1, 0).sum()
+    return (1 - kl_share) * loss + kl_share * kl.sum(), dict(loss=loss, kl=kl_of_text)
 
 
 in_pieces = LossInPieces(of_logits, model.lm_head, teacher_model and teacher_model.lm_head, compile)
@@ -309,22 +269,6 @@ def objective(x, y):
     over the step. The term "loss" is the cross-entropy."""
     stream, hidden = forward(x, streams=True)  # (B, T, C) each: after the last block, and what the unembedding reads
     objective, terms = in_pieces(hidden, y, teacher_model.hidden(x) if teacher_model else None)
-    if hidden_weight:
-        errors = [((kept[i] - kept_teacher[i]).square().sum(-1) / kept_teacher[i].square().sum(-1)).mean() for i in kept if i]
-        terms["hidden"] = torch.stack(errors).mean()
-        objective = objective + hidden_weight * terms["hidden"]
-    if spread_all:
-        ok = model.ordinary(x)
-        devs = []
-        for name, site in model.sites().items():
-            if name.endswith("ln_1v"):
-                continue
-            ratio = std_of(inputs[name], model.config.ln_eps).squeeze(-1) / site.avg_std - 1
-            if site.removed:
-                devs.append((ratio.square() * ok).sum() / ok.sum())
-        if devs:
-            terms["dev"] = torch.stack(devs).mean()
-            objective = objective + spread_all * terms["dev"]
     if aux_loss_weight > 0:  # penalizes the spread of the std before ln_f around its mean (arXiv 2507.02559)
         std = std_of(stream, model.config.ln_eps).squeeze(-1)  # (B, T)
         ordinary = model.ordinary(x)
