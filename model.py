@@ -254,12 +254,12 @@ class GPT(nn.Module):
         """idx, targets (B, T) -> logits (B, T, vocab), and the loss: mean nats per token, None without targets.
         Targets of -1 don't count. ValueError if T is beyond block_size.
 
-        With streams it returns instead what a training loss is made of, (B, T, C) each: the residual stream after
-        the last block, and what the unembedding reads. See `objective` in train.py."""
-        stream, use_bos = self.run_blocks(idx)
-        hidden = self.final_norm(stream, use_bos)
+        With streams it returns instead what a training loss is made of, (B, T, C) each: the list of the residual
+        streams after each block, and what the unembedding reads. See `objective` in train.py."""
+        after_blocks = []
+        hidden = self.final_norm(*self.run_blocks(idx, streams=after_blocks if streams else None))
         if streams:
-            return stream, hidden
+            return after_blocks, hidden
         logits, loss = self.lm_head(hidden), None
         if targets is not None:
             loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -270,9 +270,9 @@ class GPT(nn.Module):
         continues the tokens in it."""
         return self.final_norm(*self.run_blocks(idx, cache))
 
-    def run_blocks(self, idx, cache=None):
+    def run_blocks(self, idx, cache=None, streams=None):
         """Arguments as in hidden -> the residual stream after the last block, (B, T, C), and which tokens take bos_std
-        in ln_f, (1, T, 1)."""
+        in ln_f, (1, T, 1). The list `streams` gets the stream after each block."""
         begin = len(cache[0]) if cache else 0
         end = begin + idx.shape[1]
         if end > self.config.block_size:
@@ -287,6 +287,8 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, use_bos, use_bos_v, use_reentrant=False)
             else:
                 x = block(x, use_bos, use_bos_v, cache and cache[i])
+            if streams is not None:
+                streams.append(x)
         return x, use_bos
 
     def final_norm(self, x, use_bos):

@@ -68,6 +68,7 @@ dropout = 0.0  # in fine-tuning too
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, about a third more time
 aux_loss_weight = 0.0  # weight of the squared spread of the std before ln_f (arXiv 2507.02559)
 kl_share = 0.0  # weight of KL(teacher || model) in the loss, 0 to 1; the cross-entropy has 1 - kl_share
+hidden_weight = 0.0  # weight of the distance to the teacher's residual stream after each block
 noise_share = 0.0  # share of a micro-batch's sequences that are random tokens: only the KL counts there
 teacher = ""  # the model with LN for kl_share; "": the model that the run starts from
 # AdamW
@@ -145,8 +146,9 @@ if auto:
 if block_size > model.config.block_size:
     most = model.config.block_size
     raise UserError(f"block_size {block_size} is beyond the model's {most} positions: --block_size={most}")
-if teacher and kl_share == 0:
-    raise UserError(f"teacher {teacher} does nothing with kl_share 0: give a --kl_share too")
+if (teacher or hidden_weight) and kl_share == 0:
+    what = f"teacher {teacher}" if teacher else f"hidden_weight {hidden_weight}"
+    raise UserError(f"{what} does nothing with kl_share 0: give a --kl_share too")
 noise = round(noise_share * batch_size)  # sequences of a micro-batch
 if noise_share > 0 and (kl_share == 0 or not 0 < noise < batch_size):
     raise UserError(f"noise_share {noise_share} needs a --kl_share, and a batch_size that leaves at least one sequence "
@@ -169,7 +171,10 @@ teacher_model = None
 if kl_share > 0:
     with ranks.rank_0_first():
         teacher_model = run.load_teacher(teacher or init_from, model, block_size).to(machine)
-
+    shape = teacher_model.config.n_layer, teacher_model.config.n_embd
+    if hidden_weight > 0 and shape != (n_layer, n_embd):
+        raise UserError(f"hidden_weight needs a teacher of the model's shape, {n_layer} layers of width {n_embd}: "
+                        f"{teacher} has {shape[0]} of {shape[1]}")
     if kl_share == 1 and not teacher:
         ranks.say("note: with kl_share 1 and itself as the teacher, the model starts where the loss is least: until "
                   "the first removal, AdamW scales rounding noise to full steps")
@@ -234,8 +239,7 @@ if resumed:
 
 # --- compiled and data parallel; removal switches the raw model, whose tensors these wrappers share
 forward = compiled = torch.compile(model) if compile else model
-if compile and teacher_model:
-    teacher_model.hidden = torch.compile(teacher_model.hidden)
+teacher_forward = torch.compile(teacher_model) if compile and teacher_model else teacher_model
 if ranks.WORLD > 1:
     gpus = [ranks.LOCAL_RANK] if machine.startswith("cuda") else None
     # no buffers to send: every rank sets the same constants and modes
@@ -267,10 +271,16 @@ def objective(x, y):
     """Inputs and targets (B, T) -> the scalar to minimize, in nats per token, and its terms by name. Add a
     loss on the residual stream or on weights here, and one on logits in of_logits: log.jsonl has every term, averaged
     over the step. The term "loss" is the cross-entropy."""
-    stream, hidden = forward(x, streams=True)  # (B, T, C) each: after the last block, and what the unembedding reads
-    objective, terms = in_pieces(hidden, y, teacher_model.hidden(x) if teacher_model else None)
+    # the residual stream after each block, and what the unembedding reads, (B, T, C) each
+    streams, hidden = forward(x, streams=True)
+    taught, teacher_hidden = ([], None) if teacher_forward is None else teacher_forward(x, streams=True)
+    objective, terms = in_pieces(hidden, y, teacher_hidden)
+    if hidden_weight > 0:
+        errors = [(ours - its).square().sum(-1) / its.square().sum(-1) for ours, its in zip(streams, taught)]
+        terms["hidden"] = torch.stack(errors).mean()  # relative to the teacher's stream, over blocks and tokens
+        objective = objective + hidden_weight * terms["hidden"]
     if aux_loss_weight > 0:  # penalizes the spread of the std before ln_f around its mean (arXiv 2507.02559)
-        std = std_of(stream, model.config.ln_eps).squeeze(-1)  # (B, T)
+        std = std_of(streams[-1], model.config.ln_eps).squeeze(-1)  # (B, T)
         ordinary = model.ordinary(x)
         target = (std * ordinary).sum() / ordinary.sum().clamp(min=1)
         terms["spread"] = (std - target.detach()).square().mean()

@@ -129,8 +129,8 @@ def objective_of(model, teacher=None, compiled=False, **settings):
     with open(os.path.join(REPO, "train.py")) as f:
         tree = ast.parse(f.read())
     tree.body = [node for node in tree.body if getattr(node, "name", "") in ("of_logits", "objective")]
-    scope = dict(torch=torch, F=torch.nn.functional, std_of=std_of, model=model, forward=model, teacher_model=teacher)
-    scope |= dict(kl_share=0.0, aux_loss_weight=0.0) | settings
+    scope = dict(torch=torch, F=torch.nn.functional, std_of=std_of, model=model, forward=model, teacher_forward=teacher)
+    scope |= dict(kl_share=0.0, hidden_weight=0.0, aux_loss_weight=0.0) | settings
     exec(compile(tree, "train.py", "exec"), scope)
     scope["in_pieces"] = LossInPieces(scope["of_logits"], model.lm_head, teacher and teacher.lm_head, compiled)
     return scope["objective"]

@@ -65,6 +65,12 @@ def test_a_teacher_that_can_not_teach_is_named(refused):
     assert "kl_share" in refused("--teacher=other")
 
 
+def test_streams_are_compared_with_a_teacher_of_the_same_shape(refused):
+    random_hf(vocab_size=320, n_positions=256).save_pretrained("other")
+    assert "3 of 64" in refused("--kl_share=0.5", "--hidden_weight=1", "--teacher=other")
+    assert "kl_share" in refused("--hidden_weight=1")
+
+
 def test_noise_without_kl_or_without_room_is_refused(refused):
     assert "kl_share" in refused("--noise_share=0.5")
     assert "batch_size" in refused("--noise_share=0.01", "--kl_share=0.5")

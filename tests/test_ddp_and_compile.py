@@ -31,8 +31,8 @@ def torchrun(stdlib):
 
 
 @pytest.mark.parametrize("losses", [
-    ["--kl_share=0.5", "--noise_share=0.5", "--aux_loss_weight=0.1"],
-    pytest.param(["--kl_share=0.5", "--compile=True"], marks=pytest.mark.slow),
+    ["--kl_share=0.5", "--hidden_weight=1", "--noise_share=0.5", "--aux_loss_weight=0.1"],
+    pytest.param(["--kl_share=0.5", "--hidden_weight=1", "--compile=True"], marks=pytest.mark.slow),
 ])
 def test_two_processes_see_the_same_run_as_one(run, torchrun, losses):
     args = [f"--ln_schedule={SCHEDULE}", "--eval_interval=5", *losses]
@@ -142,7 +142,7 @@ def test_the_number_of_graphs_does_not_grow_with_layers_or_events_and_the_losses
     rows = [("ln_2", 1, 1), ("ln_1qk", 7, 1), ("ln_1v", 13, 1), ("ln_f", 19, None), ("eot", 20, None),
             ("bos", 21, None)]
     args = ["train.py", *SHORT, "--init_from=six", "--max_iters=23", "--eval_interval=4", "--dtype=float32",
-            "--kl_share=0.5", "--aux_loss_weight=0.1", f"--ln_schedule={rows}"]
+            "--kl_share=0.5", "--hidden_weight=1", "--aux_loss_weight=0.1", f"--ln_schedule={rows}"]
     assert run(*args, "--out_dir=out/eager").code == 0
     torch.compiler.reset()
     counters.clear()

@@ -82,6 +82,32 @@ def test_kl_to_a_teacher_against_transformers_in_float64(hf_and_ours, monkeypatc
         torch.testing.assert_close(mine, 2 * theirs, atol=1e-12, rtol=1e-8)
 
 
+def test_the_distance_to_a_teachers_streams_against_transformers_in_float64(hf_and_ours):
+    """Its value and its gradient alone: the mean over blocks and tokens of the squared error, relative to the teacher's
+    stream."""
+    before, teacher = hf_and_ours(seed=1)
+    hf, model = hf_and_ours(seed=2)
+    idx, targets = torch.randint(0, 299, (2, 2, 30))
+    after_blocks = []
+    for block in (*before.transformer.h, *hf.transformer.h):
+        block.register_forward_hook(lambda module, args, output: after_blocks.append(output))
+    with torch.no_grad():
+        before.double()(idx)
+    hf.double()(idx)
+    n = model.config.n_layer
+    errors = [((ours - its) ** 2).sum(-1) / (its**2).sum(-1) for its, ours in zip(after_blocks[:n], after_blocks[n:])]
+    far = torch.stack(errors).mean()
+    far.backward()
+
+    teacher = teacher.double().requires_grad_(False)
+    losses = [objective_of(model.double(), teacher, kl_share=0.5, hidden_weight=w)(idx, targets) for w in (0.0, 3.0)]
+    assert losses[1][1]["hidden"].item() == pytest.approx(far.item(), rel=1e-9)
+    ((losses[1][0] - losses[0][0]) / 3).backward()
+    for name in ("wte.weight", "h.0.mlp.c_fc.bias"):
+        mine, theirs = (m.transformer.get_parameter(name).grad for m in (model, hf))
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-8)
+
+
 def test_under_bfloat16_logits_far_from_zero_keep_their_loss_and_kl(hf_and_ours):
     """GPT-2's lie near -100. What all logits of a token have in common changes no distribution, but would be rounded
     in steps of 0.5."""
