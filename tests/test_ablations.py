@@ -34,7 +34,7 @@ def test_every_run_of_the_table_has_settings_that_train_py_knows():
     known = default_settings()
     for name, flags in ablations.settings_of_runs().items():
         configs = [flag for flag in flags if flag.endswith(".py")]
-        assert flags[: len(configs)] == configs and set(configs) <= {"config/control.py"}  # configs come first
+        assert flags[: len(configs)] == configs and all(os.path.exists(f"{REPO}/{config}") for config in configs)  # configs come first
         assert {flag[2:].split("=")[0] for flag in flags[len(configs) :]} <= set(known), name
     assert {name for name, *_ in ablations.all_runs()} == set(ablations.settings_of_runs())
 

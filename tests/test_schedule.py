@@ -120,10 +120,7 @@ def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
     if name not in ("remove_ln_tiny", "remove_ln_mine"):
         sequences = removal["batch_size"] * removal["gradient_accumulation_steps"]
         assert sequences * removal["block_size"] == 2**19
-    # each kind waits for the one before
-    kinds = ("ln_2", "ln_1qk", "ln_1v", "ln_f", "eot", "bos")
-    waiting = [k for kind in kinds for k, event, _ in events if event == kind]
-    assert waiting == sorted(k for k, *_ in events)
+    assert_in_order(events)
 
     kept = read_configs(name, "control")
     assert {k for k in kept if kept[k] != removal[k]} <= {"ln_schedule", "out_dir", "aux_loss_weight"}
@@ -131,9 +128,22 @@ def test_each_config_removes_all_and_control_keeps_all_else(name, n_layer):
     assert kept["out_dir"] == removal["out_dir"] + "_control"
 
     learning = read_configs(name, "faithful")
-    assert {k for k in learning if learning[k] != removal[k]} == {"kl_share", "out_dir"}
+    changed = {"kl_share", "hidden_weight", "noise_share", "ln_schedule", "out_dir"}
+    assert {k for k in learning if learning[k] != removal[k]} == changed
+    sooner = timeline(learning["ln_schedule"], n_layer, removal["max_iters"])
+    assert_in_order(sooner)
+    assert [event[1:] for event in sooner] == [event[1:] for event in events]
+    assert sooner[-1][0] == pytest.approx(events[-1][0] / 4, abs=n_layer)  # gaps are rounded down to whole steps
     control = read_configs(name, "faithful", "control")
-    assert (control["out_dir"], control["kl_share"]) == (learning["out_dir"] + "_control", 0.5)
+    assert {k for k in control if control[k] != learning[k]} <= {"ln_schedule", "out_dir", "aux_loss_weight"}
+    assert (control["out_dir"], control["ln_schedule"]) == (learning["out_dir"] + "_control", [])
+
+
+def assert_in_order(events):
+    """Each kind waits for the one before."""
+    kinds = ("ln_2", "ln_1qk", "ln_1v", "ln_f", "eot", "bos")
+    waiting = [k for kind in kinds for k, event, _ in events if event == kind]
+    assert waiting == sorted(k for k, *_ in events)
 
 
 def layers(kind, first, gap, n_layer):
