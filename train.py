@@ -69,7 +69,7 @@ gradient_checkpointing = False  # recompute activations in the backward pass: le
 aux_loss_weight = 0.0  # weight of the squared spread of the std before ln_f (arXiv 2507.02559)
 kl_share = 0.0  # weight of KL(teacher || model) in the loss, 0 to 1; the cross-entropy has 1 - kl_share
 hidden_weight = 0.0  # weight of the distance to the teacher's residual stream after each block
-noise_share = 0.0  # share of a micro-batch's sequences that are random tokens: only the KL counts there
+noise_share = 0.0  # share of a micro-batch's sequences that are random tokens, learned from the teacher alone
 teacher = ""  # the model with LN for kl_share; "": the model that the run starts from
 # AdamW
 learning_rate = 6e-4  # after warmup_iters; then a cosine to min_lr at lr_decay_iters
@@ -146,13 +146,13 @@ if auto:
 if block_size > model.config.block_size:
     most = model.config.block_size
     raise UserError(f"block_size {block_size} is beyond the model's {most} positions: --block_size={most}")
-if (teacher or hidden_weight) and kl_share == 0:
-    what = f"teacher {teacher}" if teacher else f"hidden_weight {hidden_weight}"
-    raise UserError(f"{what} does nothing with kl_share 0: give a --kl_share too")
+for what in ("teacher", "hidden_weight", "noise_share"):
+    if globals()[what] and kl_share == 0:
+        raise UserError(f"{what} {globals()[what]} does nothing with kl_share 0: give a --kl_share too")
 noise = round(noise_share * batch_size)  # sequences of a micro-batch
-if noise_share > 0 and (kl_share == 0 or not 0 < noise < batch_size):
-    raise UserError(f"noise_share {noise_share} needs a --kl_share, and a batch_size that leaves at least one sequence "
-                    f"of noise and one of text: it is {batch_size}")
+if noise_share > 0 and not 0 < noise < batch_size:
+    raise UserError(f"noise_share {noise_share} of batch_size {batch_size} is {noise} sequences: change one of them, so "
+                    "that there is at least one sequence of noise, and one of text")
 if ln_schedule and block_size == 1:
     raise UserError("block_size 1 has only position 0, and ln_schedule needs the std of others too")
 parameters = sum(p.numel() for p in model.parameters())
