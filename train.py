@@ -151,8 +151,8 @@ for what in ("teacher", "hidden_weight", "noise_share"):
         raise UserError(f"{what} {globals()[what]} does nothing with kl_share 0: give a --kl_share too")
 noise = round(noise_share * batch_size)  # sequences of a micro-batch
 if noise_share > 0 and not 0 < noise < batch_size:
-    raise UserError(f"noise_share {noise_share} of batch_size {batch_size} is {noise} sequences: change one of them, so "
-                    "that there is at least one sequence of noise, and one of text")
+    raise UserError(f"noise_share {noise_share} of batch_size {batch_size} is {noise} sequences: change one of the "
+                    "two, so that there is at least one sequence of noise and one of text")
 if ln_schedule and block_size == 1:
     raise UserError("block_size 1 has only position 0, and ln_schedule needs the std of others too")
 parameters = sum(p.numel() for p in model.parameters())
