@@ -112,16 +112,25 @@ def test_the_constants_of_an_event_are_those_of_its_batch_and_weights(removal, s
             assert entry["bos_std"] == pytest.approx(std[:, 0].mean().item(), rel=1e-4)
 
 
-def test_noise_takes_the_place_of_text_in_the_batch_alone(removal):
-    """One sequence of each micro-batch of two. Constants and loss are those of the text that is left."""
-    flags = ["--kl_share=0.5", "--noise_share=0.5", "--dtype=float32", "--max_iters=1"]
+def test_noise_takes_the_place_of_text_in_the_batch_alone(removal, monkeypatch):
+    """One sequence of each micro-batch of two, another one each time. Constants and loss are those of the text."""
+    forward, trained_on = GPT.forward, []
+
+    def spy(self, idx, *args, **kwargs):
+        trained_on.extend([idx] if self.training else [])
+        return forward(self, idx, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "forward", spy)
+    flags = ["--kl_share=0.5", "--noise_share=0.5", "--dtype=float32", "--max_iters=2"]
     assert removal("--ln_schedule=[('ln_f', 0, None)]", *flags).code == 0
+    assert len({tuple(idx[0].tolist()) for idx in trained_on}) == 4  # two steps of two micro-batches
     tokens, model = read_tokens("train", "stdlib"), GPT.from_pretrained(TINY)
     x, y = data.read_windows(tokens, data.train_starts(tokens, 1337, 0, 4, 32)[[1, 3]], 32, "cpu")
+    assert (torch.stack([idx[1] for idx in trained_on[:2]]) == x).all()
     model.measure_std(x)
     model.set_ln_mode("ln_f", None, "fake")
     assert read_log(key="avg_std") == pytest.approx([model.transformer.ln_f.avg_std.item()], rel=1e-5)
-    assert read_log(key="loss") == pytest.approx([model(x, y)[1].item()], rel=1e-5)
+    assert read_log(key="loss")[0] == pytest.approx(model(x, y)[1].item(), rel=1e-5)
 
 
 def test_constants_can_be_moving_averages_over_steps(removal):
