@@ -24,7 +24,7 @@ def hf_and_ours(tmp_path):
 
 @pytest.mark.parametrize("rows, compiled", [(190, False), (64, False), pytest.param(64, True, marks=pytest.mark.slow)])
 def test_the_loss_in_pieces_has_the_plain_losss_value_and_gradients(hf_and_ours, monkeypatch, rows, compiled):
-    """Of 2 x 95 tokens: in pieces of 64, the last one is shorter."""
+    """There are 2 x 95 tokens. In pieces of 64, the last piece is shorter."""
     hf, model = hf_and_ours()
     monkeypatch.setattr("parts.loss.LOSS_ROWS", rows)
     idx = torch.randint(0, 300, (2, 96))
@@ -65,7 +65,7 @@ def test_kl_to_a_teacher_against_transformers_in_float64(hf_and_ours, monkeypatc
     with torch.no_grad():
         q = before.double()(idx).logits.log_softmax(-1)
     p = hf.double()(idx).logits.log_softmax(-1)
-    kl = (q.exp() * (q - p)).sum(-1).mean(1)  # of each sequence
+    kl = (q.exp() * (q - p)).sum(-1).mean(1)  # the mean of each sequence
     kl, of_both = kl[noise:].mean(), kl.sum() / (2 - noise)
     ce = nn.functional.nll_loss(p.flatten(0, 1), targets.flatten(), ignore_index=-1)
     ((1 - share) * ce + share * of_both).backward()

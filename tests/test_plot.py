@@ -36,7 +36,7 @@ def test_the_picture_has_a_line_for_every_event_and_a_name_for_every_kind(run, d
     names = {text.get_text(): text.get_position()[0] for text in top.texts if text.get_rotation()}
     assert list(names) == ["ln_2 x 4", "ln_1qk x 4", "ln_1v x 4", "ln_f", "eot off", "bos off"]
     assert [round(x) for x in names.values()] == [1, 5, 6, 9, 10, 10]
-    assert np.diff(list(names.values())).min() > 0.1  # of 12 steps: none on another
+    assert np.diff(list(names.values())).min() > 0.1  # the run has 12 steps; no name covers another
     lines = [line.get_xdata()[0] for line in top.lines if list(line.get_ydata()) == [0, 1]]
     assert lines == [1, 2, 3, 4, *[5] * 4, 6, 7, 8, 9, 9, 10, 10]
 

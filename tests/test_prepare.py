@@ -82,7 +82,7 @@ def test_an_unfinished_folder_of_others_stays(run, tmp_path):
 
 
 def test_few_text_files_are_cut_at_95_percent_and_count_as_documents_beside_rows(run, tmp_path):
-    """Of the rows, every second is val."""
+    """Every second row is val."""
     content = bytes(range(1, 201)) * 2000
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(content))
     (tmp_path / "b.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')

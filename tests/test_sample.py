@@ -46,7 +46,7 @@ def test_after_the_last_position_it_goes_on_from_the_last_half(tmp_path):
     ids = list(range(30))
     found = greedy(model, ids, 40)
     assert len(found) == 70
-    assert found[14:31] == likeliest(model, ids[-16:], 1)  # of the last 16 tokens of a long prompt
+    assert found[14:31] == likeliest(model, ids[-16:], 1)  # a long prompt is cut to its last 16 tokens
     assert found[23:39] == likeliest(model, found[23:31], 8)
 
 

@@ -11,11 +11,11 @@ from configurator import configure
 from parts.errors import UserError
 
 SCRIPT = """
-learning_rate = 6e-4  # of the optimizer
+learning_rate = 6e-4  # the peak
 out_dir = "out"  # gets the results
-steps = 10  # of the optimizer
+steps = 10  # optimizer steps
 share = 0.0  # dropped
-dtype = "auto"  # of autocast
+dtype = "auto"  # the autocast dtype
 compile = False  # a few minutes once; then faster
 rows = [("ln_2", 1, 2)]  # see schedule.py
 _private = 1

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of whatever it holds
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # every repository is at this commit
 CONVERTED = "refs-convert-parquet"  # a repository's subfolder with what is on refs/convert/parquet
 
 

@@ -41,7 +41,7 @@ from tools.plot import ROLES, check_picture, save
 # -----------------------------------------------------------------------------
 prompt = ""  # the text
 of = ""  # what is read: "logit: TOKEN", "h.7 neuron 123" or "h.9 head 6: 5 -> 3"; "": the logit of the likeliest token
-position = -1  # of the token at which it is read, from 0; -1: the last
+position = -1  # the token at which it is read, counted from 0; -1: the last
 original = ""  # the model with LN to compare with; "": the one that the run started from
 top = 12  # rows in the table, the largest contributions first
 out = ""  # the picture; "": lens.png in SOURCE
