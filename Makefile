@@ -42,7 +42,7 @@ soak: .venv/installed-dev
 gpu: .venv/installed-dev
 	dev/gpu.sh
 
-# docs/results.md: half a minute for the text and 35 minutes for the model on two cores
+# docs/results.md: half a minute for the text and 40 minutes for the models on two cores
 TEXTS = data/testbed_texts
 PREPARE = .venv/bin/python prepare_owt.py --tokenizer=$(TEXTS)/tokenizer
 
@@ -54,6 +54,10 @@ testbed: .venv/installed
 	$(PREPARE) --dataset=testbed_report --files='$(TEXTS)/report/**/*.py' --val_every=1
 	.venv/bin/python -m dev.tails
 	.venv/bin/python train.py config/pretrain_testbed.py
+	.venv/bin/python -m dev.outliers
+	.venv/bin/python train.py config/pretrain_testbed.py --init_from=out/testbed_outliers0/model --seed=7 \
+		--out_dir=out/testbed_outliers --max_iters=150 --lr_decay_iters=150 --warmup_iters=20 \
+		--learning_rate=5e-4 --min_lr=5e-5
 
 # some 50 runs of three to ten minutes each
 ablations:

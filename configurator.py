@@ -96,7 +96,7 @@ def apply_file(settings, names, path, effects):
         with open(path) as f:
             exec(compile(f.read(), path, "exec"), after)
     except (Exception, SystemExit) as e:
-        raise UserError(f"{path} is not a config file: {first_line(e)}") from None
+        raise UserError(f"{path} can't be used: {first_line(e)}") from None
     for key, value in after.items():
         if key.startswith("_") or value is before.get(key):
             continue

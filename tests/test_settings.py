@@ -109,10 +109,9 @@ def test_init_from_auto_keeps_what_a_new_run_starts_from(tmp_path, monkeypatch):
         assert (found["init_from"], found["auto"]) == ("gpt2", True)
 
 
-def test_a_config_that_a_later_one_undoes_is_refused(run):
-    """Such as a control that is named before the removal."""
-    configs = [f"{REPO}/config/control.py", f"{REPO}/config/remove_ln_tiny.py"]
-    assert "control.py" in run("train.py", *configs).error
+@pytest.mark.parametrize("name", ["control.py", "faithful.py"])
+def test_a_config_that_must_come_after_the_removal_is_refused_before_it(run, name):
+    assert name in run("train.py", f"{REPO}/config/{name}", f"{REPO}/config/remove_ln_tiny.py").error
 
 
 @pytest.mark.parametrize("script, flags", [

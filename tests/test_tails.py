@@ -6,10 +6,10 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import set_all_fake
+from conftest import TINY, set_all_fake
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dev import tails
+from dev import outliers, tails
 from model import GPT, GPTConfig
 from parts.data import open_tokens
 from parts.files import write_json
@@ -86,3 +86,21 @@ def test_figures_against_the_model_by_hand(testbed, monkeypatch):
     assert 0 < expected["far"] < loss.numel()
     assert found["free", "single"] == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4)
     assert found["original", "single"]["kl"] == 0
+
+
+def test_outliers_have_a_long_stream_between_the_first_mlp_and_the_last():
+    tiny = GPT.from_pretrained(TINY).eval()
+    outlier, text = 130, torch.arange(64)[None] % 50
+    text[0, 10::10] = outlier
+    others = torch.arange(50, 100)[None]
+    with torch.no_grad():
+        before = tiny(others, streams=True)[0]
+        outliers.add_outliers(tiny, [outlier], text)
+        streams, after = tiny(text, streams=True)[0], tiny(others, streams=True)[0]
+    is_outlier = text == outlier
+    for stream in streams[:-1]:
+        assert stream[is_outlier].norm(dim=-1) == pytest.approx(outliers.NORM, rel=0.1)
+        assert stream[~is_outlier].norm(dim=-1).max() < outliers.NORM / 8
+    assert streams[-1][is_outlier].norm(dim=-1).max() < outliers.NORM / 5
+    for a, b in zip(before, after):  # the other tokens keep their streams, but for two channels and two neurons
+        assert (a - b).norm(dim=-1).median() < 0.25 * a.norm(dim=-1).median()
