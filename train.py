@@ -70,18 +70,6 @@ aux_loss_weight = 0.0  # weight of the squared spread of the std before ln_f (ar
 kl_share = 0.0  # weight of KL(teacher || model) in the loss, 0 to 1; the cross-entropy has 1 - kl_share
 hidden_weight = 0.0  # weight of the distance to the teacher's residual stream after each block
 noise_share = 0.0  # share of a micro-batch's sequences that are random tokens, learned from the teacher alone
-embedding_lr = 1.0  # factor
-anneal = 0.0  # hidden_weight (and noise's) goes to this factor linearly when set to 1
-kl_end = 9.0  # 9: same
-site_bound = 0.0
-lazy = False
-vector_lr = 1.0
-gain_lr = 1.0
-noise_runs = False
-noise_sub = False
-fit = False
-noise_rare = False
-bound_kind = "rel"
 teacher = ""  # the model with LN for kl_share; "": the model that the run starts from
 # AdamW
 learning_rate = 6e-4  # after warmup_iters; then a cosine to min_lr at lr_decay_iters
@@ -201,10 +189,6 @@ with ranks.rank_0_first():
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 
 
-rarity = 1 / (1 + np.bincount(train_tokens, minlength=meta["vocab_size"]))
-rarity /= rarity.sum()
-
-
 def batches(step):
     """This rank's micro-batches of the step's global batch: inputs and targets (batch_size, block_size). Sequences of
     noise come first; their targets are -1."""
@@ -212,16 +196,6 @@ def batches(step):
     for i in range(ranks.RANK, gradient_accumulation_steps, ranks.WORLD):
         x, y = read_windows(train_tokens, starts[i * batch_size + noise : (i + 1) * batch_size], block_size, machine)
         random = np.random.default_rng([seed, step, i]).integers(meta["vocab_size"], size=(noise, block_size))
-        if noise_rare:  # tokens that the text does not have
-            random = np.random.default_rng([seed, step, i]).choice(len(rarity), size=(noise, block_size), p=rarity)
-        if noise_sub:  # each sequence has its own few tokens
-            rng = np.random.default_rng([seed, step, i, 2])
-            for row in random:
-                k = int(meta["vocab_size"] ** rng.random())
-                row[:] = rng.integers(meta["vocab_size"], size=k)[rng.integers(k, size=block_size)]
-        if noise_runs:
-            for row, cut in zip(random[1::2], np.random.default_rng([seed, step, i, 1]).integers(block_size, size=noise)):
-                row[cut:] = row[cut]
         random = torch.from_numpy(random).to(machine)
         yield torch.cat([random, x]), torch.cat([torch.full_like(random, -1), y])
 
@@ -253,10 +227,7 @@ model.to(machine)
 model.gradient_checkpointing = gradient_checkpointing
 matrices = [p for p in model.parameters() if p.dim() >= 2]  # and embeddings
 vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and LNs
-emb = [model.transformer.wte.weight, model.transformer.wpe.weight]
-matrices = [p for p in matrices if not any(p is e for e in emb)]
-gains = {id(site.weight) for site in model.sites().values()}
-groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=[p for p in vectors if id(p) not in gains], weight_decay=0.0, factor=vector_lr), dict(params=[p for p in vectors if id(p) in gains], weight_decay=0.0, factor=gain_lr), dict(params=emb, weight_decay=weight_decay, factor=embedding_lr)]
+groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
 optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)]
 torch.manual_seed(seed + ranks.RANK)  # every rank has its own dropout
 if resumed:
@@ -267,9 +238,6 @@ if resumed:
         ranks.say(f"note: settings differ from the checkpoint's: {changed}")
 
 # --- compiled and data parallel; removal switches the raw model, whose tensors these wrappers share
-seen = torch.ones(model.config.vocab_size, 1, device=machine)
-if lazy:
-    model.transformer.wte.weight.register_hook(lambda grad: grad * seen)
 forward = compiled = torch.compile(model) if compile else model
 teacher_forward = torch.compile(teacher_model) if compile and teacher_model else teacher_model
 if ranks.WORLD > 1:
@@ -293,8 +261,7 @@ def of_logits(logits, targets, teacher_logits):
     log_q = teacher_logits.log_softmax(-1)
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)  # KL(teacher || model)
     kl_of_text = kl.masked_fill(targets == -1, 0).sum()
-    share = kl_share if kl_end == 9 else kl_share + (kl_end - kl_share) * step / max_iters
-    return (1 - share) * loss + share * kl.sum(), dict(loss=loss, kl=kl_of_text)
+    return (1 - kl_share) * loss + kl_share * kl.sum(), dict(loss=loss, kl=kl_of_text)
 
 
 in_pieces = LossInPieces(of_logits, model.lm_head, teacher_model and teacher_model.lm_head, compile)
@@ -311,16 +278,7 @@ def objective(x, y):
     if hidden_weight > 0:
         errors = [(ours - its).square().sum(-1) / its.square().sum(-1) for ours, its in zip(streams, taught)]
         terms["hidden"] = torch.stack(errors).mean()  # relative to the teacher's stream, over blocks and tokens
-        objective = objective + hidden_weight * (1 - anneal * step / max_iters) * terms["hidden"]
-    if site_bound > 0:
-        ordinary = model.ordinary(x)
-        out = 0
-        for t in streams:
-            std = std_of(t, model.config.ln_eps).squeeze(-1)
-            target = ((std * ordinary).sum() / ordinary.sum().clamp(min=1)).detach()
-            out = out + (((std / target - 1).square() * ordinary).sum() / ordinary.sum()) / len(streams)
-        terms["bound"] = out
-        objective = objective + site_bound * out
+        objective = objective + hidden_weight * terms["hidden"]
     if aux_loss_weight > 0:  # penalizes the spread of the std before ln_f around its mean (arXiv 2507.02559)
         std = std_of(streams[-1], model.config.ln_eps).squeeze(-1)  # (B, T)
         ordinary = model.ordinary(x)
@@ -405,41 +363,8 @@ for step in range(start, max_iters + 1):
 
     # the removal: before the step's forward pass, on its own batches
     began = time.perf_counter()
-    due = [(k, l) for at, k, l in events if at == step and k not in ("eot", "bos")] if fit else []
-    if due:
-        caught = {}
-        hooks = [model.sites()[site_name(k, l)].register_forward_hook(
-            lambda mod, i, o, n=site_name(k, l): caught.setdefault(n, []).append(i[0].float().flatten(0, 1))) for k, l in due]
-        model.eval()
-        with torch.no_grad(), autocast:
-            vocabulary = np.random.default_rng(seed).permutation(meta["vocab_size"])
-            vocabulary = torch.from_numpy(np.resize(vocabulary, (-(-len(vocabulary) // block_size), block_size))).to(machine)
-            for x in [*ids(step), *vocabulary.split(batch_size)]:
-                model(x, streams=True)
-        model.train()
-        for h in hooks:
-            h.remove()
     with autocast:
         removed = remove(model, events, step, ids, ranks.mean, std_over, std_momentum)
-    for k, l in due:
-        n = site_name(k, l)
-        site = model.sites()[n]
-        x = torch.cat(caught[n])
-        x = x - x.mean(-1, keepdim=True)
-        sd = std_of(x, model.config.ln_eps)
-        scale = site.avg_std * (x.square() / sd).sum(0) / x.square().sum(0)
-        scale = (scale / scale.median()).clamp(max=1)
-        print(n, "scale", scale.min().item(), scale.median().item(), scale.max().item())
-        C = len(scale)
-        with torch.no_grad():
-            if n == "ln_f":
-                site.weight.mul_(scale)
-            else:
-                block = model.transformer.h[l]
-                lin, rows = (block.mlp.c_fc, slice(None)) if k == "ln_2" else (block.attn.c_attn, slice(0, 2 * C) if k == "ln_1qk" else slice(2 * C, None))
-                W = lin.weight[rows]
-                lin.bias[rows] += W @ site.bias - (W * scale) @ site.bias
-                lin.weight[rows] = W * scale
     for entry in removed:
         log.write(entry)
         ranks.say(f"step {step:>6}  " + describe_event(entry))
@@ -448,13 +373,11 @@ for step in range(start, max_iters + 1):
     lr = learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("factor", 1.0)
+            group["lr"] = lr
     sums = {}  # {term: its mean over micro-batches so far}
     for i, (x, y) in enumerate(batches(step)):
         if ranks.WORLD > 1:  # gradients are averaged once, with the last micro-batch
             forward.require_backward_grad_sync = i == micro_steps - 1
-        seen.zero_()
-        seen[x.unique()] = 1
         with autocast:
             loss, terms = objective(x, y)
         (loss / micro_steps).backward()
