@@ -48,6 +48,8 @@ METHODS = {  # flags, and learning rates on both sides of the best
     "control kl 0.5": ([CONTROL, "--kl_share=0.5"], RATES[1:]),
     "faithful": ([FAITHFUL], RATES[2:]),
     "control faithful": ([FAITHFUL, CONTROL], RATES[2:]),
+    "faithful without noise": ([FAITHFUL, "--noise_share=0"], RATES[3:4]),
+    "faithful without streams": ([FAITHFUL, "--hidden_weight=0"], RATES[3:4]),
 }
 # each method at its best rate on `choose`
 CHOSEN = ("recipe lr 4e-4", "control lr 2e-4", "kl 0.5 lr 8e-4", "control kl 0.5 lr 8e-4", "faithful lr 8e-4",
@@ -62,9 +64,11 @@ def settings_of_runs():
 
 
 def all_runs():
-    """[(name, steps, seed)]: what was chosen with three seeds, then every rate of each method."""
+    """[(name, steps, seed)]: what was chosen with three seeds, then every rate of each method, then longer runs."""
     runs = [(name, STEPS, seed) for seed in (1, 2, 3) for name in CHOSEN]
-    return list(dict.fromkeys([*runs, *((name, STEPS, 1) for name in settings_of_runs())]))
+    runs += [(name, STEPS, 1) for name in settings_of_runs()]
+    runs += [(name, n * STEPS, 1) for n in (2, 4) for name in ("faithful lr 8e-4", "control kl 0.5 lr 8e-4")]
+    return list(dict.fromkeys(runs))
 
 
 def results():
