@@ -1,5 +1,5 @@
 # After any config, and before control.py: learn from the original as much as from the text, and remove the LayerNorms
-# in a quarter of the time, which leaves more steps to recover. docs/results.md has what each line buys.
+# in a quarter of the time, which leaves more steps to recover. docs/results.md has what each line does.
 assert ln_schedule, "name it after a config that has an ln_schedule, and before control.py"
 kl_share = 0.5  # half cross-entropy, half KL(original || model)
 hidden_weight = 1.0  # keeps the residual streams near the original's

@@ -114,7 +114,7 @@ def print_means():
         chosen = table[table.text == "choose text"].groupby(["name", "steps"]).loss.mean().sort_values()
         for text, runs in table.groupby("text", sort=False):
             title = f"{of}, {dataset}: {text}"
-            print(f"\n{title:<48}steps seeds    loss      KL 99.9 %    max   > 50     norm     gap      ±")
+            print(f"\n{title:<48}steps seeds    loss      KL 99.9 %    max   > 50     norm      gap      ±")
             runs = {key: rows.set_index("seed") for key, rows in runs.groupby(["name", "steps"])}
             for name, steps in chosen.index:
                 if (name, steps) in runs:
@@ -122,9 +122,9 @@ def print_means():
                     mean = rows[FIGURES].mean()
                     line = (f"{name:<48}{steps:>5}{len(rows):>6}{mean.loss:>8.4f}{mean.kl:>8.4f}{mean.p99_9:>7.2f}"
                             f"{mean['max']:>7.1f}{mean.far:>7.0f}{mean.norm:>9.1f}")
-                    with_ln = [key for key in chosen.index if key[0].startswith("control") and key[1] == steps]
-                    gaps = (rows.loss - runs[with_ln[0]].loss).dropna() if with_ln else ()
-                    line += f"{gaps.mean():>+8.4f}" if len(gaps) else ""
+                    best = [key for key in chosen.index if key[0].startswith("control") and key[1] == steps][:1]
+                    gaps = (rows.loss - runs[best[0]].loss).dropna() if best and best[0] in runs else ()
+                    line += f"{gaps.mean():>+9.4f}" if len(gaps) else ""
                     line += f"{gaps.std():>7.4f}" if len(gaps) > 1 else ""
                     print(line.replace("nan", "   ").rstrip())  # figures that older runs don't have
 

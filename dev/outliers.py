@@ -1,7 +1,7 @@
 """
-An original with outliers, as GPT-2 has them (massive activations, arXiv 2402.17762): from the first block to the last,
-the residual stream of eight rare tokens is some 20 times as long as any other token's. testbed_seen has none of the
-eight, so no fine-tuning sees what they do without LN.
+An original with outliers: from the first block to the last, the residual stream of eight rare tokens is some 20 times
+as long as other tokens' (massive activations, as GPT-2 has at position 0: arXiv 2402.17762). testbed_seen has none of
+the eight, so its text never shows a fine-tuning what they do without LN.
 
     python -m dev.outliers     # writes out/testbed_outliers0/model: out/testbed/model with the outliers
 
@@ -24,16 +24,16 @@ from dev.tails import BLOCK, VOCAB
 from model import GPT
 from parts.data import open_tokens
 
-NORM = 450.0  # of the outliers' residual stream; other tokens have some 20
+NORM = 450.0  # what the first MLP adds to an outlier's residual stream; other tokens have a norm of some 20
 MARK = 2.0  # tells an outlier's embedding; other channels have a standard deviation of 0.07
-OUTLIERS = ("Ð", "Ñ", "Ø", "Ù", "ã", "à", "â", "Ġâ")  # as the byte-level BPE writes them; they begin a character
+OUTLIERS = ("Ð", "Ñ", "Ø", "Ù", "ã", "à", "â", "Ġâ")  # as the byte-level BPE writes them: a character's first byte
 
 
 @torch.no_grad()
 def add_outliers(model, tokens, idx):
-    """Make the tokens outliers, with two neurons and two channels that nothing else uses: the first MLP recognizes the
-    tokens by their embedding in one channel and writes NORM into the other, and the last MLP takes it away again. idx
-    (B, T): text with the tokens, by which the neurons' thresholds are set."""
+    """Make the tokens outliers, with two neurons and two channels that nothing else writes: the first MLP recognizes
+    the tokens by their embedding in one channel and writes NORM into the other, and the last MLP takes most of it away
+    again. idx (B, T): text with the tokens, by which the neurons' weights are set."""
     wte, blocks = model.transformer.wte.weight, model.transformer.h
     mark, large = wte.square().sum(0).argsort()[:2]  # the channels that embeddings use least
     writers = [layer for block in blocks for layer in (block.attn.c_proj, block.mlp.c_proj)]
@@ -45,14 +45,14 @@ def add_outliers(model, tokens, idx):
     wte[tokens, mark] = MARK
     outlier = torch.isin(idx, torch.tensor(tokens))
     for block, reads, writes in ((blocks[0], mark, NORM), (blocks[-1], large, -NORM)):
-        found = []
-        hook = block.ln_2.register_forward_hook(lambda _, args, out: found.append(out[outlier]))
+        read = []
+        hook = block.ln_2.register_forward_hook(lambda _, args, out: read.append(out[outlier][:, reads].mean()))
         model.run_blocks(idx)
         hook.remove()
         neuron = (block.mlp.c_fc.weight.square().sum(1) * block.mlp.c_proj.weight.square().sum(0)).argmin()
         block.mlp.c_fc.weight[neuron] = 0
-        block.mlp.c_fc.weight[neuron, reads] = 8 / found[0][:, reads].mean()
-        block.mlp.c_fc.bias[neuron] = -4  # before GELU: some 4 on the outliers, some -4 elsewhere
+        block.mlp.c_fc.weight[neuron, reads] = 8 / read[0]
+        block.mlp.c_fc.bias[neuron] = -4  # before GELU: 4 on the outliers, and -4 where the LN gives 0
         block.mlp.c_proj.weight[:, neuron] = 0
         block.mlp.c_proj.weight[large, neuron] = writes / F.gelu(torch.tensor(4.0), approximate="tanh")
 

@@ -1,6 +1,6 @@
 """
-The tails of a model's losses: what it does with tokens that its fine-tuning never saw. A constant divisor bounds
-nothing there. `python -m dev.tails` writes data/testbed_seen, which is testbed_tune without the windows of 256 tokens
+The tails of a model's losses: what it does with tokens that its fine-tuning never saw. Without LN, nothing bounds their
+residual stream. `python -m dev.tails` writes data/testbed_seen, which is testbed_tune without the windows of 256 tokens
 that have a hidden one; dev/ablations.py measures the tails.
 
 Hidden tokens are those with control characters (a tab, a carriage return) or bytes beyond ASCII, and the rarest
@@ -26,7 +26,7 @@ from parts.data import open_tokens, read_meta, val_starts
 from parts.files import write_json
 
 VOCAB, BLOCK = 4096, 256
-RARE = 0.005  # the identifiers' share of testbed_pretrain
+RARE = 0.005  # the rarest identifiers are hidden, up to this share of testbed_pretrain
 FAR = 50  # nats
 
 
@@ -63,7 +63,7 @@ def texts(part, tokens):
 
     text: its windows, `tokens` in all; T is 256
     hidden: as many of its windows, those with the most hidden tokens
-    random: tokens drawn uniformly, a quarter as many
+    random: tokens drawn uniformly, a quarter as many; the same for each part
     single: the first 8 tokens of a document, then any token of the vocabulary, then what followed the 8; T is 16
     runs: the same 8, then one token to the end, for every 32nd token of the vocabulary"""
     data = np.asarray(open_tokens(f"testbed_{part}", "val", BLOCK, VOCAB))

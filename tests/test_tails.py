@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, set_all_fake
+from conftest import REPO, TINY, set_all_fake
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dev import outliers, tails
@@ -104,3 +104,33 @@ def test_outliers_have_a_long_stream_between_the_first_mlp_and_the_last():
     assert streams[-1][is_outlier].norm(dim=-1).max() < outliers.NORM / 5
     for a, b in zip(before, after):  # the other tokens keep their streams, but for two channels and two neurons
         assert (a - b).norm(dim=-1).median() < 0.25 * a.norm(dim=-1).median()
+
+
+@pytest.mark.slow
+def test_outliers_that_the_text_lacks_explode_with_the_recipe_and_not_with_faithful(run, stdlib):
+    """The bundled model with four control characters as outliers. The text has none of them."""
+    outlier = torch.arange(1, 5)
+    windows = [np.asarray(open_tokens("stdlib", split, 256, 257)[: 24 * 257], np.int64).reshape(24, 257)
+               for split in ("train", "val")]
+    train, val = map(torch.from_numpy, windows)
+    assert not torch.isin(train, outlier).any()
+    train[:, 100] = val[:, 100] = outlier.repeat(6)
+    original = GPT.from_pretrained(TINY).eval()
+    outliers.add_outliers(original, outlier.tolist(), train[:, :-1])
+    original.save_pretrained("original/model")
+    removal, faithful = f"{REPO}/config/remove_ln_tiny.py", f"{REPO}/config/faithful.py"
+    flags = ["--init_from=original/model", "--max_iters=60", "--lr_decay_iters=60", "--batch_size=8",
+             "--learning_rate=8e-4", "--eval_interval=60"]
+    for configs, out_dir in (([removal], "recipe"), ([removal, faithful], "faithful")):
+        done = run("train.py", *configs, *flags, f"--out_dir={out_dir}")
+        assert done.code == 0, done.text
+
+    def losses(folder):
+        logits, _ = GPT.from_pretrained(f"{folder}/model").eval()(val[:, :-1])
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), val[:, 1:], reduction="none")
+
+    with torch.no_grad():
+        before, recipe, faithful = map(losses, ("original", "recipe", "faithful"))
+    assert recipe[:, :100].mean().item() == pytest.approx(before[:, :100].mean().item(), abs=0.2)  # well up to there
+    assert recipe[:, 100:].mean() > 20 and (recipe > 50).float().mean() > 0.1
+    assert faithful[:, 100:].mean() < before[:, 100:].mean() + 0.5 and faithful.max() < 50
