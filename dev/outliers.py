@@ -16,11 +16,10 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 from configurator import configure
-from dev.tails import BLOCK, VOCAB
+from dev.tails import BLOCK, VOCAB, tokenizer
 from model import GPT
 from parts.data import open_tokens
 
@@ -60,8 +59,7 @@ def add_outliers(model, tokens, idx):
 def main():
     configure(globals(), sys.argv[1:], __doc__)
     model = GPT.from_pretrained("out/testbed/model")
-    bpe = Tokenizer.from_file("data/testbed_texts/tokenizer/tokenizer.json")
-    tokens = [bpe.token_to_id(token) for token in OUTLIERS]
+    tokens = [tokenizer().token_to_id(token) for token in OUTLIERS]
     data = np.asarray(open_tokens("testbed_pretrain", "val", BLOCK, VOCAB))
     windows = data[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK)
     most = np.argsort(-np.isin(windows, tokens).sum(1), kind="stable")[:64]

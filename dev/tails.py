@@ -10,7 +10,7 @@ import os
 import re
 import sys
 
-from parts.errors import begin_script
+from parts.errors import begin_script, reading
 
 if __name__ == "__main__":
     begin_script()  # before the slow imports
@@ -30,9 +30,15 @@ RARE = 0.005  # the rarest identifiers are hidden, up to this share of testbed_p
 FAR = 50  # nats
 
 
+def tokenizer():
+    path = "data/testbed_texts/tokenizer/tokenizer.json"
+    with reading(path):
+        return Tokenizer.from_file(path)
+
+
 def hidden_tokens():
     """Which tokens the fine-tuning never sees, bool (VOCAB,)."""
-    bpe = Tokenizer.from_file("data/testbed_texts/tokenizer/tokenizer.json")
+    bpe = tokenizer()
     tokens = [bpe.id_to_token(i) for i in range(VOCAB)]
     plain = {ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(b))[0][0] for b in (10, *range(32, 127))}
     odd = [i for i, token in enumerate(tokens) if not set(token) <= plain]
