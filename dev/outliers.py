@@ -30,9 +30,10 @@ OUTLIERS = ("Ð", "Ñ", "Ø", "Ù", "ã", "à", "â", "Ġâ")  # as the byte-lev
 
 @torch.no_grad()
 def add_outliers(model, tokens, idx):
-    """Make the tokens outliers, with two neurons and two channels that nothing else writes: the first MLP recognizes
-    the tokens by their embedding in one channel and writes NORM into the other, and the last MLP takes most of it away
-    again. idx (B, T): text with the tokens, by which the neurons' weights are set."""
+    """Make the tokens, a list of ids, outliers of the model, in place. It takes two neurons, and two channels that
+    nothing else writes: the first MLP recognizes the tokens by their embedding in one channel and writes NORM into the
+    other, and the last MLP takes most of it away again. idx (B, T): text with the tokens, by which the neurons'
+    weights are set."""
     wte, blocks = model.transformer.wte.weight, model.transformer.h
     mark, large = wte.square().sum(0).argsort()[:2]  # the channels that embeddings use least
     writers = [layer for block in blocks for layer in (block.attn.c_proj, block.mlp.c_proj)]

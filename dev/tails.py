@@ -31,6 +31,7 @@ FAR = 50  # nats
 
 
 def tokenizer():
+    """The testbed's, a tokenizers.Tokenizer. UserError if it can't be read."""
     path = "data/testbed_texts/tokenizer/tokenizer.json"
     with reading(path):
         return Tokenizer.from_file(path)

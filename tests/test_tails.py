@@ -102,7 +102,7 @@ def test_outliers_have_a_long_stream_between_the_first_mlp_and_the_last():
         assert stream[is_outlier].norm(dim=-1) == pytest.approx(outliers.NORM, rel=0.1)
         assert stream[~is_outlier].norm(dim=-1).max() < outliers.NORM / 8
     assert streams[-1][is_outlier].norm(dim=-1).max() < outliers.NORM / 5
-    for a, b in zip(before, after):  # the other tokens keep their streams, but for two channels and two neurons
+    for a, b in zip(before, after):  # text without outliers changes little
         assert (a - b).norm(dim=-1).median() < 0.25 * a.norm(dim=-1).median()
 
 
@@ -118,10 +118,10 @@ def test_outliers_that_the_text_lacks_explode_with_the_recipe_and_not_with_faith
     original = GPT.from_pretrained(TINY).eval()
     outliers.add_outliers(original, outlier.tolist(), train[:, :-1])
     original.save_pretrained("original/model")
-    removal, faithful = f"{REPO}/config/remove_ln_tiny.py", f"{REPO}/config/faithful.py"
+    recipe, faithful = [f"{REPO}/config/remove_ln_tiny.py"], [f"{REPO}/config/faithful.py"]
     flags = ["--init_from=original/model", "--max_iters=60", "--lr_decay_iters=60", "--batch_size=8",
              "--learning_rate=8e-4", "--eval_interval=60"]
-    for configs, out_dir in (([removal], "recipe"), ([removal, faithful], "faithful")):
+    for configs, out_dir in ((recipe, "recipe"), (recipe + faithful, "faithful")):
         done = run("train.py", *configs, *flags, f"--out_dir={out_dir}")
         assert done.code == 0, done.text
 
@@ -130,7 +130,9 @@ def test_outliers_that_the_text_lacks_explode_with_the_recipe_and_not_with_faith
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), val[:, 1:], reduction="none")
 
     with torch.no_grad():
-        before, recipe, faithful = map(losses, ("original", "recipe", "faithful"))
-    assert recipe[:, :100].mean().item() == pytest.approx(before[:, :100].mean().item(), abs=0.2)  # well up to there
-    assert recipe[:, 100:].mean() > 20 and (recipe > 50).float().mean() > 0.1
-    assert faithful[:, 100:].mean() < before[:, 100:].mean() + 0.5 and faithful.max() < 50
+        loss = {folder: losses(folder) for folder in ("original", "recipe", "faithful")}
+    before, after = ({name: x[:, part].mean().item() for name, x in loss.items()}
+                     for part in (slice(100), slice(100, None)))  # before the outlier, and from it on
+    assert before["recipe"] == pytest.approx(before["original"], abs=0.2)
+    assert after["recipe"] > 20 and (loss["recipe"] > 50).float().mean() > 0.1
+    assert after["faithful"] < after["original"] + 0.5 and loss["faithful"].max() < 50
